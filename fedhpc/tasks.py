@@ -299,3 +299,38 @@ class TextEncoder:
         for _ in range(excess):
             kept[kept.index(max(kept))] -= 1
         return {position for positions, length in zip(inside, kept, strict=True) for position in positions[length:]}
+
+
+def find_word_ids(words: Sequence[str], template: str, tokenizer: Any, *, kind: Kind) -> list[list[int]]:
+    """The token ids of each class word as they appear in the answer slot; an encoder's slot holds one token."""
+    # A letter stands for the text, so that the template is tokenised as it is inside a sentence.
+    before = "a" + template.partition("{word}")[0].rpartition("}")[2]
+    found: dict[tuple[int, ...], str] = {}
+    for word in words:
+        ids = _encoder_word_ids(tokenizer, word) if kind == "encoder" else _decoder_word_ids(tokenizer, word, before)
+        twin = found.setdefault(tuple(ids), word)
+        if twin != word:
+            raise DataError(f"class words {twin!r} and {word!r} are the same to this model; {_OTHER_WORD}")
+    return [list(ids) for ids in found]
+
+
+_OTHER_WORD = "choose another word in a task file (see data_prep/tasks), or use --head linear"
+
+
+def _encoder_word_ids(tokenizer: Any, word: str) -> list[int]:
+    ids = list(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise DataError(f"class word {word!r} is not one token of this model but {tokens}; {_OTHER_WORD}")
+    return ids
+
+
+def _decoder_word_ids(tokenizer: Any, word: str, before: str) -> list[int]:
+    without, with_word = (
+        list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before.rstrip(), before + word)
+    )
+    ids = with_word[len(without) :]
+    if with_word[: len(without)] != without or not ids or tokenizer.unk_token_id in ids:
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(with_word))
+        raise DataError(f"class word {word!r} does not stand apart from the text before it: {tokens}; {_OTHER_WORD}")
+    return ids

@@ -1,0 +1,372 @@
+"""Turn a labelled text data set into prepared data: template applied, tokenised for one model.
+
+    python data_prep/prepare.py --task rte --source data/rte --model roberta-base --out prepared/rte-roberta
+
+The source is a folder with the task's original files (TSV, unquoted, or JSON lines), a folder written by
+``datasets.save_to_disk``, or a data set of the Hugging Face hub (``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION``).
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
+from fedhpc.errors import EXIT_USER_ERROR, DataError, ModelError, UserError
+from fedhpc.seeding import generator
+from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, TextEncoder, find_word_ids, load_task
+
+HEADERLESS = {"cola": ["source", "label", "star", "sentence"]}
+# Names that the built-in tasks' columns have in other distributions of the same data.
+COLUMN_ALIASES = {
+    "sentence": ("text",),
+    "#1 String": ("sentence1",),
+    "#2 String": ("sentence2",),
+    "Quality": ("label",),
+    "answer": ("label",),
+    "label": ("coarse_label",),
+}
+PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
+PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
+BATCH = 1000
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The examples of one split, read and checked."""
+
+    texts: list[dict[str, str]]
+    labels: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What tokenising for a model needs to know of it."""
+
+    tokenizer: Any
+    kind: Kind
+    can_score_words: bool
+    vocabulary_size: int
+
+
+def read_source(task: Task, source: str) -> dict[str, Rows]:
+    """Read and check both splits of a source of any form."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        refuse_pickle(path)
+        raise DataError(f"{path} is a file; give the folder that holds {_file_names(task)}")
+    if not path.is_dir():
+        return _read_datasets(task, source, _load_from_hub(source))
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _read_datasets(task, source, _import_datasets().load_from_disk(str(path)))
+    return {split: _read_file(task, _find(path, task, split)) for split in SPLITS}
+
+
+def _file_names(task: Task) -> str:
+    return " and ".join(" or ".join(names) for names in task.splits.values())
+
+
+def _find(folder: Path, task: Task, split: str) -> Path:
+    for name in task.splits[split]:
+        if (folder / name).is_file():
+            return folder / name
+    for file in filter(Path.is_file, sorted(folder.iterdir())):
+        refuse_pickle(file)
+    raise DataError(f"{folder} has no {split} split: looked for {', '.join(task.splits[split])}")
+
+
+def refuse_pickle(file: Path) -> None:
+    """Stop at a file that reading could make run code, known by its name or by its first bytes."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if file.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+        raise DataError(
+            f"{file} may hold pickled objects, and reading those can run code hidden in them; "
+            "give the data as TSV, JSON lines, or a folder written by datasets.save_to_disk"
+        )
+
+
+def _read_file(task: Task, file: Path) -> Rows:
+    refuse_pickle(file)
+    try:
+        # Only "\n" ends a line: text may hold other characters that str.splitlines takes for line ends.
+        lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if file.suffix in (".jsonl", ".json"):
+        return _rows(task, str(file), map(_json_record, lines), first_line=1)
+    header, first_line = lines[0].removesuffix("\r").split("\t"), 2
+    headerless = HEADERLESS.get(task.name, [])
+    if len(headerless) == len(header) and not set(headerless) <= set(header):
+        header, first_line = headerless, 1
+    records = (_tsv_record(header, line) for line in lines[first_line - 1 :])
+    return _rows(task, str(file), records, first_line=first_line)
+
+
+def _tsv_record(header: list[str], line: str) -> Record:
+    values = line.removesuffix("\r").split("\t")
+    if len(values) != len(header):
+        raise ValueError(f"{len(values)} columns, expected {len(header)}: {', '.join(header)}")
+    return dict(zip(header, values, strict=True))
+
+
+def _json_record(line: str) -> Record:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected one JSON object a line, found {type(record).__name__}")
+    return record
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hub and save_to_disk data sets need the datasets library: pip install fedhpc[data]") from error
+    return datasets
+
+
+def _load_from_hub(source: str) -> Any:
+    name, _, configuration = source.partition(":")
+    family, _, member = name.partition("/")
+    if family in ("glue", "super_glue"):
+        name, configuration = family, member
+    try:
+        return _import_datasets().load_dataset(name, configuration or None)
+    except UserError:
+        raise
+    except Exception as error:  # the library has no common base for what a data set or a connection can do wrong
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{source!r} is no folder here and could not be read from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}); give a folder with the original files, or one written by "
+            "datasets.save_to_disk on a machine with a connection"
+        ) from error
+
+
+def _read_datasets(task: Task, source: str, dataset: Any) -> dict[str, Rows]:
+    if not isinstance(dataset, dict):
+        raise DataError(f"{source} is a single split; save a DatasetDict with train and validation")
+    rows = {}
+    for split in SPLITS:
+        names = dict.fromkeys(name.split(".")[0] for name in task.splits[split])
+        found = next((name for name in names if name in dataset), None)
+        if found is None:
+            raise DataError(f"{source} has no {split} split: looked for {', '.join(names)}, has {', '.join(dataset)}")
+        examples = dataset[found]
+        rows[split] = _rows(task, f"{source} {found}", examples, first_line=0, features=examples.features)
+    return rows
+
+
+def _rows(
+    task: Task, origin: str, records: Iterable[Record], *, first_line: int, features: Mapping[str, Any] | None = None
+) -> Rows:
+    rows = Rows(texts=[], labels=[])
+    classes = {name: index for index, name in enumerate(task.classes)}
+    columns: dict[str, str] = {}
+    try:
+        for record in records:
+            columns = columns or {name: _resolve(task, name, list(record)) for name in task.columns}
+            values: dict[str, Any] = {name: record.get(column) for name, column in columns.items()}
+            label = _label(values.pop("label"), features and features[columns["label"]], classes)
+            if label not in classes:
+                problem = f"unknown label {label!r}" if label else f"no label in column {columns['label']!r}"
+                raise ValueError(f"{problem}; valid are {', '.join(classes)}")
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    raise ValueError(f"column {columns[name]!r} holds {value!r}, expected text")
+            rows.texts.append(values)
+            rows.labels.append(classes[label])
+    except ValueError as error:
+        number = first_line + len(rows.labels)
+        raise DataError(f"{origin} {'row' if features else 'line'} {number}: {error}") from error
+    if not rows.labels:
+        raise DataError(f"{origin} holds no examples")
+    return rows
+
+
+def _resolve(task: Task, field: str, available: list[str]) -> str:
+    wanted = task.columns[field]
+    aliases = COLUMN_ALIASES.get(wanted, ()) if task.name in TASKS else ()
+    for name in (wanted, *aliases):
+        if name in available:
+            return name
+    raise ValueError(f"no column {wanted!r}, which task {task.name} needs; there are {', '.join(available)}")
+
+
+def _label(value: Any, feature: Any, classes: Mapping[str, int]) -> str:
+    """A label as the task writes it; a numbered class counts by its name where the task knows that name."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    class_names = getattr(feature, "names", ())
+    if isinstance(value, int) and 0 <= value < len(class_names):
+        name = class_names[value]
+        return next((text for text in (name, name.lower()) if text in classes), str(value))
+    return "" if value is None else str(value)
+
+
+def load_backbone(name: str) -> Backbone:
+    """A model's tokenizer and what its configuration says, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        looked = f"a folder {Path(name).absolute()} with config.json and tokenizer files, then the Hugging Face hub"
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model {name!r} cannot be read; looked for {looked} ({reason})") from error
+    if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"model {name!r} comes without a usable tokenizer: its folder needs a tokenizer.json")
+    kind, has_word_head = model_kind(config)
+    return Backbone(
+        tokenizer=tokenizer,
+        kind=kind,
+        can_score_words=has_word_head and (kind == "decoder" or tokenizer.mask_token is not None),
+        vocabulary_size=config.get_text_config().vocab_size,
+    )
+
+
+def model_kind(config: Any) -> tuple[Kind, bool]:
+    """Encoder or decoder, and whether the model comes with a head that predicts words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if config.is_encoder_decoder:
+        raise ModelError(f"{config.model_type} is an encoder-decoder model; only encoders and decoders can be tuned")
+    architectures = set(config.architectures or ())
+    if architectures & set(CAUSAL.values()):
+        return "decoder", True
+    has_head = not architectures or any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in architectures)
+    if config.model_type in MASKED:
+        return "encoder", has_head
+    if config.model_type in CAUSAL:
+        return "decoder", has_head
+    raise ModelError(f"{config.model_type} is no kind of language model that transformers knows")
+
+
+def limit(rows: Rows, count: int | None, seed: int) -> Rows:
+    """A random choice of so many examples, in their order in the source."""
+    if count is None or count >= len(rows.labels):
+        return rows
+    chosen = np.sort(generator(seed, purpose="limit-train").choice(len(rows.labels), count, replace=False))
+    return Rows(texts=[rows.texts[index] for index in chosen], labels=[rows.labels[index] for index in chosen])
+
+
+def encode(rows: Rows, encoder: TextEncoder, pad_id: int, title: str) -> tuple[Split, int]:
+    """Tokenise one split; also tells how many examples were shortened."""
+    encoded = []
+    for start in tqdm(range(0, len(rows.texts), BATCH), desc=title, unit_scale=BATCH, unit=" ex", disable=None):
+        encoded += encoder(rows.texts[start : start + BATCH])
+    split = Split(
+        tokens=np.concatenate([np.asarray(example.ids, np.int32) for example in encoded]),
+        offsets=np.cumsum([0, *(len(example.ids) for example in encoded)]),
+        labels=np.asarray(rows.labels, np.int32),
+        slots=np.asarray([example.slot for example in encoded], np.int32),
+        pad_id=pad_id,
+    )
+    return split, sum(example.truncated for example in encoded)
+
+
+def prepare(arguments: argparse.Namespace) -> str:
+    """Do all of it; returns the closing summary."""
+    check_writable(arguments.out)
+    task = load_task(arguments.task)
+    backbone = load_backbone(arguments.model)
+    head: Head = arguments.head
+    template = task.template(kind=backbone.kind, head=head)
+    word_ids: list[list[int]] = [[] for _ in task.classes]
+    if head == "verbalizer":
+        if not backbone.can_score_words:
+            raise ModelError(f"model {arguments.model!r} has no language-model head to score words; use --head linear")
+        word_ids = find_word_ids(list(task.classes.values()), template, backbone.tokenizer, kind=backbone.kind)
+    source = read_source(task, arguments.source)
+    source["train"] = limit(source["train"], arguments.limit_train, arguments.seed)
+
+    encoder = TextEncoder(template, backbone.tokenizer, kind=backbone.kind, max_length=arguments.max_length)
+    tokenizer = backbone.tokenizer
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    encoded = {name: encode(rows, encoder, pad_id, name) for name, rows in source.items()}
+    largest = max(int(split.tokens.max()) for split, _ in encoded.values())
+    if largest >= backbone.vocabulary_size:
+        raise ModelError(f"the tokenizer gives token {largest}, the model knows {backbone.vocabulary_size} tokens")
+    description = write_prepared(
+        arguments.out,
+        {
+            "task": task.name,
+            "head": head,
+            "kind": backbone.kind,
+            "model": arguments.model,
+            "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+            "pad_id": pad_id,
+            "max_length": arguments.max_length,
+            "template": template,
+            "class_names": list(task.classes),
+            "class_words": list(task.classes.values()),
+            "word_ids": word_ids,
+            "metric": task.metric,
+        },
+        {name: split for name, (split, _) in encoded.items()},
+    )
+    return summary(description, encoded, arguments.out)
+
+
+def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], out: str) -> str:
+    """What was made, where it is, and what to do next."""
+    header = ["split", "examples", *description.class_names, "median", "longest", "shortened"]
+    table = [header]
+    for name, (split, num_shortened) in encoded.items():
+        facts = description.splits[name]
+        numbers = [facts["examples"], *facts["class_counts"], int(np.median(split.lengths)), facts["longest"]]
+        table.append([name, *map(str, numbers), str(num_shortened)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    words = zip(description.class_names, description.class_words, description.word_ids, strict=True)
+    answers = ", ".join(f"{name} = {word!r} {ids}" for name, word, ids in words)
+    return "\n".join(
+        [
+            f"{description.task} for {description.kind} {description.model}, {description.head} head",
+            *lines,
+            f"template: {description.template}",
+            *([f"answers: {answers}"] if description.head == "verbalizer" else []),
+            f"written to {out}; next:",
+            f"  fedhpc run CONFIG.yaml --set data.task={description.task} --set data.path={shlex.quote(out)}",
+        ]
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Prepare a labelled text data set for fedhpc.")
+    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, or a task file (YAML)")
+    parser.add_argument("--source", required=True, help="folder of original files or from save_to_disk, or hub id")
+    parser.add_argument("--model", required=True, help="folder or hub name of the backbone")
+    parser.add_argument("--out", required=True, help="directory to write; an earlier prepared one is replaced")
+    parser.add_argument("--head", choices=("verbalizer", "linear"), default="verbalizer")
+    parser.add_argument("--max-length", type=_positive, default=128, help="longest example in tokens (%(default)s)")
+    parser.add_argument("--limit-train", type=_positive, help="take so many random training examples")
+    parser.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
+    try:
+        print(prepare(parser.parse_args(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
