@@ -1,0 +1,172 @@
+"""The command line: parse, validate, choose the role by rank."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import fedhpc
+from fedhpc.config import load_config
+from fedhpc.errors import EXIT_USER_ERROR, UserError
+from fedhpc.exchange import Exchange, LocalExchange, MpiExchange, connect
+from fedhpc.report import RunFiles, log, log_to_file, start_log
+
+EPILOG = "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; anything else is a failure"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.action(arguments)
+    except UserError as error:
+        print(f"fedhpc: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`fedhpc run`: the whole job, in the role of this process's rank."""
+    exchange = connect()
+    start_log(exchange.rank, exchange.size, exchange.host)
+    with faults_end_every_rank(exchange):
+        try:
+            role = set_up(arguments, exchange)
+        except UserError:
+            if exchange.rank > 0:
+                return EXIT_USER_ERROR
+            raise
+        role()
+    return 0
+
+
+def set_up(arguments: argparse.Namespace, exchange: Exchange) -> Callable[[], None]:
+    """Check everything, load what this rank needs; what the rank then does until the job ends.
+
+    Raises:
+        UserError: on every rank with the same message, whichever rank found the problem.
+    """
+    from fedhpc import job as jobs
+    from fedhpc.device import serve
+    from fedhpc.server import Server
+
+    is_server, has_devices = exchange.rank == 0, exchange.rank > 0 or isinstance(exchange, LocalExchange)
+    with all_ranks_or_none(exchange):
+        # Rank 0 checks first and for all: one message instead of one per rank.
+        if is_server:
+            config = load_config(arguments.config, arguments.set)
+            job = jobs.load_job(config)
+            jobs.check_data(job)
+            jobs.check_run_dir(config)
+            state = jobs.load_state(job, arguments.resume)
+            jobs.log_notices(job, exchange.num_workers)
+    with all_ranks_or_none(exchange):
+        if not is_server:
+            config = load_config(arguments.config, arguments.set)
+            job = jobs.load_job(config)
+        files = RunFiles(config.run_dir)
+        log_to_file(files.log, exchange.rank, exchange.size, exchange.host)
+        if has_devices:
+            index = max(0, exchange.rank - 1)
+            worker = jobs.make_worker(
+                job, index=index, num_workers=exchange.num_workers, local_rank=exchange.local_rank
+            )
+    if isinstance(exchange, MpiExchange) and has_devices:
+        return lambda: serve(exchange, worker)
+    if isinstance(exchange, LocalExchange):
+        exchange.handler = worker.handle
+    files.config.write_text(config.to_yaml(), encoding="utf-8")
+    return lambda: Server(job, exchange).run(state)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """`fedhpc plan`: what a run would need, without training."""
+    from fedhpc.plan import plan_text
+
+    config = load_config(arguments.config, arguments.set)
+    print(plan_text(config, ranks=arguments.ranks, examples_per_second=arguments.examples_per_second))
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """`fedhpc inspect`: a run directory or checkpoint in words."""
+    from fedhpc.inspection import inspect_text
+
+    text, valid = inspect_text(arguments.path)
+    print(text)
+    return 0 if valid else EXIT_USER_ERROR
+
+
+@contextmanager
+def all_ranks_or_none(exchange: Exchange) -> Iterator[None]:
+    """A part of the set-up that succeeds on all ranks, or raises one UserError on all."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    exchange.agree(problem)
+
+
+@contextmanager
+def faults_end_every_rank(exchange: Exchange) -> Iterator[None]:
+    """Log an unexpected exception with rank, host and traceback, then end the whole job."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        log.critical("%s: %s; ending all ranks\n%s", type(error).__name__, error, traceback.format_exc().rstrip())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        exchange.abort()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedhpc", description="Federated prompt tuning of large language models over MPI.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"fedhpc {fedhpc.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("run", help="select layers, train, evaluate, checkpoint", epilog=EPILOG)
+    _add_config(command)
+    command.add_argument(
+        "--resume",
+        choices=("auto", "never", "require"),
+        default="auto",
+        help="auto (default): go on from the run directory's newest valid checkpoint, if there is one",
+    )
+    command.set_defaults(action=run)
+
+    command = commands.add_parser("plan", help="what a run would need: bytes, memory, placement; no training")
+    _add_config(command)
+    command.add_argument("--ranks", type=_positive, required=True, metavar="R", help="MPI ranks, the server included")
+    command.add_argument(
+        "--examples-per-second", type=float, metavar="X", help="training throughput of one rank, to estimate the time"
+    )
+    command.set_defaults(action=plan)
+
+    command = commands.add_parser("inspect", help="a run directory or a checkpoint in words")
+    command.add_argument("path")
+    command.set_defaults(action=inspect)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key of the file; repeatable"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    return number

@@ -1,0 +1,365 @@
+"""The configuration of a run: one YAML file, `--set` overrides, every error reported at once."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from fedhpc.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+RELEASED_LEARNING_RATE = 1e-2
+"""Device learning rate below which variant `released` is warned about."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen backbone."""
+
+    name: str
+    """A local folder or a Hugging Face hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the backbone's weights; prompts are always float32."""
+    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """The attention kernel behind the prompts."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device_map: Literal["single", "auto"] = "single"
+    """`auto` spreads one rank's backbone over all GPUs that the rank can see."""
+    backbone_dropout: bool = False
+    """Train with the backbone's own dropout active (released code) instead of in eval mode."""
+
+
+class DataConfig(Section):
+    """The prepared data set."""
+
+    path: str
+    """A folder that data_prep/prepare.py wrote."""
+    task: str | None = None
+    """If given, the prepared data must be of this task."""
+    max_length: Positive | None = None
+    """If given, the prepared data must have been cut to this length."""
+
+
+class FederationConfig(Section):
+    """Who takes part: devices, their shards of the data, rounds."""
+
+    num_devices: Positive = 100
+    sample_rate: Fraction = 0.1
+    """Share of the devices sampled in a round; at least one device is."""
+    rounds: Positive = 100
+    partition: Literal["dirichlet", "quantity", "iid", "shards"] = "dirichlet"
+    alpha: PositiveFloat = 1.0
+    """Concentration of the class mix (`dirichlet`); smaller is further from iid."""
+    shards_per_device: Positive = 2
+    """Classes on each device (`shards`)."""
+
+    @property
+    def devices_per_round(self) -> int:
+        """Devices sampled in each round, `max(1, int(sample_rate * N))`."""
+        # The epsilon keeps 0.29 * 100 at 29; without it binary rounding gives 28.
+        return max(1, int(self.sample_rate * self.num_devices + 1e-9))
+
+
+class TuningConfig(Section):
+    """What is trained on top of the backbone."""
+
+    kind: Literal["prompt"] = "prompt"
+    num_tokens: Positive = 20
+    """Prompt tokens per layer, T."""
+    head: Literal["verbalizer", "linear"] = "verbalizer"
+    """`verbalizer`: class words at the answer slot; `linear`: a trained head, exchanged with the prompts."""
+    loss: Literal["verbalizer", "vocabulary"] = "verbalizer"
+    """Cross-entropy over the class words, or over the whole vocabulary at the answer slot (released code)."""
+    position_offset: bool = True
+    """Sequence positions start after T prompt positions, as in P-tuning v2 and the released code."""
+    dropout: Probability = 0.0
+    """Dropout on the prompts during training."""
+
+
+class SelectionConfig(Section):
+    """Which layers' prompts are exchanged."""
+
+    strategy: Literal["score", "lowest_score", "random", "first", "last", "all", "explicit"] = "score"
+    ratio: Fraction | Literal["auto"] = 0.5
+    """Share of the layers, or `auto`."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """The layers of strategy `explicit`, counted from 0."""
+    distance: Literal["cosine", "l1", "l2"] = "cosine"
+    """Similarity of two examples' hidden states in a layer's score."""
+    batch_size: Annotated[int, Field(ge=2)] = 8
+    """Examples that each device scores the layers on."""
+    auto_by: Literal["eigengap", "density"] = "eigengap"
+    """How `ratio: auto` reads the Hessian's spectrum: the paper's eigengap, or the released code's density."""
+    warmup_rounds: Positive = 10
+    """Rounds with all layers exchanged before `ratio: auto` decides."""
+
+    @model_validator(mode="after")
+    def _layers_belong_to_explicit(self) -> "SelectionConfig":
+        if (self.strategy == "explicit") != (self.layers is not None):
+            raise ValueError("selection.layers and selection.strategy: explicit go together")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ValueError(f"selection.layers must name at least one layer, each once; found {self.layers}")
+        return self
+
+
+class DeviceConfig(Section):
+    """The local update on a device."""
+
+    epochs: Positive = 2
+    batch_size: Positive = 8
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat = 5e-3
+    """eta."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear` falls to zero over the whole run."""
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient norm over all of a device's trainable parameters is clipped to this."""
+    reset_moments: bool = True
+    """False keeps Adam's moments on the device from one of its rounds to the next (released code)."""
+    threads: Positive = 1
+    """CPU threads per rank. Part of the run's identity: another number may round differently."""
+
+
+class ServerConfig(Section):
+    """The server update."""
+
+    method: Literal["fedavg", "fedpeptao"] = "fedpeptao"
+    variant: Literal["drift_corrected", "released"] | None = None
+    """Of fedpeptao: `drift_corrected` unless given. `released` is the published code's arithmetic: its control variates
+    carry 1/(K eta), so it diverges at device.learning_rate 5e-3 and learns at the published 4e-2."""
+    learning_rate: PositiveFloat | None = None
+    """eta_s of fedpeptao; 1.5 for drift_corrected, 0.05 for released unless given."""
+    momentum: Probability | None = None
+    """beta of fedpeptao; 0.5 for drift_corrected, 0.9 for released unless given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        if given.get("method", "fedpeptao") == "fedpeptao":
+            released = given.get("variant") == "released"
+            defaults = {"learning_rate": 0.05, "momentum": 0.9} if released else {"learning_rate": 1.5, "momentum": 0.5}
+            return {"variant": "drift_corrected", **defaults, **given}
+        return given
+
+
+class ExchangeConfig(Section):
+    """What crosses the network."""
+
+    dtype: Literal["float32"] = "float32"
+
+
+class CheckpointConfig(Section):
+    """When the state is saved."""
+
+    every: Positive = 1
+    """Rounds between checkpoints; the last round always writes one."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Generations kept; at least two, so that a broken newest one costs little."""
+
+
+class EvaluateConfig(Section):
+    """When and how accuracy is measured."""
+
+    every: Positive = 5
+    """Rounds between evaluations; the last round is always evaluated."""
+    batch_size: Positive = 32
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str
+    seed: Annotated[int, Field(ge=0)] = 42
+    model: ModelConfig
+    data: DataConfig
+    federation: FederationConfig = FederationConfig()
+    tuning: TuningConfig = TuningConfig()
+    selection: SelectionConfig = SelectionConfig()
+    device: DeviceConfig = DeviceConfig()
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
+    exchange: ExchangeConfig = ExchangeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    trace: bool = False
+    """Write every round's broadcast, uploads and result to traces/."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        if self.tuning.head == "linear" and self.tuning.loss == "vocabulary":
+            raise ValueError("tuning.loss: vocabulary needs tuning.head: verbalizer; a linear head has no vocabulary")
+        if self.model.dtype == "float32" and self.model.attention != "sdpa":
+            raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
+        return self
+
+    def notices(self) -> list[str]:
+        """What the user should know although it is no error."""
+        found = []
+        ineffective = [key for key in ("variant", "learning_rate", "momentum") if getattr(self.server, key) is not None]
+        if self.server.method == "fedavg" and ineffective:
+            found.append(f"server.method: fedavg does not use server.{', server.'.join(ineffective)}")
+        if self.server.variant == "released" and self.device.learning_rate < RELEASED_LEARNING_RATE:
+            found.append(
+                f"server.variant: released is known to diverge at small device.learning_rate (found "
+                f"{self.device.learning_rate}); it learns at the published 0.04"
+            )
+        return found
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as written to the run directory."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what determines the run's numbers."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """Dotted key -> value of everything that determines the run's numbers.
+
+        Left out: where files are, how often to save or evaluate, and the number of rounds unless a schedule depends
+        on it. Those may change when a run is resumed.
+        """
+        free = ("run_dir", "trace", "data.path", "checkpoint.", "evaluate.")
+        if self.device.schedule == "constant":
+            free += ("federation.rounds",)
+        return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(free)}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file (and the file its `base` names), apply `key.sub=value` overrides, validate.
+
+    Raises:
+        ConfigError: with all that is wrong, one line each.
+    """
+    values = _read_with_base(Path(path))
+    problems = [problem for text in overrides if (problem := _apply_override(values, text))]
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(details) for details in error.errors()]
+    if problems:
+        raise ConfigError(f"{path}: " + "\n  ".join([f"{len(problems)} problem(s)", *problems]))
+    return config
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-3 as a string; everyone who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: base: names a file that leads back to itself")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold keys and values, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the name of a file, found {base!r}")
+    return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], text: str) -> str | None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        return f"--set {text}: must have the form key.sub=value"
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            return f"--set {text}: {section} is not a section"
+    try:
+        values[leaf] = yaml.load(raw, _Loader)
+    except yaml.YAMLError:
+        return f"--set {text}: the value is not valid YAML"
+    return None
+
+
+def _describe(details: ErrorDetails) -> str:
+    """One line for one validation error: key, what was found, what is valid."""
+    # Pydantic adds the branch of a union to the location; users know only the keys.
+    location = [str(part) for part in details["loc"]]
+    while len(location) > 1 and ".".join(location) not in _KEYS and details["type"] not in ("extra_forbidden", "missing"):
+        location.pop()
+    key = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(key)}"
+    if details["type"] == "missing":
+        return f"{key}: is required"
+    if details["type"] == "value_error":
+        return details["msg"].removeprefix("Value error, ")
+    return f"{key}: {details['msg'][0].lower()}{details['msg'][1:]}, found {details['input']!r}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        keys.append(prefix + name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+_KEYS = _known_keys(Config)
+
+
+def _suggestion(key: str) -> str:
+    section, _, leaf = key.rpartition(".")
+    same_section = [known for known in _KEYS if known.rpartition(".")[0] == section]
+    near = (
+        difflib.get_close_matches(key, same_section, n=1)
+        or [known for known in _KEYS if known.rpartition(".")[2] == leaf][:1]
+        or difflib.get_close_matches(key, _KEYS, n=1)
+    )
+    return f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(same_section)}"

@@ -1,0 +1,189 @@
+"""What a run is made of, checked before anything is trained: data, backbone shape, tuning, partition."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.config import Config
+from fedhpc.data import PreparedData, tokenizer_fingerprint
+from fedhpc.device import Worker
+from fedhpc.errors import CheckpointError, ConfigError, DataError
+from fedhpc.models import Backbone, BackboneShape, load_tokenizer, read_shape
+from fedhpc.partition import Partition, make_partition
+from fedhpc.report import log
+from fedhpc.selection import check_selection
+from fedhpc.state_file import RunState
+from fedhpc.tuning import Tuning, make_tuning
+
+MISSING = "<not set>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything about a run that is known on every rank without the backbone's weights."""
+
+    config: Config
+    data: PreparedData
+    shape: BackboneShape
+    tuning: Tuning
+    partition: Partition
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the run's numbers: configuration, digest of it, prepared data."""
+        files = {name: file["sha256"] for name, file in self.data.description.files.items()}
+        return {**self.config.identity(), "sha256": self.config.sha256, "data": files}
+
+
+def load_job(config: Config) -> Job:
+    """Read and cross-check what a configuration names; cheap, done on every rank.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    data = PreparedData.open(config.data.path, verify=False)
+    _check_data(config, data)
+    shape = read_shape(config.model.name)
+    check_selection(config.selection, shape.num_layers)
+    _check_positions(config, data, shape)
+    federation = config.federation
+    partition = make_partition(
+        np.asarray(data.split("train").labels),
+        np.asarray(data.split("validation").labels),
+        num_devices=federation.num_devices,
+        kind=federation.partition,
+        alpha=federation.alpha,
+        shards_per_device=federation.shards_per_device,
+        seed=config.seed,
+    )
+    tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
+    return Job(config=config, data=data, shape=shape, tuning=tuning, partition=partition)
+
+
+def check_data(job: Job) -> None:
+    """The dearer checks, for one rank: the data's checksums and the tokenizer.
+
+    Raises:
+        DataError: the data were altered, or prepared with another tokenizer.
+    """
+    PreparedData.open(job.config.data.path, verify=True)
+    description, model = job.data.description, job.config.model.name
+    if tokenizer_fingerprint(load_tokenizer(model)) != description.tokenizer_sha256:
+        raise DataError(
+            f"data.path: {job.config.data.path} was prepared with the tokenizer of {description.model}, which is not "
+            f"that of model.name: {model}; run data_prep/prepare.py with --model {model}"
+        )
+
+
+def check_run_dir(config: Config) -> None:
+    """Make the run directory.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run_dir} is not writable: {error.strerror}") from None
+
+
+def log_notices(job: Job, num_workers: int) -> None:
+    """Say what the user should know although it is no error."""
+    for notice in job.config.notices():
+        log.warning("%s", notice)
+    if (idle := num_workers - job.config.federation.num_devices) > 0:
+        log.warning(
+            "%d ranks have no device: %d device ranks for federation.num_devices: %d",
+            idle,
+            num_workers,
+            job.config.federation.num_devices,
+        )
+
+
+def load_state(job: Job, resume: str) -> RunState | None:
+    """The state to go on from, or None for a new run.
+
+    Raises:
+        CheckpointError: resuming is required but impossible, or the checkpoint belongs to another configuration.
+    """
+    checkpoints = Checkpoints(job.config.run_dir)
+    if resume == "never":
+        if checkpoints.rounds():
+            raise CheckpointError(
+                f"--resume never: {checkpoints.folder} has checkpoints, which a new run would replace; choose another "
+                "run_dir or remove them"
+            )
+        return None
+    found = checkpoints.newest(job.tuning, partial(log.warning, "%s"))
+    if found is None:
+        if resume == "require":
+            raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
+        return None
+    state, saved = found
+    ours = job.identity
+    differing = [
+        f"{key}: {saved.get(key, MISSING)} in the checkpoint, {ours.get(key, MISSING)} now"
+        for key in sorted({*saved, *ours} - {"sha256"})
+        if saved.get(key, MISSING) != ours.get(key, MISSING)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoints.path(state.server.round)} was written with another configuration; change it back, or choose "
+            "another run_dir:\n  " + "\n  ".join(differing)
+        )
+    return state
+
+
+def make_worker(job: Job, *, index: int, num_workers: int, local_rank: int) -> Worker:
+    """Load the backbone and set up one rank's devices."""
+    torch.set_num_threads(job.config.device.threads)
+    torch_device = choose_torch_device(local_rank)
+    backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
+    return Worker(
+        job.config, job.data, job.partition, backbone, job.tuning, index=index, num_workers=num_workers
+    )
+
+
+def choose_torch_device(local_rank: int) -> torch.device:
+    """A GPU of its own for each rank of a host while there are enough, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _check_data(config: Config, data: PreparedData) -> None:
+    found = data.description
+    for key, wanted, prepared in (
+        ("data.task", config.data.task, found.task),
+        ("data.max_length", config.data.max_length, found.max_length),
+        ("tuning.head", config.tuning.head, found.head),
+    ):
+        if wanted is not None and wanted != prepared:
+            raise ConfigError(
+                f"{key}: {wanted}, but {config.data.path} was prepared with {prepared}; change the key or run "
+                "data_prep/prepare.py again"
+            )
+
+
+def _check_positions(config: Config, data: PreparedData, shape: BackboneShape) -> None:
+    words = data.description.word_ids
+    longest = max(split["longest"] for split in data.description.splits.values()) + max(map(len, words), default=1) - 1
+    needed = longest + (config.tuning.num_tokens if config.tuning.position_offset else 0)
+    if shape.max_positions is not None and needed > shape.max_positions:
+        raise ConfigError(
+            f"tuning.num_tokens: {config.tuning.num_tokens} prompt positions and texts of up to {longest} tokens exceed "
+            f"the {shape.max_positions} positions of {config.model.name}; prepare the data with a smaller --max-length, "
+            "use fewer tokens, or set tuning.position_offset: false"
+        )

@@ -1,0 +1,317 @@
+"""The frozen backbone: loading, placement, prompts in its attention, and scores of the classes.
+
+Prompts enter through transformers' attention interface: the registered attention functions are wrapped so that a
+`prompts` argument, when a forward pass carries one, puts the layer's prompt keys and values first. Without it they do
+what they did before. No model code is patched.
+
+Shapes: b examples, s positions, L layers, T prompt tokens per layer, D key width, H hidden size, C classes, V words.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc.data import Batch, Description
+from fedhpc.errors import ModelError
+
+POSITIONS_COUNT_TOKENS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
+"""Model types whose positions start at padding_idx + 1 and skip padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneShape:
+    """What is known of a backbone without its weights."""
+
+    name: str
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    initializer_range: float
+    max_positions: int | None
+
+    @property
+    def key_width(self) -> int:
+        """D, the width of one layer's keys."""
+        return self.num_key_value_heads * self.head_dim
+
+
+def read_shape(name: str) -> BackboneShape:
+    """The shape of a local or hub model, from its configuration alone."""
+    config = _load(AutoConfig.from_pretrained, name)
+    heads = config.num_attention_heads
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_COUNT_TOKENS:
+        positions -= config.pad_token_id + 1
+    return BackboneShape(
+        name=name,
+        num_layers=config.num_hidden_layers,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden_size=config.hidden_size,
+        initializer_range=getattr(config, "initializer_range", 0.02),
+        max_positions=positions,
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a local or hub model."""
+    return _load(AutoTokenizer.from_pretrained, name)
+
+
+def count_parameters(name: str) -> int:
+    """Parameters of the whole model, counted without its weights."""
+    config = _load(AutoConfig.from_pretrained, name)
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+
+
+class Backbone(nn.Module):
+    """A frozen backbone and what turns its hidden states into class scores."""
+
+    def __init__(self, config: ModelConfig, tuning: TuningConfig, data: Description, torch_device: torch.device):
+        super().__init__()
+        self.kind = data.kind
+        self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
+        self.torch_device = torch_device
+        self._train_mode = config.backbone_dropout or config.gradient_checkpointing
+        self.model = _load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if data.head == "verbalizer":
+            self.base, self.word_head = _split_head(self.model)
+            if not self.answers.needs_vocabulary:
+                _keep_words(self.model, self.answers.first_tokens)
+        else:
+            self.base = self.model
+
+    def hidden(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
+        """The last layer's hidden states [b, s, H]; prompts [L, 2, T, D] (axis 1: key, value) enter every layer."""
+        positions = self._positions(batch.input_ids, batch.attention_mask, first_position)
+        return self._run(batch.input_ids, batch.attention_mask, positions, prompts)
+
+    def pooled(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
+        """Pooled output [b, H]."""
+        hidden = self.hidden(batch, prompts, first_position=first_position)
+        mode = os.environ.get("POOL", "mean")
+        if mode == "cls":
+            return hidden[:, 0]
+        if mode == "pooler":
+            return self.base.pooler(hidden)
+        mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def word_scores(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
+        """Class scores [b, C] in float32: how well each class word fits the answer slot.
+
+        One token per word: its logit (its log-probability where the whole vocabulary is computed). Several: the mean
+        log-probability of the word's tokens; all answers share one forward pass of the text.
+        """
+        rows = torch.arange(len(batch.slots), device=batch.slots.device)
+        if not self.answers.branch_tokens:
+            logits = self.word_head(self.hidden(batch, prompts, first_position=first_position)[rows, batch.slots])
+            if not self.answers.needs_vocabulary:
+                return logits.float()
+            words = torch.tensor(self.answers.first_tokens, device=logits.device)
+            return logits.float().log_softmax(-1)[:, words]
+        ids, positions, mask = self.answers.branch(batch, first_position)
+        hidden = self._run(ids, mask, positions, prompts)
+        at_slot = hidden[rows, batch.slots].unsqueeze(1)
+        in_branches = hidden[:, batch.input_ids.shape[1] :]
+        log_probabilities = self.word_head(torch.cat([at_slot, in_branches], dim=1)).float().log_softmax(-1)
+        return self.answers.mean_log_probability(log_probabilities)
+
+    @torch.no_grad()
+    def layer_outputs(self, batch: Batch) -> list[Tensor]:
+        """Each layer's output [b, s, H], without prompts."""
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            self.hidden(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def training_mode(self, training: bool) -> None:
+        """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen."""
+        self.model.train(training and self._train_mode)
+
+    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, prompts: Tensor | None) -> Tensor:
+        extra = {} if prompts is None else {"prompts": prompts}
+        if self.kind == "decoder":
+            extra["use_cache"] = False
+        output = self.base(input_ids=ids, attention_mask=mask, position_ids=positions, **extra)
+        return output.last_hidden_state.to(self.torch_device)
+
+    def _positions(self, ids: Tensor, mask: Tensor, first_position: int) -> Tensor:
+        if self.base.config.model_type in POSITIONS_COUNT_TOKENS:
+            padding = self.base.config.pad_token_id
+            return (mask.cumsum(1) + first_position) * mask + padding
+        return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
+
+
+class Answers:
+    """The class words as tokens; words of several tokens become branches behind the text (decoders)."""
+
+    def __init__(self, word_ids: list[list[int]], *, full_vocabulary: bool = False) -> None:
+        self.word_ids = word_ids
+        self.first_tokens = [ids[0] for ids in word_ids if ids]
+        branches = [(branch, depth, token) for branch, ids in enumerate(word_ids) for depth, token in enumerate(ids[:-1])]
+        self.branch_tokens = [token for _, _, token in branches]
+        self._branch = torch.tensor([branch for branch, _, _ in branches], dtype=torch.int64)
+        self._depth = torch.tensor([depth for _, depth, _ in branches], dtype=torch.int64)
+        self.needs_vocabulary = full_vocabulary or bool(branches)
+
+    def branch(self, batch: Batch, first_position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch with k branch tokens behind each text: ids and positions [b, s+k], mask [b, 1, s+k, s+k].
+
+        A branch token sees its text up to the slot and its own branch up to itself, no other answer.
+        """
+        device, (b, s), k = batch.input_ids.device, batch.input_ids.shape, len(self.branch_tokens)
+        tokens = torch.tensor(self.branch_tokens, device=device).expand(b, k)
+        branch, depth = self._branch.to(device), self._depth.to(device)
+        positions = torch.cat([torch.arange(s, device=device).expand(b, s), batch.slots[:, None] + 1 + depth], dim=1)
+        text = torch.arange(s, device=device)
+        mask = torch.zeros(b, s + k, s + k, dtype=torch.bool, device=device)
+        mask[:, :s, :s] = (text[:, None] >= text) & batch.attention_mask.bool()[:, None, :]
+        mask[:, s:, :s] = (text <= batch.slots[:, None])[:, None, :]
+        mask[:, s:, s:] = (branch[:, None] == branch) & (depth[:, None] >= depth)
+        return torch.cat([batch.input_ids, tokens], dim=1), positions + first_position, mask.unsqueeze(1)
+
+    def mean_log_probability(self, log_probabilities: Tensor) -> Tensor:
+        """Scores [b, C] from log-probabilities [b, 1+k, V] at the slot and at the branch tokens."""
+        place = {(int(b), int(d)): 1 + i for i, (b, d) in enumerate(zip(self._branch, self._depth, strict=True))}
+        columns = [
+            torch.stack(
+                [log_probabilities[:, place.get((c, d - 1), 0), token] for d, token in enumerate(ids)], dim=1
+            ).mean(1)
+            for c, ids in enumerate(self.word_ids)
+        ]
+        return torch.stack(columns, dim=1)
+
+
+def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function of transformers with the layer's prompt keys and values put first."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        prompts: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if prompts is not None:
+            batch, heads, _, head_dim = key.shape
+            num_tokens = prompts.shape[-2]
+            prefix = prompts[module.layer_idx].to(key.device, key.dtype)  # [2, T, D]
+            prefix = prefix.view(2, 1, num_tokens, heads, head_dim).transpose(2, 3)  # [2, 1, heads, T, head_dim]
+            key = torch.cat([prefix[0].expand(batch, -1, -1, -1), key], dim=2)
+            value = torch.cat([prefix[1].expand(batch, -1, -1, -1), value], dim=2)
+            attention_mask = _widen(attention_mask, module, query, num_tokens, attention)
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attend
+
+
+def _widen(
+    mask: Tensor | None, module: nn.Module, query: Tensor, num_tokens: int, attention: Callable[..., Any]
+) -> Tensor | None:
+    """The mask [b, s] or [b, 1, s, s] with T visible columns in front."""
+    if mask is not None:
+        visible = 0.0 if mask.is_floating_point() else True
+        return functional.pad(mask, (num_tokens, 0), value=visible)
+    # FlashAttention aligns causality to the last key; SDPA's causal flag would align it to the first.
+    if attention is sdpa_attention_forward and getattr(module, "is_causal", True):
+        return _causal_mask(query.shape[2], num_tokens, query.device)
+    return None
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(length: int, num_tokens: int, device: torch.device) -> Tensor:
+    return torch.ones(length, num_tokens + length, dtype=torch.bool, device=device).tril(num_tokens)[None, None]
+
+
+for _name, _attention in (
+    ("sdpa", sdpa_attention_forward),
+    ("flash_attention_2", flash_attention_forward),
+    ("flash_attention_3", flash_attention_forward),
+):
+    AttentionInterface.register(_name, prompted(_attention))
+
+
+def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torch.device) -> Any:
+    model_config = _load(AutoConfig.from_pretrained, config.name)
+    if not config.backbone_dropout:
+        for key, value in vars(model_config).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(model_config, key, 0.0)
+    loader = AutoModel if head == "linear" else AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
+    extra: dict[str, Any] = {"device_map": "auto"} if config.device_map == "auto" else {}
+    model, info = _load(
+        partial(loader.from_pretrained, output_loading_info=True),
+        config.name,
+        config=model_config,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+        **extra,
+    )
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        advice = "; it has no language-model head: use tuning.head: linear" if head == "verbalizer" else ""
+        raise ModelError(f"model.name: {config.name} lacks weights for {', '.join(missing[:3])}{advice}")
+    model.requires_grad_(False)
+    model.eval()
+    return model if config.device_map == "auto" else model.to(torch_device)
+
+
+def _split_head(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The model without its head, and its language-model head."""
+    heads = [module for name, module in model.named_children() if name != model.base_model_prefix]
+    if len(heads) != 1:
+        raise ModelError(f"model.name: {type(model).__name__} has no single language-model head; found {len(heads)}")
+    return model.base_model, heads[0]
+
+
+def _keep_words(model: Any, tokens: list[int]) -> None:
+    """Cut the head's output down to the class words' rows: no other logit is ever computed."""
+    full = model.get_output_embeddings()
+    words = nn.Linear(
+        full.in_features, len(tokens), bias=full.bias is not None, device=full.weight.device, dtype=full.weight.dtype
+    ).requires_grad_(False)
+    words.weight.copy_(full.weight[tokens])
+    if full.bias is not None:
+        words.bias.copy_(full.bias[tokens])
+    model.set_output_embeddings(words)
+
+
+def _load(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+    try:
+        return load(name, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        where = "the folder exists" if Path(name).exists() else f"no folder {os.path.abspath(name)}"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.name: {name} cannot be loaded ({where}; otherwise it must be a hub id that is cached or "
+            f"reachable): {first_line}"
+        ) from None

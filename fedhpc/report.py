@@ -1,0 +1,117 @@
+"""What a run tells its user: log records, one metrics line per round, progress on the terminal."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+log = logging.getLogger("fedhpc")
+
+
+class RunFiles:
+    """The files of a run directory that the server writes."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.config = self.run_dir / "config.yaml"
+        self.metrics = self.run_dir / "metrics.jsonl"
+        self.log = self.run_dir / "log.txt"
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def start_log(rank: int, size: int, host: str) -> None:
+    """Records of this process go to stderr with time, rank and host."""
+    handler = _BesideProgressBar()
+    handler.setFormatter(_formatter(rank, size, host))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def log_to_file(path: Path, rank: int, size: int, host: str) -> None:
+    """Rank 0's records also go to the run's log.txt; of the other ranks only a fault's last words do."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
+    handler.setFormatter(_formatter(rank, size, host))
+    log.addHandler(handler)
+
+
+def _formatter(rank: int, size: int, host: str) -> logging.Formatter:
+    return logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}/{size} {host}: %(message)s")
+
+
+class _BesideProgressBar(logging.Handler):
+    """Writes to stderr without cutting a live progress bar in two."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+class Progress:
+    """Rounds as they pass: a live bar on a terminal, one plain line per round elsewhere."""
+
+    def __init__(self, first_round: int, rounds: int, stream: TextIO | None = None) -> None:
+        self.first_round, self.rounds = first_round, rounds
+        self.stream = stream or sys.stdout
+        self.start = time.monotonic()
+        self.accuracy = "-"
+        self.bytes = 0
+        self.bar = None
+        if on_terminal(self.stream):
+            self.bar = tqdm(total=rounds, initial=first_round, desc="round", unit="round", file=self.stream)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Show the round whose metrics these are."""
+        done = record["round"] + 1
+        if record["accuracy"] is not None:
+            self.accuracy = f"{record['accuracy']:.3f}"
+        self.bytes += record["bytes_down"] + record["bytes_up"]
+        facts = {"accuracy": self.accuracy, "loss": f"{record['loss']:.3f}", "moved": human_bytes(self.bytes)}
+        if self.bar is not None:
+            self.bar.set_postfix(facts, refresh=False)
+            self.bar.update()
+            return
+        elapsed = time.monotonic() - self.start
+        remaining = elapsed / (done - self.first_round) * (self.rounds - done)
+        text = "  ".join(f"{name} {value}" for name, value in facts.items())
+        print(f"round {done}/{self.rounds}  {text}  ETA {tqdm.format_interval(remaining)}", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def on_terminal(stream: TextIO) -> bool:
+    """Whether a person watches this stream.
+
+    Open MPI gives every rank a pseudo-terminal of its own, so under mpirun the launcher's output decides.
+    """
+    if not stream.isatty():
+        return False
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,93 @@
+"""Which layers' prompts are exchanged: scores, ranking, how many.
+
+FedPepTAO, https://arxiv.org/abs/2310.15080, section 4.1; the released code's score of a layer: the divergence of its
+hidden states' similarity spectrum over one batch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.config import SelectionConfig
+from fedhpc.errors import ConfigError
+from fedhpc.seeding import generator
+
+EIGENVALUE_OFFSET = 1e-5
+
+
+def layer_score(hidden: NDArray[np.floating], distance: str = "cosine") -> float:
+    """Score of one layer on one batch: sum over sigma of (log sigma + 1/sigma).
+
+    Args:
+        hidden: hidden states after the layer [b, s, H], padding included.
+        distance: `cosine`, or `l1`, `l2` (similarity = largest distance - distance).
+    """
+    x = np.asarray(hidden, np.float64).reshape(len(hidden), -1)
+    similarity = _cosine(x) if distance == "cosine" else _from_distances(x, order=1 if distance == "l1" else 2)
+    # Similarities from distances need not be positive semi-definite, and a logarithm wants a positive argument.
+    sigma = np.maximum(np.linalg.eigvalsh(similarity), 0.0) + EIGENVALUE_OFFSET
+    return float(np.sum(np.log(sigma) + 1.0 / sigma))
+
+
+def global_scores(scores: NDArray[np.float64], num_examples: NDArray[np.int64]) -> NDArray[np.float64]:
+    """score(l) = sum over all devices of (n_i / N_examples) score_i(l), by ascending device; [N, L] -> [L]."""
+    weights = num_examples / num_examples.sum()
+    total = np.zeros(scores.shape[1])
+    for weight, device_scores in zip(weights, scores, strict=True):
+        total += weight * device_scores
+    return total
+
+
+def num_selected(ratio: float, num_layers: int) -> int:
+    """How many of L layers a ratio selects: the whole part of ratio * L."""
+    count = int(ratio * num_layers + 1e-9)
+    if count < 1:
+        raise ConfigError(
+            f"selection.ratio: {ratio} of {num_layers} layers selects no layer; valid: {1 / num_layers:.3g} to 1, or auto"
+        )
+    return count
+
+
+def check_selection(config: SelectionConfig, num_layers: int) -> None:
+    """Raise ConfigError where the configuration does not fit a backbone of L layers."""
+    if config.strategy == "explicit":
+        outside = [layer for layer in config.layers or [] if layer >= num_layers]
+        if outside:
+            raise ConfigError(f"selection.layers: {outside} not in the backbone; valid: 0 to {num_layers - 1}")
+    elif config.strategy != "all" and config.ratio != "auto":
+        num_selected(config.ratio, num_layers)
+
+
+def choose_layers(
+    config: SelectionConfig, *, ratio: float, num_layers: int, seed: int, scores: NDArray[np.float64] | None
+) -> tuple[int, ...]:
+    """The selected layers S in ascending order; ties in score go to the lower index."""
+    everything = range(num_layers)
+    if config.strategy == "all":
+        return tuple(everything)
+    if config.strategy == "explicit":
+        return tuple(sorted(config.layers or []))
+    count = num_selected(ratio, num_layers)
+    ranking: Sequence[int]
+    if config.strategy == "first":
+        ranking = everything
+    elif config.strategy == "last":
+        ranking = everything[::-1]
+    elif config.strategy == "random":
+        ranking = [int(layer) for layer in generator(seed, purpose="random layers").permutation(num_layers)]
+    else:
+        assert scores is not None
+        sign = 1 if config.strategy == "lowest_score" else -1
+        ranking = sorted(everything, key=lambda layer: (sign * scores[layer], layer))
+    return tuple(sorted(ranking[:count]))
+
+
+def _cosine(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    normalised = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return normalised @ normalised.T
+
+
+def _from_distances(x: NDArray[np.float64], order: int) -> NDArray[np.float64]:
+    distances = np.stack([np.linalg.norm(x - row, ord=order, axis=1) for row in x])
+    return distances.max() - distances

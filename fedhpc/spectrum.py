@@ -1,0 +1,155 @@
+"""How many layers lose nothing: a device's ratio from the spectrum of its loss's Hessian with respect to the prompts.
+
+FedPepTAO, https://arxiv.org/abs/2310.15080, section 4.1. Hessian-vector products, Lanczos with full
+re-orthogonalisation; `eigengap` is the paper's rule, `density` the released code's.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedhpc.data import Batch
+from fedhpc.models import Backbone
+from fedhpc.tuning import Tuning
+from fedhpc.tuning.base import as_parameters
+
+LANCZOS_STEPS = 50
+BREAKDOWN = 1e-10
+"""A Lanczos residual below this share of the largest coefficient means that an invariant subspace is found."""
+LIPSCHITZ_PROBES = 4
+LIPSCHITZ_RADIUS = 0.1
+"""Length of a probe's displacement, as a share of the length of the parameters."""
+DENSITY_VARIANCE = 1e-5
+FLAT_MASS = 0.005
+FLAT_VALUES = 4
+FIRST_STEPS = 20
+"""The density rule's first step is this part of the way from 0 to the largest eigenvalue."""
+MOST_STEPS = 1000
+
+Flat = NDArray[np.float64]
+
+
+def lossless_ratio(
+    backbone: Backbone,
+    tuning: Tuning,
+    tensors: dict[str, np.ndarray],
+    batch: Batch,
+    *,
+    by: str,
+    rng: np.random.Generator,
+) -> float:
+    """Share of the layers that a device would exchange, in (0, 1], from one batch."""
+    loss = BatchLoss(backbone, tuning, tensors, batch)
+    start = rng.standard_normal(loss.size)
+    values, weights = lanczos(loss.hessian_product, start, steps=min(LANCZOS_STEPS, loss.size))
+    if by == "density":
+        return density_ratio(values, weights)
+    return eigengap_ratio(values, lipschitz_constant(loss, rng))
+
+
+class BatchLoss:
+    """The loss of one batch as a function of the per-layer parameters, as one float64 vector; shared ones stay."""
+
+    def __init__(self, backbone: Backbone, tuning: Tuning, tensors: dict[str, np.ndarray], batch: Batch) -> None:
+        self.backbone, self.tuning, self.batch = backbone, tuning, batch
+        self.params = as_parameters(tensors, backbone.torch_device)
+        self.moved = [self.params[name] for name in tuning.per_layer]
+        self.at = [parameter.detach().clone() for parameter in self.moved]
+        self.size = sum(parameter.numel() for parameter in self.moved)
+        self.norm = math.sqrt(sum(float(parameter.double().square().sum()) for parameter in self.at))
+
+    def gradient(self, displacement: Flat) -> Flat:
+        """grad F(P + d)."""
+        return self._flat(torch.autograd.grad(self._value(displacement), self.moved))
+
+    def hessian_product(self, vector: Flat) -> Flat:
+        """H(P) v, by differentiating the gradient's product with v."""
+        # The fused attention kernels have no second derivative; the plain one has.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = torch.autograd.grad(self._value(np.zeros(self.size)), self.moved, create_graph=True)
+            product = torch.stack([(g * v).sum() for g, v in zip(gradients, self._tensors(vector), strict=True)]).sum()
+            return self._flat(torch.autograd.grad(product, self.moved))
+
+    def _value(self, displacement: Flat) -> torch.Tensor:
+        with torch.no_grad():
+            for parameter, base, move in zip(self.moved, self.at, self._tensors(displacement), strict=True):
+                parameter.copy_(base + move)
+        scores = self.tuning.forward(self.backbone, self.params, self.batch, training=False)
+        return self.tuning.loss(scores, self.batch.labels)
+
+    def _tensors(self, flat: Flat) -> list[torch.Tensor]:
+        parts = torch.from_numpy(flat).float().to(self.backbone.torch_device).split([p.numel() for p in self.moved])
+        return [part.view_as(parameter) for part, parameter in zip(parts, self.moved, strict=True)]
+
+    @staticmethod
+    def _flat(tensors: tuple[torch.Tensor, ...]) -> Flat:
+        return torch.cat([tensor.detach().flatten() for tensor in tensors]).double().cpu().numpy()
+
+
+def lanczos(product: Callable[[Flat], Flat], start: Flat, *, steps: int) -> tuple[Flat, Flat]:
+    """Ritz values ascending and their weights (squared first components, sum 1) of a symmetric operator."""
+    basis = [start / np.linalg.norm(start)]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    while True:
+        w = product(basis[-1])
+        diagonal.append(float(w @ basis[-1]))
+        known = np.stack(basis)
+        for _ in range(2):  # once is not enough in finite precision
+            w = w - known.T @ (known @ w)
+        beta = float(np.linalg.norm(w))
+        if len(diagonal) == steps or beta <= BREAKDOWN * max(map(abs, diagonal + off_diagonal)):
+            break
+        off_diagonal.append(beta)
+        basis.append(w / beta)
+    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1))
+    return values, vectors[0] ** 2
+
+
+def lipschitz_constant(loss: BatchLoss, rng: np.random.Generator) -> float:
+    """Lip of B(d) = H(P) d - grad F(P + d), estimated as the largest |B(d) - B(0)| / |d| over random displacements."""
+    at_zero = loss.gradient(np.zeros(loss.size))
+    largest = 0.0
+    for _ in range(LIPSCHITZ_PROBES):
+        direction = rng.standard_normal(loss.size)
+        length = LIPSCHITZ_RADIUS * loss.norm
+        displacement = direction * (length / np.linalg.norm(direction))
+        change = loss.hessian_product(displacement) - loss.gradient(displacement) + at_zero
+        largest = max(largest, float(np.linalg.norm(change)) / length)
+    return largest
+
+
+def eigengap_ratio(values: Flat, lipschitz: float) -> float:
+    """m / (number of eigenvalues) for the first m with lambda_{m+1} - lambda_m > 4 Lip; 1 where there is no such gap."""
+    wide = np.flatnonzero(np.diff(values) > 4 * lipschitz)
+    return float((wide[0] + 1) / len(values)) if len(wide) else 1.0
+
+
+def density_ratio(values: Flat, weights: Flat) -> float:
+    """Mass of the smoothed spectral density above a threshold that rises from 0 until the mass is flat.
+
+    Flat: four successive values within 0.005. The step is halved whenever the mass falls below half of its start.
+    """
+    sigma = math.sqrt(DENSITY_VARIANCE * max(1.0, float(values[-1] - values[0])))
+
+    def mass_above(threshold: float) -> float:
+        above = [0.5 * math.erfc((threshold - value) / (sigma * math.sqrt(2))) for value in values]
+        return float(np.dot(weights, above))
+
+    threshold, step = 0.0, max(float(values[-1]), sigma) / FIRST_STEPS
+    masses = [mass_above(threshold)]
+    for _ in range(MOST_STEPS):
+        recent = masses[-FLAT_VALUES:]
+        if len(recent) == FLAT_VALUES and max(recent) - min(recent) <= FLAT_MASS:
+            break
+        mass = mass_above(threshold + step)
+        if mass < masses[0] / 2:
+            step /= 2
+            continue
+        threshold += step
+        masses.append(mass)
+    return masses[-1]

@@ -1,0 +1,107 @@
+"""What every tuning shares: its tensors, and which of them are exchanged once layers are selected.
+
+A tensor is either *per layer* (axis 0 counts the backbone's layers; the selected rows are exchanged, the others stay
+on the device) or *shared* (exchanged whole, for example a linear head).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedhpc.config import TuningConfig
+from fedhpc.data import Batch
+from fedhpc.models import Backbone, BackboneShape
+from fedhpc.seeding import generator
+from fedhpc.updates import Layout, Vector
+
+
+class Tuning(ABC):
+    """One kind of trainable parameters on a frozen backbone."""
+
+    per_layer: dict[str, tuple[int, ...]]
+    """Name -> shape [L, ...]."""
+
+    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+        self.config = config
+        self.shape = shape
+        self.shared: dict[str, tuple[int, ...]] = {}
+        if config.head == "linear":
+            self.shared = {"head.weight": (num_classes, shape.hidden_size), "head.bias": (num_classes,)}
+
+    @abstractmethod
+    def forward(self, backbone: Backbone, params: Mapping[str, Tensor], batch: Batch, *, training: bool) -> Tensor:
+        """Class scores [b, C] of a batch."""
+
+    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch, from class scores [b, C] and labels [b]."""
+        if self.config.loss == "vocabulary":
+            return -scores.gather(1, labels[:, None]).mean()
+        return functional.cross_entropy(scores, labels)
+
+    def initial(self, seed: int) -> dict[str, np.ndarray]:
+        """All trainable tensors before round 0, the same for every device: normal, standard deviation
+        `initializer_range` of the backbone; biases zero."""
+        tensors = {}
+        for name, shape in {**self.per_layer, **self.shared}.items():
+            draw = generator(seed, purpose=f"initial {name}").standard_normal(shape, dtype=np.float32)
+            scale = 0.0 if name.endswith("bias") else self.shape.initializer_range
+            tensors[name] = draw * np.float32(scale)
+        return tensors
+
+    def exchanged(self, layers: Sequence[int]) -> Layout:
+        """What crosses the network when ``layers`` are selected."""
+        return Layout({**self._rows(len(layers)), **self.shared})
+
+    def local(self, layers: Sequence[int]) -> Layout:
+        """What stays on the device when ``layers`` are selected."""
+        return Layout(self._rows(self.shape.num_layers - len(layers)))
+
+    def split(self, tensors: Mapping[str, np.ndarray], layers: Sequence[int]) -> tuple[Vector, Vector]:
+        """Whole tensors as (exchanged vector, local vector)."""
+        others = self.other_layers(layers)
+        exchanged = {name: tensors[name][list(layers)] for name in self.per_layer}
+        exchanged |= {name: tensors[name] for name in self.shared}
+        local = {name: tensors[name][others] for name in self.per_layer}
+        return self.exchanged(layers).pack(exchanged), self.local(layers).pack(local)
+
+    def merge(self, exchanged: Vector, local: Vector, layers: Sequence[int]) -> dict[str, np.ndarray]:
+        """The whole tensors from an exchanged and a local vector."""
+        others = self.other_layers(layers)
+        global_views, local_views = self.exchanged(layers).views(exchanged), self.local(layers).views(local)
+        tensors = {name: global_views[name].copy() for name in self.shared}
+        for name, shape in self.per_layer.items():
+            tensors[name] = np.empty(shape, np.float32)
+            tensors[name][list(layers)] = global_views[name]
+            tensors[name][others] = local_views[name]
+        return tensors
+
+    def kept_elements(self, layers: Sequence[int]) -> np.ndarray:
+        """Indices into the vector of all layers that remain when only ``layers`` are exchanged."""
+        everything = self.exchanged(range(self.shape.num_layers))
+        places = everything.views(np.arange(everything.size))
+        kept = {name: places[name][list(layers)] for name in self.per_layer}
+        kept |= {name: places[name] for name in self.shared}
+        return self.exchanged(layers).pack(kept, np.intp)
+
+    def other_layers(self, layers: Sequence[int]) -> list[int]:
+        """The layers whose tensors stay on the device."""
+        return [layer for layer in range(self.shape.num_layers) if layer not in layers]
+
+    def _rows(self, count: int) -> dict[str, tuple[int, ...]]:
+        return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}
+
+
+def linear_head(params: Mapping[str, Tensor], pooled: Tensor) -> Tensor:
+    """Class scores [b, C] from pooled hidden states [b, H] by the trained head."""
+    return functional.linear(pooled.float(), params["head.weight"], params["head.bias"])
+
+
+def as_parameters(tensors: Mapping[str, np.ndarray], torch_device: torch.device) -> dict[str, Tensor]:
+    """Trainable copies on a torch device."""
+    return {
+        name: torch.from_numpy(tensor.copy()).to(torch_device).requires_grad_() for name, tensor in tensors.items()
+    }
