@@ -1,0 +1,136 @@
+"""Preview how a prepared data set is divided among devices: a table and, with --out, a picture.
+
+python data_prep/partition.py --data prepared/rte --num-devices 100 --alpha 1.0 --out partition.png
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhpc.data import PreparedData
+from fedhpc.errors import EXIT_USER_ERROR, DataError, UserError
+from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
+
+SHOWN_DEVICES = 8
+
+
+def table(class_names: Sequence[str], train: np.ndarray, validation: np.ndarray) -> list[list[str]]:
+    """One line for each device: examples of each class in training, and its validation examples."""
+    header = ["device", "examples", *class_names, "validation"]
+    columns = (np.arange(len(train)), train.sum(axis=1), *train.T, validation.sum(axis=1))
+    return [header, *([str(cell) for cell in row] for row in zip(*columns, strict=True))]
+
+
+def compact(lines: list[list[str]]) -> str:
+    """The first devices of a table, aligned."""
+    shown = lines[: 1 + SHOWN_DEVICES]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in shown]
+    hidden = len(lines) - len(shown)
+    return "\n".join([*text, f"... and {hidden} more devices (all of them with --table)"] if hidden else text)
+
+
+def summary(train: np.ndarray, validation: np.ndarray) -> str:
+    """The whole partition in a few numbers."""
+    sizes, evaluated = train.sum(axis=1), validation.sum(axis=1)
+    one_class = int(((train > 0).sum(axis=1) == 1).sum())
+    return (
+        f"{len(sizes)} devices, {sizes.min()} to {sizes.max()} training examples (median {np.median(sizes):g}), "
+        f"{evaluated.min()} to {evaluated.max()} for validation\n"
+        f"label skew {label_skew(train):.3f} (0: all devices alike); "
+        f"{one_class} devices hold one class only"
+    )
+
+
+def draw(file: str, title: str, class_names: Sequence[str], train: np.ndarray) -> None:
+    """Stacked bars: sizes above, class mixes below, devices from the largest to the smallest."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("drawing needs matplotlib: pip install fedhpc[plot]") from error
+    counts = train[np.argsort(-train.sum(axis=1), kind="stable")]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    _stack(above, counts, class_names)
+    _stack(below, counts / counts.sum(axis=1, keepdims=True), class_names)
+    below.margins(x=0.01)
+    below.set_ylim(0, 1)
+    whole = np.cumsum(counts.sum(axis=0) / counts.sum())[:-1]
+    for height in whole:
+        below.axhline(height, color="black", linewidth=1, linestyle="--")
+    above.set_ylabel("training examples")
+    below.set_ylabel("share of each class\n(dashed: whole data set)")
+    below.set_xlabel(f"{len(counts)} devices, from the largest to the smallest")
+    figure.suptitle(f"{title}; label skew {label_skew(train):.3f}", fontsize="medium")
+    figure.legend(
+        *above.get_legend_handles_labels(), loc="outside right upper", title="class", frameon=False, reverse=True
+    )
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write the picture {file}: {error}") from error
+
+
+def _stack(axes: Any, heights: np.ndarray, class_names: Sequence[str]) -> None:
+    bottoms = np.cumsum(heights, axis=1) - heights
+    for index, name in enumerate(class_names):
+        axes.bar(range(len(heights)), heights[:, index], width=0.9, bottom=bottoms[:, index], label=name)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def preview(arguments: argparse.Namespace) -> Iterator[str]:
+    """Divide, draw and write; yields what is printed."""
+    data = PreparedData.open(arguments.data, verify=False)
+    splits = [data.split(name).labels for name in ("train", "validation")]
+    partition = make_partition(
+        *splits,
+        num_devices=arguments.num_devices,
+        kind=arguments.partition,
+        alpha=arguments.alpha,
+        shards_per_device=arguments.shards_per_device,
+        seed=arguments.seed,
+    )
+    names = data.description.class_names
+    train, validation = (
+        class_counts(parts, labels, len(names))
+        for parts, labels in zip((partition.train, partition.validation), splits, strict=True)
+    )
+    lines = table(names, train, validation)
+    yield compact(lines)
+    yield summary(train, validation)
+    if arguments.table:
+        Path(arguments.table).write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+        yield f"table: {arguments.table}"
+    if arguments.out:
+        strength = f" alpha {arguments.alpha:g}" if arguments.partition == "dirichlet" else ""
+        title = f"{data.description.task}: {arguments.partition}{strength}, seed {arguments.seed}"
+        draw(arguments.out, title, names, train)
+        yield f"picture: {arguments.out}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Preview a partition of a prepared data set.")
+    parser.add_argument("--data", required=True, help="prepared directory")
+    parser.add_argument("--num-devices", type=int, default=100, help="(%(default)s)")
+    parser.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="(%(default)s)")
+    parser.add_argument("--alpha", type=float, default=1.0, help="for dirichlet; smaller is more skewed (%(default)s)")
+    parser.add_argument("--shards-per-device", type=int, default=2, help="for shards (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="the run's seed (%(default)s)")
+    parser.add_argument("--out", help="picture to write (.png, .svg, .pdf)")
+    parser.add_argument("--table", help="table of all devices to write (TSV)")
+    try:
+        for text in preview(parser.parse_args(argv)):
+            print(text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
