@@ -289,16 +289,17 @@ class TextEncoder:
 
     def _tokens_to_drop(self, offsets: list[tuple[int, int]], fields: list[tuple[int, int]], excess: int) -> set[int]:
         inside = [
-            [position for position, (start, end) in enumerate(offsets) if first <= start < end <= last]
+            # Some tokenizers give a lone space an empty place, as they do to the tokens around the text.
+            [token for token, (start, end) in enumerate(offsets) if first <= start < last and first < end <= last]
             for first, last in fields
         ]
-        kept = [len(positions) for positions in inside]
+        kept = [len(tokens) for tokens in inside]
         if sum(kept) < excess:
             needed = self._max_length + excess - sum(kept)
             raise DataError(f"max_length {self._max_length} is too short: the template alone takes {needed} tokens")
         for _ in range(excess):
             kept[kept.index(max(kept))] -= 1
-        return {position for positions, length in zip(inside, kept, strict=True) for position in positions[length:]}
+        return {token for tokens, length in zip(inside, kept, strict=True) for token in tokens[length:]}
 
 
 def find_word_ids(words: Sequence[str], template: str, tokenizer: Any, *, kind: Kind) -> list[list[int]]:

@@ -82,7 +82,7 @@ def _flip_last_byte(path):
 def test_missing_directory_and_missing_description(tmp_path):
     with pytest.raises(DataError, match=r"nowhere is no directory.*prepare\.py"):
         PreparedData.open(tmp_path / "nowhere", verify=False)
-    with pytest.raises(DataError, match="holds no description.json"):
+    with pytest.raises(DataError, match=r"holds no description\.json"):
         PreparedData.open(tmp_path, verify=False)
 
 
@@ -132,7 +132,7 @@ def test_files_that_are_not_what_they_should_be(prepared):
     with pytest.raises(DataError, match=r"float64 \(3,\) is not a list of int32"):
         data.split("train")
     np.save(prepared / "train.slots.npy", np.array([None]), allow_pickle=True)
-    with pytest.raises(DataError, match="not a readable .npy file"):
+    with pytest.raises(DataError, match=r"not a readable \.npy file"):
         data.split("train")
     np.save(prepared / "train.slots.npy", np.zeros(2, np.int32))
     with pytest.raises(DataError, match="do not fit together"):
