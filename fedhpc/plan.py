@@ -1,0 +1,139 @@
+"""`fedhpc plan`: what a run would need, from shapes and counts alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fedhpc.config import Config
+from fedhpc.federation import devices_of
+from fedhpc.job import Job, check_data, load_job
+from fedhpc.messages import HEADER, UPLOAD_HEADER_BYTES
+from fedhpc.methods import make_method
+from fedhpc.models import count_parameters
+from fedhpc.report import human_bytes
+from fedhpc.selection import num_selected
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_BYTES = 450e6
+"""Python with PyTorch and transformers, before any weight; measured on Linux with the CPU build."""
+ACTIVATION_FACTOR = 34
+ATTENTION_FACTOR = 5
+"""Bytes per token, layer and hidden unit (and per attention weight) that a 16-bit transformer layer keeps for its
+backward pass: Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, 2022, equation 1. A
+frozen backbone keeps less: an upper bound."""
+
+
+def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) -> str:
+    """The plan as text.
+
+    Raises:
+        UserError: the run could not start.
+    """
+    job = load_job(config)
+    check_data(job)
+    num_workers = max(1, ranks - 1)
+    sections = (
+        _overview(job),
+        _traffic(job, ranks, num_workers),
+        _memory(job, ranks),
+        _placement(job, ranks),
+        _time(job, num_workers, examples_per_second),
+        [f"note: {notice}" for notice in config.notices()],
+    )
+    return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
+
+
+def _selected(job: Job) -> int:
+    """How many layers will be exchanged, as far as that is known before the run."""
+    selection, num_layers = job.config.selection, job.shape.num_layers
+    if selection.strategy == "explicit":
+        return len(selection.layers or [])
+    if selection.strategy == "all" or selection.ratio == "auto":
+        return num_layers
+    return num_selected(selection.ratio, num_layers)
+
+
+def _trainable(job: Job) -> int:
+    return job.tuning.exchanged(range(job.shape.num_layers)).size
+
+
+def _overview(job: Job) -> Iterator[str]:
+    description, shape = job.data.description, job.shape
+    exchanged = job.tuning.exchanged(range(_selected(job))).size
+    total = count_parameters(shape.name)
+    yield f"backbone     {shape.name}: {shape.num_layers} layers, keys {shape.key_width} wide, {total:,} parameters"
+    train, validation = (len(job.data.split(name)) for name in ("train", "validation"))
+    yield f"data         {description.task}: {train} training and {validation} evaluation examples"
+    yield f"trainable    {_trainable(job):,} parameters ({_trainable(job) / total:.2%} of the backbone)"
+    auto = " until the warm-up ends" if job.config.selection.ratio == "auto" else ""
+    yield f"exchanged    {exchanged:,} parameters, {_selected(job)} of {shape.num_layers} layers{auto}"
+
+
+def _traffic(job: Job, ranks: int, num_workers: int) -> Iterator[str]:
+    exchanged = 4 * job.tuning.exchanged(range(_selected(job))).size
+    everything = 4 * _trainable(job)
+    model = DTYPE_BYTES[job.config.model.dtype] * count_parameters(job.shape.name)
+    devices = job.config.federation.devices_per_round
+    yield "bytes per round        selected layers    all layers    full model"
+    for direction, copies, header in (
+        ("down, broadcast", num_workers if ranks > 1 else 0, HEADER.itemsize),
+        ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER_BYTES),
+    ):
+        sizes = [human_bytes(copies * (size + header)) for size in (exchanged, everything, model)]
+        yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"
+
+
+def _memory(job: Job, ranks: int) -> Iterator[str]:
+    config, shape = job.config, job.shape
+    n = 4 * job.tuning.exchanged(range(_selected(job))).size
+    local = 4 * job.tuning.local(range(_selected(job))).size
+    state = make_method(config.server, num_devices=1, sample_rate=1.0).init(np.zeros(1, np.float32))
+    controls = config.federation.num_devices if config.server.method == "fedpeptao" else 0
+    server = {
+        "program": PROCESS_BYTES,
+        f"prompts and server state ({1 + len(state.vectors)} vectors)": n * (1 + len(state.vectors)),
+        f"control variates (up to {controls} devices)": n * controls,
+        f"gather buffer ({config.federation.devices_per_round} uploads)": 2 * n * config.federation.devices_per_round,
+    }
+    longest = max(split["longest"] for split in job.data.description.splits.values())
+    tokens = config.device.batch_size * (longest + config.tuning.num_tokens)
+    scale = DTYPE_BYTES[config.model.dtype] / 2
+    per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
+    kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
+    device = {
+        "program": PROCESS_BYTES,
+        f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * count_parameters(shape.name),
+        "prompts, gradients, Adam moments": 4 * 4 * _trainable(job),
+        "device-local prompts": local * -(-config.federation.num_devices // max(1, ranks - 1)),
+        "activations (upper bound)": per_layer * kept_layers,
+    }
+    roles = {"rank 0, server": server, "each device rank": device}
+    if ranks == 1:
+        roles = {"the one process": server | device}
+    for role, parts in roles.items():
+        yield f"memory of {role}: {human_bytes(sum(parts.values()))}"
+        yield from (f"  {human_bytes(size):>9}  {part}" for part, size in parts.items() if size)
+
+
+def _placement(job: Job, ranks: int) -> Iterator[str]:
+    workers = {0: 0} if ranks == 1 else {rank: rank - 1 for rank in range(1, ranks)}
+    sizes = [len(examples) for examples in job.partition.train]
+    yield f"devices on ranks ({len(sizes)} devices, {min(sizes)} to {max(sizes)} training examples each)"
+    for rank, worker in workers.items():
+        devices = devices_of(worker, len(sizes), len(workers))
+        shown = " ".join(map(str, devices[:8])) + (" ..." if len(devices) > 8 else "")
+        yield f"  rank {rank}: {len(devices)} devices, {sum(sizes[d] for d in devices)} examples: {shown or 'idle'}"
+
+
+def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iterator[str]:
+    config = job.config
+    devices = config.federation.devices_per_round
+    examples = devices * len(job.data.split("train")) / config.federation.num_devices * config.device.epochs
+    yield f"work         about {examples:.0f} training examples a round, {config.federation.rounds} rounds"
+    if examples_per_second:
+        busy = min(num_workers, devices)
+        seconds = examples / examples_per_second / busy
+        yield (
+            f"time         at {examples_per_second:g} examples/s per rank: {seconds:.1f} s a round, "
+            f"{seconds * config.federation.rounds / 60:.1f} min in all, evaluation and exchange not counted"
+        )
