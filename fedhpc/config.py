@@ -242,10 +242,10 @@ class Config(Section):
         Left out: where files are, how often to save or evaluate, and the number of rounds unless a schedule depends
         on it. Those may change when a run is resumed.
         """
-        free = ("run_dir", "trace", "data.path", "checkpoint.", "evaluate.")
+        free = ["run_dir", "trace", "data.path", "checkpoint.", "evaluate."]
         if self.device.schedule == "constant":
-            free += ("federation.rounds",)
-        return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(free)}
+            free.append("federation.rounds")
+        return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -329,7 +329,8 @@ def _describe(details: ErrorDetails) -> str:
     """One line for one validation error: key, what was found, what is valid."""
     # Pydantic adds the branch of a union to the location; users know only the keys.
     location = [str(part) for part in details["loc"]]
-    while len(location) > 1 and ".".join(location) not in _KEYS and details["type"] not in ("extra_forbidden", "missing"):
+    about_value = details["type"] not in ("extra_forbidden", "missing")
+    while about_value and len(location) > 1 and ".".join(location) not in _KEYS:
         location.pop()
     key = ".".join(location)
     if details["type"] == "extra_forbidden":

@@ -145,9 +145,7 @@ class Worker:
             state = self.states.get(device, self.unseen)
             tensors = self.tuning.merge(command.payload, state.local, command.layers)
             own = evaluation_batches(self.validation, self.partition.validation[device], size)
-            record["personal"] += evaluate(
-                self.backbone, self.tuning, tensors, self.validation, own, self.num_classes
-            )
+            record["personal"] += evaluate(self.backbone, self.tuning, tensors, self.validation, own, self.num_classes)
         return record
 
     def save(self, command: Command) -> np.ndarray:

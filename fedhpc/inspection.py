@@ -28,7 +28,9 @@ def inspect_text(path_text: str) -> tuple[str, bool]:
     if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "config.yaml").exists()):
         return _run(path)
     found = "no such file or folder" if not path.exists() else "neither a run directory nor a checkpoint"
-    raise CheckpointError(f"{path}: {found}; give a run directory, a checkpoint folder round_XXXXXX, or an .h5 file of one")
+    raise CheckpointError(
+        f"{path}: {found}; give a run directory, a checkpoint folder round_XXXXXX, or an .h5 file of one"
+    )
 
 
 def _run(path: Path) -> tuple[str, bool]:
@@ -42,7 +44,8 @@ def _run(path: Path) -> tuple[str, bool]:
         if evaluated:
             last = evaluated[-1]
             lines.append(
-                f"after round {last['round'] + 1}: accuracy {last['accuracy']:.4f}, global {last['accuracy_global']:.4f}"
+                f"after round {last['round'] + 1}: accuracy {last['accuracy']:.4f}, "
+                f"global {last['accuracy_global']:.4f}"
             )
     checkpoints = Checkpoints(path)
     rounds = checkpoints.rounds()
@@ -75,7 +78,8 @@ def _state(path: Path) -> Iterator[str]:
         method = f"{attributes['method']} {attributes['variant']}".strip()
         yield f"round {attributes['round']} completed, {method}, seed {attributes['seed']}"
         yield f"written {attributes['created']} by fedhpc {attributes['fedhpc_version']}"
-        yield f"exchanged layers {file['selection/layers'][:].tolist()} (ratio {file['selection/layers'].attrs['ratio']:.3g})"
+        layers = file["selection/layers"]
+        yield f"exchanged layers {layers[:].tolist()} (ratio {layers.attrs['ratio']:.3g})"
         if "selection/scores" in file:
             scores = file["selection/scores"][:]
             yield "layer scores " + " ".join(f"{layer}:{score:.4g}" for layer, score in enumerate(scores))

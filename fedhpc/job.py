@@ -149,9 +149,7 @@ def make_worker(job: Job, *, index: int, num_workers: int, local_rank: int) -> W
     torch.set_num_threads(job.config.device.threads)
     torch_device = choose_torch_device(local_rank)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
-    return Worker(
-        job.config, job.data, job.partition, backbone, job.tuning, index=index, num_workers=num_workers
-    )
+    return Worker(job.config, job.data, job.partition, backbone, job.tuning, index=index, num_workers=num_workers)
 
 
 def choose_torch_device(local_rank: int) -> torch.device:
@@ -183,7 +181,7 @@ def _check_positions(config: Config, data: PreparedData, shape: BackboneShape) -
     needed = longest + (config.tuning.num_tokens if config.tuning.position_offset else 0)
     if shape.max_positions is not None and needed > shape.max_positions:
         raise ConfigError(
-            f"tuning.num_tokens: {config.tuning.num_tokens} prompt positions and texts of up to {longest} tokens exceed "
-            f"the {shape.max_positions} positions of {config.model.name}; prepare the data with a smaller --max-length, "
-            "use fewer tokens, or set tuning.position_offset: false"
+            f"tuning.num_tokens: {config.tuning.num_tokens} prompt positions and texts of up to {longest} tokens "
+            f"exceed the {shape.max_positions} positions of {config.model.name}; prepare the data with a smaller "
+            "--max-length, use fewer tokens, or set tuning.position_offset: false"
         )

@@ -98,7 +98,7 @@ def local_update(
 def batches(
     config: Config, examples: NDArray[np.int64], *, round_index: int, device: int
 ) -> Iterator[NDArray[np.int64]]:
-    """A device's batches of one round, in an order fixed by (seed, round, device); the last of an epoch may be short."""
+    """A device's batches of one round, in an order fixed by (seed, round, device); an epoch's last may be short."""
     size = config.device.batch_size
     for epoch in range(config.device.epochs):
         rng = generator(config.seed, purpose=f"batch order {epoch}", round_index=round_index, device=device)

@@ -8,19 +8,30 @@ Shapes: b examples, s positions, L layers, T prompt tokens per layer, D key widt
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
@@ -36,6 +47,7 @@ class BackboneShape:
 
     name: str
     num_layers: int
+    num_heads: int
     num_key_value_heads: int
     head_dim: int
     hidden_size: int
@@ -50,7 +62,16 @@ class BackboneShape:
 
 def read_shape(name: str) -> BackboneShape:
     """The shape of a local or hub model, from its configuration alone."""
-    config = _load(AutoConfig.from_pretrained, name)
+    return _shape(name, _load(AutoConfig.from_pretrained, name))
+
+
+def _shape(name: str, config: Any) -> BackboneShape:
+    absent = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not hasattr(config, key)]
+    if absent:
+        raise ModelError(
+            f"model.name: {name} is a {config.model_type} model, whose configuration has no {', '.join(absent)}; a "
+            "text encoder or decoder is needed"
+        )
     heads = config.num_attention_heads
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in POSITIONS_COUNT_TOKENS:
@@ -58,6 +79,7 @@ def read_shape(name: str) -> BackboneShape:
     return BackboneShape(
         name=name,
         num_layers=config.num_hidden_layers,
+        num_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden_size=config.hidden_size,
@@ -85,17 +107,16 @@ class Backbone(nn.Module):
         super().__init__()
         self.kind = data.kind
         self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
-        self.torch_device = torch_device
         self._train_mode = config.backbone_dropout or config.gradient_checkpointing
         self.model = _load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
+        # Spread over several GPUs, the model takes its input where its embeddings are.
+        self.torch_device = self.model.device if config.device_map == "auto" else torch_device
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if data.head == "verbalizer":
-            self.base, self.word_head = _split_head(self.model)
-            if not self.answers.needs_vocabulary:
-                _keep_words(self.model, self.answers.first_tokens)
-        else:
-            self.base = self.model
+        self.base, self.word_head = (self.model, None) if data.head == "linear" else _split_head(self.model)
+        self._check(config, tuning, data)
+        if self.word_head is not None and not self.answers.needs_vocabulary:
+            _keep_words(self.model, self.answers.first_tokens)
 
     def hidden(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
         """The last layer's hidden states [b, s, H]; prompts [L, 2, T, D] (axis 1: key, value) enter every layer."""
@@ -103,13 +124,8 @@ class Backbone(nn.Module):
         return self._run(batch.input_ids, batch.attention_mask, positions, prompts)
 
     def pooled(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
-        """Pooled output [b, H]."""
+        """The mean of the last layer's hidden states over each text [b, H], for a trained head."""
         hidden = self.hidden(batch, prompts, first_position=first_position)
-        mode = os.environ.get("POOL", "mean")
-        if mode == "cls":
-            return hidden[:, 0]
-        if mode == "pooler":
-            return self.base.pooler(hidden)
         mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
 
@@ -121,16 +137,15 @@ class Backbone(nn.Module):
         """
         rows = torch.arange(len(batch.slots), device=batch.slots.device)
         if not self.answers.branch_tokens:
-            logits = self.word_head(self.hidden(batch, prompts, first_position=first_position)[rows, batch.slots])
+            logits = self._logits(self.hidden(batch, prompts, first_position=first_position)[rows, batch.slots])
             if not self.answers.needs_vocabulary:
-                return logits.float()
-            words = torch.tensor(self.answers.first_tokens, device=logits.device)
-            return logits.float().log_softmax(-1)[:, words]
+                return logits
+            return logits.log_softmax(-1)[:, self.answers.first_tokens]
         ids, positions, mask = self.answers.branch(batch, first_position)
         hidden = self._run(ids, mask, positions, prompts)
         at_slot = hidden[rows, batch.slots].unsqueeze(1)
         in_branches = hidden[:, batch.input_ids.shape[1] :]
-        log_probabilities = self.word_head(torch.cat([at_slot, in_branches], dim=1)).float().log_softmax(-1)
+        log_probabilities = self._logits(torch.cat([at_slot, in_branches], dim=1)).log_softmax(-1)
         return self.answers.mean_log_probability(log_probabilities)
 
     @torch.no_grad()
@@ -161,11 +176,41 @@ class Backbone(nn.Module):
         output = self.base(input_ids=ids, attention_mask=mask, position_ids=positions, **extra)
         return output.last_hidden_state.to(self.torch_device)
 
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self.word_head is not None
+        return self.word_head(hidden).to(self.torch_device).float()
+
     def _positions(self, ids: Tensor, mask: Tensor, first_position: int) -> Tensor:
         if self.base.config.model_type in POSITIONS_COUNT_TOKENS:
             padding = self.base.config.pad_token_id
             return (mask.cumsum(1) + first_position) * mask + padding
         return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
+
+    def _check(self, config: ModelConfig, tuning: TuningConfig, data: Description) -> None:
+        """Refuse what would give wrong numbers without an error: two tokens and one prompt pass through the model."""
+        shape = _shape(config.name, self.base.config)
+        _check_attention(self.base.config, config, tuning, data, self.answers)
+        who = f"model.name: {config.name}: a {self.base.config.model_type} model"
+        size = (shape.num_layers, 2, 1, shape.key_width)
+        prompts = torch.full(size, 0.1, device=self.torch_device, requires_grad=True)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.torch_device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        positions = self._positions(ids, mask, 0)
+        try:
+            hidden = self._run(ids, mask, positions, prompts)
+            (gradient,) = torch.autograd.grad(hidden[..., 0].float().sum(), prompts)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"{who} takes no deep prompts: {_first_line(error)}") from None
+        if deaf := [layer for layer, part in enumerate(gradient) if not part.any()]:
+            raise ModelError(f"{who} takes no deep prompts in its layers {deaf}")
+        if self.word_head is not None:
+            with torch.no_grad():
+                ours = self._logits(self._run(ids, mask, positions, None))
+                theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
+            if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
+                raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
 
 
 class Answers:
@@ -174,7 +219,9 @@ class Answers:
     def __init__(self, word_ids: list[list[int]], *, full_vocabulary: bool = False) -> None:
         self.word_ids = word_ids
         self.first_tokens = [ids[0] for ids in word_ids if ids]
-        branches = [(branch, depth, token) for branch, ids in enumerate(word_ids) for depth, token in enumerate(ids[:-1])]
+        branches = [
+            (branch, depth, token) for branch, ids in enumerate(word_ids) for depth, token in enumerate(ids[:-1])
+        ]
         self.branch_tokens = [token for _, _, token in branches]
         self._branch = torch.tensor([branch for branch, _, _ in branches], dtype=torch.int64)
         self._depth = torch.tensor([depth for _, depth, _ in branches], dtype=torch.int64)
@@ -222,7 +269,7 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         if prompts is not None:
-            batch, heads, _, head_dim = key.shape
+            batch, heads, _, head_dim = key.shape  # heads: of keys and values
             num_tokens = prompts.shape[-2]
             prefix = prompts[module.layer_idx].to(key.device, key.dtype)  # [2, T, D]
             prefix = prefix.view(2, 1, num_tokens, heads, head_dim).transpose(2, 3)  # [2, 1, heads, T, head_dim]
@@ -267,7 +314,11 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
             if "drop" in key and isinstance(value, float):
                 setattr(model_config, key, 0.0)
     loader = AutoModel if head == "linear" else AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
-    extra: dict[str, Any] = {"device_map": "auto"} if config.device_map == "auto" else {}
+    extra: dict[str, Any] = {}
+    if config.device_map == "auto":
+        if find_spec("accelerate") is None:
+            raise ModelError("model.device_map: auto needs the package accelerate: pip install fedhpc[multi-gpu]")
+        extra = {"device_map": "auto"}
     model, info = _load(
         partial(loader.from_pretrained, output_loading_info=True),
         config.name,
@@ -278,11 +329,34 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
     )
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
-        advice = "; it has no language-model head: use tuning.head: linear" if head == "verbalizer" else ""
+        headless = head == "verbalizer" and not any(key.startswith(model.base_model_prefix) for key in missing)
+        advice = "; it has no language-model head: use tuning.head: linear" if headless else ""
         raise ModelError(f"model.name: {config.name} lacks weights for {', '.join(missing[:3])}{advice}")
+    outside = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if outside and torch_device.type != "cpu":
+        raise ModelError(f"model.name: {config.name} does not fit on the GPUs that this rank sees; use more of them")
     model.requires_grad_(False)
     model.eval()
     return model if config.device_map == "auto" else model.to(torch_device)
+
+
+def _check_attention(
+    backbone: Any, config: ModelConfig, tuning: TuningConfig, data: Description, answers: Answers
+) -> None:
+    """Refuse texts and answers whose attention mask the chosen kernel or a sliding window cannot express."""
+    flash = config.attention != "sdpa"
+    if flash and answers.branch_tokens:
+        raise ModelError(
+            f"model.attention: {config.attention} cannot score class words of several tokens; use model.attention: sdpa"
+        )
+    window = getattr(backbone, "sliding_window", None)
+    longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.num_tokens
+    if window is not None and longest > window and (flash or answers.branch_tokens):
+        reason = f"model.attention: {config.attention}" if flash else "class words of several tokens"
+        raise ModelError(
+            f"model.name: {config.name} attends to {window} positions at a time, texts and prompts have up to {longest}: "
+            f"{reason} cannot handle that; prepare the data with a smaller --max-length"
+        )
 
 
 def _split_head(model: Any) -> tuple[nn.Module, nn.Module]:
@@ -295,23 +369,41 @@ def _split_head(model: Any) -> tuple[nn.Module, nn.Module]:
 
 def _keep_words(model: Any, tokens: list[int]) -> None:
     """Cut the head's output down to the class words' rows: no other logit is ever computed."""
-    full = model.get_output_embeddings()
-    words = nn.Linear(
-        full.in_features, len(tokens), bias=full.bias is not None, device=full.weight.device, dtype=full.weight.dtype
-    ).requires_grad_(False)
-    words.weight.copy_(full.weight[tokens])
-    if full.bias is not None:
-        words.bias.copy_(full.bias[tokens])
-    model.set_output_embeddings(words)
+    output = model.get_output_embeddings()
+    # New parameters, not a new module: embeddings may share the weight, and others hold a reference to the module.
+    output.weight = nn.Parameter(output.weight[tokens], requires_grad=False)
+    if output.bias is not None:
+        output.bias = nn.Parameter(output.bias[tokens], requires_grad=False)
+    output.out_features = len(tokens)
 
 
 def _load(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
     try:
-        return load(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        with _quiet():
+            return load(name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         where = "the folder exists" if Path(name).exists() else f"no folder {os.path.abspath(name)}"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model.name: {name} cannot be loaded ({where}; otherwise it must be a hub id that is cached or "
-            f"reachable): {first_line}"
+            f"reachable): {_first_line(error)}"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers: every rank would print them."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -85,7 +85,9 @@ class Progress:
         elapsed = time.monotonic() - self.start
         remaining = elapsed / (done - self.first_round) * (self.rounds - done)
         text = "  ".join(f"{name} {value}" for name, value in facts.items())
-        print(f"round {done}/{self.rounds}  {text}  ETA {tqdm.format_interval(remaining)}", file=self.stream, flush=True)
+        print(
+            f"round {done}/{self.rounds}  {text}  ETA {tqdm.format_interval(remaining)}", file=self.stream, flush=True
+        )
 
     def close(self) -> None:
         """End the bar's line."""

@@ -44,7 +44,8 @@ def num_selected(ratio: float, num_layers: int) -> int:
     count = int(ratio * num_layers + 1e-9)
     if count < 1:
         raise ConfigError(
-            f"selection.ratio: {ratio} of {num_layers} layers selects no layer; valid: {1 / num_layers:.3g} to 1, or auto"
+            f"selection.ratio: {ratio} of {num_layers} layers selects no layer; valid: {1 / num_layers:.3g} to 1, "
+            "or auto"
         )
     return count
 

@@ -64,7 +64,12 @@ class Server:
         state = self.run_rounds(state)
         self.stop()
         digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
-        log.info("done after round %d; results in %s; final prompts sha256 %s", state.server.round, self.files.run_dir, digest)
+        log.info(
+            "done after round %d; results in %s; final prompts sha256 %s",
+            state.server.round,
+            self.files.run_dir,
+            digest,
+        )
 
     def run_rounds(self, state: RunState) -> RunState:
         """The main loop; returns the state after the last round."""
@@ -106,8 +111,8 @@ class Server:
         selection = self.config.selection
         scores = self.score_layers() if selection.strategy in ("score", "lowest_score") else None
         automatic = selection.ratio == "auto" and selection.strategy not in ("all", "explicit")
-        everything = tuple(range(self.num_layers))
-        layers = everything if automatic else self._choose(1.0 if selection.ratio == "auto" else selection.ratio, scores)
+        ratio = 1.0 if selection.ratio == "auto" else selection.ratio
+        layers = tuple(range(self.num_layers)) if automatic else self._choose(ratio, scores)
         params, local = self.tuning.split(self.tuning.initial(self.config.seed), layers)
         state = RunState(
             server=self.method.init(params),
@@ -198,9 +203,7 @@ class Server:
         ratio = float(global_scores(records["ratio"][:, None], records["num_examples"])[0])
         layers = self._choose(max(ratio, 1 / self.num_layers), state.scores)
         tensors = self.tuning.merge(state.server.params, state.unseen_local, state.layers)
-        log.info(
-            "lossless ratio %.3f (%s): exchanging layers %s", ratio, self.config.selection.auto_by, list(layers)
-        )
+        log.info("lossless ratio %.3f (%s): exchanging layers %s", ratio, self.config.selection.auto_by, list(layers))
         state = replace(
             state,
             server=state.server.restrict(self.tuning.kept_elements(layers)),

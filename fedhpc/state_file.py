@@ -22,7 +22,7 @@ FORMAT = "fedhpc-checkpoint"
 VERSION = 1
 CHUNK_ELEMENTS = 1 << 20
 FOLDERS = {"params": "", "control_global": "control/global"}
-"""Where a server vector is stored, if not under its own name; the parameters' datasets are `prompts` and `params/...`."""
+"""Where a server vector is stored, if not under its own name; the parameters are `prompts` and `params/...`."""
 
 
 class Layouts(Protocol):

@@ -44,7 +44,7 @@ class Layout:
 
     def pack(self, tensors: Mapping[str, np.ndarray], dtype: type = np.float32) -> np.ndarray:
         """A new vector [n] with copies of the named tensors."""
-        vector = np.empty(self.size, dtype)
+        vector: np.ndarray = np.empty(self.size, dtype)
         for name, view in self.views(vector).items():
             view[...] = tensors[name]
         return vector
