@@ -71,7 +71,7 @@ def draw(file: str, title: str, class_names: Sequence[str], train: np.ndarray) -
     )
     try:
         figure.savefig(file, dpi=120)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"cannot write the picture {file}: {error}") from error
 
 
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for text in preview(parser.parse_args(argv)):
             print(text)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0

@@ -64,10 +64,8 @@ def read_source(task: Task, source: str) -> dict[str, Rows]:
     if path.is_file():
         refuse_pickle(path)
         raise DataError(f"{path} is a file; give the folder that holds {_file_names(task)}")
-    if not path.is_dir():
-        return _read_datasets(task, source, _load_from_hub(source))
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _read_datasets(task, source, _import_datasets().load_from_disk(str(path)))
+    if not path.is_dir() or any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _read_datasets(task, source, _load_datasets(str(path)))
     return {split: _read_file(task, _find(path, task, split)) for split in SPLITS}
 
 
@@ -105,8 +103,8 @@ def _read_file(task: Task, file: Path) -> Rows:
     if file.suffix in (".jsonl", ".json"):
         return _rows(task, str(file), map(_json_record, lines), first_line=1)
     header, first_line = lines[0].removesuffix("\r").split("\t"), 2
-    headerless = HEADERLESS.get(task.name, [])
-    if len(headerless) == len(header) and not set(headerless) <= set(header):
+    headerless = HEADERLESS.get(task.name, []) if task in TASKS.values() else []
+    if len(headerless) == len(header):
         header, first_line = headerless, 1
     records = (_tsv_record(header, line) for line in lines[first_line - 1 :])
     return _rows(task, str(file), records, first_line=first_line)
@@ -126,29 +124,25 @@ def _json_record(line: str) -> Record:
     return record
 
 
-def _import_datasets() -> Any:
+def _load_datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise DataError("hub and save_to_disk data sets need the datasets library: pip install fedhpc[data]") from error
-    return datasets
-
-
-def _load_from_hub(source: str) -> Any:
     name, _, configuration = source.partition(":")
     family, _, member = name.partition("/")
     if family in ("glue", "super_glue"):
         name, configuration = family, member
     try:
-        return _import_datasets().load_dataset(name, configuration or None)
-    except UserError:
-        raise
+        if Path(source).is_dir():
+            return datasets.load_from_disk(source)
+        return datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library has no common base for what a data set or a connection can do wrong
+        tried = "be read as a folder of save_to_disk" if Path(source).is_dir() else "be found here or on the hub"
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{source!r} is no folder here and could not be read from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}); give a folder with the original files, or one written by "
-            "datasets.save_to_disk on a machine with a connection"
+            f"{source!r} could not {tried} ({type(error).__name__}: {reason}); give a folder with the original files, "
+            "or one written by datasets.save_to_disk on a machine with a connection"
         ) from error
 
 
@@ -195,7 +189,7 @@ def _rows(
 
 def _resolve(task: Task, field: str, available: list[str]) -> str:
     wanted = task.columns[field]
-    aliases = COLUMN_ALIASES.get(wanted, ()) if task.name in TASKS else ()
+    aliases = COLUMN_ALIASES.get(wanted, ()) if task in TASKS.values() else ()
     for name in (wanted, *aliases):
         if name in available:
             return name
@@ -362,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
     try:
         print(prepare(parser.parse_args(argv)))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0

@@ -199,9 +199,10 @@ def check_writable(path: str | Path) -> None:
         raise DataError(f"{path} is a file; give a directory to write to")
     if not path.exists() or not any(path.iterdir()):
         return
-    if not (path / _DESCRIPTION).is_file():
-        raise DataError(f"{path} is a directory with other content; give a new one")
-    known = {_DESCRIPTION, *Description.load(path / _DESCRIPTION).files}
+    try:
+        known = {_DESCRIPTION, *Description.load(path / _DESCRIPTION).files}
+    except (DataError, OSError) as error:
+        raise DataError(f"{path} holds something other than prepared data; give a new directory") from error
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
     if others:
         raise DataError(f"{path} also holds {', '.join(others)}, which replacing it would delete; give a new directory")

@@ -137,6 +137,9 @@ def test_files_that_are_not_what_they_should_be(prepared):
     np.save(prepared / "train.slots.npy", np.zeros(2, np.int32))
     with pytest.raises(DataError, match="do not fit together"):
         data.split("train")
+    np.save(prepared / "validation.tokens.npy", np.zeros(3, np.int32))
+    with pytest.raises(DataError, match="do not fit together"):
+        data.split("validation")
 
 
 def test_a_prepared_directory_is_replaced(prepared):
@@ -160,7 +163,7 @@ def test_what_is_not_ours_is_never_replaced(prepared, tmp_path):
     (tmp_path / "empty").mkdir()
     check_writable(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(DataError, match="directory with other content"):
+    with pytest.raises(DataError, match="other than prepared data; give a new directory"):
         write_prepared(tmp_path, FIELDS, {"train": make_split()})
     with pytest.raises(DataError, match="is a file"):
         check_writable(tmp_path / "notes.txt")
@@ -169,5 +172,5 @@ def test_what_is_not_ours_is_never_replaced(prepared, tmp_path):
         check_writable(prepared)
     (prepared / "notes.txt").unlink()
     (prepared / "description.json").write_text('{"format": "another"}')
-    with pytest.raises(DataError, match="expected format"):
+    with pytest.raises(DataError, match="other than prepared data"):
         check_writable(prepared)

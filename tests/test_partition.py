@@ -3,6 +3,7 @@ import pytest
 
 from fedhpc.errors import ConfigError
 from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
+from fedhpc.seeding import generator
 
 RNG = np.random.default_rng(3)
 LABELS = RNG.choice(6, 5000, p=[0.21, 0.23, 0.02, 0.22, 0.16, 0.16])
@@ -65,6 +66,8 @@ def test_skew_grows_as_alpha_falls():
 def test_sizes_follow_dirichlet_5_and_do_not_depend_on_alpha():
     sizes = np.array([len(part) for part in partition(alpha=1).train])
     assert np.array_equal(sizes, [len(part) for part in partition(alpha=0.1).train])
+    shares = generator(42, purpose="partition/sizes").dirichlet(np.full(100, 5.0))
+    assert np.array_equal(sizes[:-1], np.rint(shares * len(LABELS))[:-1])  # the remainder is on the last device
     # Dirichlet(5, ..., 5) over N: the relative standard deviation is sqrt((N - 1) / (5 N + 1)) = 0.444.
     assert sizes.std() / sizes.mean() == pytest.approx(0.444, abs=0.1)
     assert np.ptp([len(part) for part in partition(kind="iid").train]) <= 1
