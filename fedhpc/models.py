@@ -112,8 +112,13 @@ class Backbone(nn.Module):
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.base, self.word_head = (self.model, None) if data.head == "linear" else _split_head(self.model)
+            # Transformers renamed it within version 5; the old name warns where the new one exists.
+            old = self.model.gradient_checkpointing_enable
+            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        self.base: Any = self.model
+        self.word_head: nn.Module | None = None
+        if data.head == "verbalizer":
+            self.base, self.word_head = _split_head(self.model)
         self._check(config, tuning, data)
         if self.word_head is not None and not self.answers.needs_vocabulary:
             _keep_words(self.model, self.answers.first_tokens)
@@ -170,7 +175,7 @@ class Backbone(nn.Module):
         self.model.train(training and self._train_mode)
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, prompts: Tensor | None) -> Tensor:
-        extra = {} if prompts is None else {"prompts": prompts}
+        extra: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
         if self.kind == "decoder":
             extra["use_cache"] = False
         output = self.base(input_ids=ids, attention_mask=mask, position_ids=positions, **extra)
@@ -259,7 +264,7 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function of transformers with the layer's prompt keys and values put first."""
 
     def attend(
-        module: nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -275,23 +280,22 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
             prefix = prefix.view(2, 1, num_tokens, heads, head_dim).transpose(2, 3)  # [2, 1, heads, T, head_dim]
             key = torch.cat([prefix[0].expand(batch, -1, -1, -1), key], dim=2)
             value = torch.cat([prefix[1].expand(batch, -1, -1, -1), value], dim=2)
-            attention_mask = _widen(attention_mask, module, query, num_tokens, attention)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            attention_mask = _widen(
+                attention_mask, query, num_tokens, causal=causal and attention is sdpa_attention_forward
+            )
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend
 
 
-def _widen(
-    mask: Tensor | None, module: nn.Module, query: Tensor, num_tokens: int, attention: Callable[..., Any]
-) -> Tensor | None:
+def _widen(mask: Tensor | None, query: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:
     """The mask [b, s] or [b, 1, s, s] with T visible columns in front."""
     if mask is not None:
-        visible = 0.0 if mask.is_floating_point() else True
-        return functional.pad(mask, (num_tokens, 0), value=visible)
-    # FlashAttention aligns causality to the last key; SDPA's causal flag would align it to the first.
-    if attention is sdpa_attention_forward and getattr(module, "is_causal", True):
-        return _causal_mask(query.shape[2], num_tokens, query.device)
-    return None
+        return functional.pad(mask, (num_tokens, 0), value=0.0 if mask.is_floating_point() else True)
+    # SDPA's causal flag would align causality to the first key; FlashAttention aligns it to the last.
+    return _causal_mask(query.shape[2], num_tokens, query.device) if causal else None
 
 
 @lru_cache(maxsize=64)
@@ -354,8 +358,8 @@ def _check_attention(
     if window is not None and longest > window and (flash or answers.branch_tokens):
         reason = f"model.attention: {config.attention}" if flash else "class words of several tokens"
         raise ModelError(
-            f"model.name: {config.name} attends to {window} positions at a time, texts and prompts have up to {longest}: "
-            f"{reason} cannot handle that; prepare the data with a smaller --max-length"
+            f"model.name: {config.name} attends to {window} positions at a time, but texts and prompts have up to "
+            f"{longest}; {reason} cannot handle that; prepare the data with a smaller --max-length"
         )
 
 

@@ -1,0 +1,501 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backbones import (
+    DECODERS,
+    ENCODERS,
+    HIDDEN_SIZE,
+    LONG_WORDS,
+    NUM_LAYERS,
+    NUM_TOKENS,
+    VOCABULARY,
+    WORDS,
+    describe,
+    load_backbone,
+    load_plain,
+    make_batch,
+    random_prompts,
+    save_backbone,
+)
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
+    BertModel,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    T5Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from fedhpc import models
+from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc.errors import ModelError
+from fedhpc.models import Answers, count_parameters, load_tokenizer, read_shape
+
+FLAT_WORDS = [token for (token,) in WORDS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    return {name: save_backbone(folder, name) for name in (*ENCODERS, *DECODERS)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# References: transformers' own cache path for decoders, attention written out for encoders.
+
+
+def cached_logits(model, ids, mask, prompts, positions=None):
+    """Logits [b, s, V] with prompts as keys and values of earlier positions."""
+    layers, _, num_tokens, width = prompts.shape
+    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    cache = DynamicCache(config=model.config)
+    for layer in range(layers):
+        states = prompts[layer].view(2, 1, num_tokens, heads, width // heads).transpose(2, 3)
+        key, value = states.expand(2, len(ids), -1, -1, -1)
+        cache.update(key, value, layer)
+    whole_mask = functional.pad(mask.long(), (num_tokens, 0), value=1)
+    return model(input_ids=ids, attention_mask=whole_mask, past_key_values=cache, position_ids=positions).logits
+
+
+def encoder_logits(model, ids, mask, prompts, positions):
+    """Logits [b, s, V] of a BERT or RoBERTa in matrix products, from its weights alone."""
+    weights = dict(model.state_dict())
+    prefix = model.base_model_prefix
+    heads = model.config.num_attention_heads
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        spread = (centred.square().mean(-1, keepdim=True) + model.config.layer_norm_eps).sqrt()
+        return centred / spread * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def gelu(x):
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+    def split_heads(x):  # [b, s, H] -> [b, heads, s, head_dim]
+        return torch.stack(x.chunk(heads, dim=-1), dim=1)
+
+    table = f"{prefix}.embeddings"
+    x = weights[f"{table}.word_embeddings.weight"][ids] + weights[f"{table}.token_type_embeddings.weight"][0]
+    x = norm(x + weights[f"{table}.position_embeddings.weight"][positions], f"{table}.LayerNorm")
+    for layer in range(model.config.num_hidden_layers):
+        name = f"{prefix}.encoder.layer.{layer}"
+        query, key, value = (linear(x, f"{name}.attention.self.{part}") for part in ("query", "key", "value"))
+        if prompts is not None:
+            key, value = (
+                torch.cat([prompt.expand(len(ids), -1, -1), part], dim=1)
+                for prompt, part in zip(prompts[layer], (key, value), strict=True)
+            )
+        query, key, value = map(split_heads, (query, key, value))
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        visible = functional.pad(mask, (scores.shape[-1] - mask.shape[1], 0), value=True)[:, None, None]
+        shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        mixed = torch.cat((shares @ value).unbind(1), dim=-1)
+        x = norm(x + linear(mixed, f"{name}.attention.output.dense"), f"{name}.attention.output.LayerNorm")
+        inner = gelu(linear(x, f"{name}.intermediate.dense"))
+        x = norm(x + linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
+    dense, layer_norm, output = {
+        "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
+        "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+    }[prefix]
+    return linear(norm(gelu(linear(x, dense)), layer_norm), output)
+
+
+def positions_of(name, batch, first):
+    """The positions that the sequence has behind `first` prompt positions."""
+    steps = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    if name != "roberta":
+        return steps + first
+    return torch.where(batch.attention_mask, steps + first + 2, 1)  # padding_idx 1; counted from padding_idx + 1
+
+
+def reference_logits(name, model, batch, prompts, first):
+    positions = positions_of(name, batch, first)
+    if name in ENCODERS:
+        return encoder_logits(model, batch.input_ids, batch.attention_mask, prompts, positions)
+    # Behind the cache, transformers' own positions start after the prompts.
+    own = None if first else positions
+    return cached_logits(model, batch.input_ids, batch.attention_mask, prompts, own)
+
+
+def at_slots(logits, batch):
+    return logits[torch.arange(len(batch.slots)), batch.slots]
+
+
+@pytest.mark.parametrize("first", [NUM_TOKENS, 0])
+@pytest.mark.parametrize("lengths", [(9, 4, 7), (6, 6)], ids=["padded", "unpadded"])
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_scores_and_gradients_with_prompts_equal_the_reference(folders, name, lengths, first):
+    batch, plain = make_batch(name, lengths), load_plain(folders[name], name)
+    prompts = random_prompts(plain.config, torch.float64)
+    expected = at_slots(reference_logits(name, plain, batch, prompts, first), batch)[:, FLAT_WORDS]
+    backbone, ours = load_backbone(folders[name], name), prompts.detach().float().requires_grad_()
+    scores = backbone.word_scores(batch, ours, first_position=first)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+    (wanted,) = torch.autograd.grad(functional.cross_entropy(expected, batch.labels), prompts)
+    (gradient,) = torch.autograd.grad(functional.cross_entropy(scores, batch.labels), ours)
+    assert (wanted.flatten(2).norm(dim=2) > 1e-4).all()
+    assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama-gqa"])
+def test_prompts_and_positions_matter(folders, name):
+    batch, backbone = make_batch(name), load_backbone(folders[name], name)
+    prompts = random_prompts(backbone.base.config)
+    with torch.no_grad():
+        scores = [
+            backbone.word_scores(batch, prompts, first_position=NUM_TOKENS),
+            backbone.word_scores(batch, prompts, first_position=0),
+            backbone.word_scores(batch, prompts.flip(1), first_position=0),
+            backbone.word_scores(batch),
+        ]
+    differences = [(a - b).abs().max() for i, a in enumerate(scores) for b in scores[:i]]
+    assert min(differences) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama-gqa", "qwen3"])
+def test_only_the_class_words_columns_are_computed(folders, name):
+    batch, backbone = make_batch(name), load_backbone(folders[name], name)
+    computed = []
+    for module in backbone.model.modules():
+        module.register_forward_hook(lambda _module, _inputs, output: computed.append(output))
+    with torch.no_grad():
+        scores = backbone.word_scores(batch)
+        plain = load_plain(folders[name], name)
+        logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    widths = [output.shape[-1] for output in computed if isinstance(output, torch.Tensor)]
+    assert widths[-1] == len(WORDS)
+    assert VOCABULARY not in widths
+    torch.testing.assert_close(scores.double(), at_slots(logits, batch)[:, FLAT_WORDS], rtol=1e-5, atol=1e-5)
+    head = backbone.model.get_output_embeddings()
+    assert head.weight.shape == (len(WORDS), HIDDEN_SIZE)
+    assert backbone.model.get_input_embeddings().weight.shape == (VOCABULARY, HIDDEN_SIZE)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama-gqa"])
+def test_vocabulary_loss_is_the_cross_entropy_over_all_words(folders, name):
+    batch, plain = make_batch(name), load_plain(folders[name], name)
+    prompts = random_prompts(plain.config, torch.float64)
+    logits = at_slots(reference_logits(name, plain, batch, prompts, NUM_TOKENS), batch)
+    words = torch.tensor(FLAT_WORDS)[batch.labels]
+    expected = functional.cross_entropy(logits, words)
+    backbone = load_backbone(folders[name], name, loss="vocabulary")
+    scores = backbone.word_scores(batch, prompts.float(), first_position=NUM_TOKENS)
+    torch.testing.assert_close(-scores.gather(1, batch.labels[:, None]).mean().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "qwen3", "mistral"])
+@pytest.mark.parametrize("first", [NUM_TOKENS, 0])
+def test_words_of_several_tokens_score_as_in_passes_of_their_own(folders, name, first):
+    batch, plain = make_batch(name), load_plain(folders[name], name)
+    prompts = random_prompts(plain.config, torch.float64)
+    expected = torch.empty(len(batch.labels), len(LONG_WORDS), dtype=torch.float64)
+    for row, slot in enumerate(batch.slots.tolist()):
+        for column, word in enumerate(LONG_WORDS):
+            ids = torch.cat([batch.input_ids[row, : slot + 1], torch.tensor(word)])[None]
+            positions = torch.arange(first, first + ids.shape[1])[None]
+            logits = cached_logits(plain, ids, torch.ones_like(ids), prompts, positions)
+            log_probabilities = logits[0, slot:-1].log_softmax(-1)
+            expected[row, column] = log_probabilities.gather(1, torch.tensor(word)[:, None]).mean()
+    backbone, ours = load_backbone(folders[name], name, words=LONG_WORDS), prompts.detach().float().requires_grad_()
+    scores = backbone.word_scores(batch, ours, first_position=first)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+    (wanted,) = torch.autograd.grad(functional.cross_entropy(expected, batch.labels), prompts)
+    (gradient,) = torch.autograd.grad(functional.cross_entropy(scores, batch.labels), ours)
+    assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_without_prompts_transformers_computes_the_same_bits(folders, name, monkeypatch):
+    batch = make_batch(name)
+    model = AutoModel.from_pretrained(folders[name], attn_implementation="sdpa").eval()
+    inputs = [{"input_ids": batch.input_ids, "attention_mask": mask} for mask in (batch.attention_mask, None)]
+    with torch.no_grad():
+        wrapped = [model(**values).last_hidden_state for values in inputs]
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa_attention_forward)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        own = [model(**values).last_hidden_state for values in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(wrapped, own, strict=True))
+
+
+def loss_and_gradient(backbone, batch, prompts, *, training=True):
+    backbone.training_mode(training)
+    leaf = prompts.detach().clone().requires_grad_()
+    loss = functional.cross_entropy(backbone.word_scores(batch, leaf, first_position=NUM_TOKENS), batch.labels)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def count_attention(backbone):
+    """A list that grows with every forward pass through an attention module."""
+    calls = []
+    for module in backbone.base.modules():
+        if hasattr(module, "layer_idx") and any(module.children()):
+            module.register_forward_hook(lambda module, _inputs, _output: calls.append(module.layer_idx))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-gqa"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(folders, name):
+    batch = make_batch(name)
+    plain = load_backbone(folders[name], name)
+    prompts = random_prompts(plain.base.config)
+    calls = count_attention(plain)
+    loss, gradient = loss_and_gradient(plain, batch, prompts)
+    assert calls == list(range(NUM_LAYERS))
+
+    saving = load_backbone(folders[name], name, gradient_checkpointing=True)
+    calls = count_attention(saving)
+    assert calls == []
+    again = loss_and_gradient(saving, batch, prompts)
+    assert sorted(calls) == sorted([*range(NUM_LAYERS)] * 2)
+    assert torch.equal(again[0], loss)
+    assert torch.equal(again[1], gradient)
+    calls.clear()
+    assert torch.equal(loss_and_gradient(saving, batch, prompts, training=False)[1], gradient)
+    assert calls == list(range(NUM_LAYERS))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_backbone_dropout_acts_in_training_alone(folders, name):
+    batch = make_batch(name)
+    still, dropping = (load_backbone(folders[name], name, backbone_dropout=on) for on in (False, True))
+    prompts = random_prompts(still.base.config)
+    assert torch.equal(loss_and_gradient(still, batch, prompts)[1], loss_and_gradient(still, batch, prompts)[1])
+    evaluated = loss_and_gradient(dropping, batch, prompts, training=False)[1]
+    assert torch.equal(evaluated, loss_and_gradient(still, batch, prompts)[1])
+    assert not torch.allclose(loss_and_gradient(dropping, batch, prompts)[1], evaluated, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["roberta", "llama-gqa"])
+def test_bfloat16_backbone_trains_float32_prompts(folders, name):
+    batch = make_batch(name)
+    exact, half = load_backbone(folders[name], name), load_backbone(folders[name], name, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    prompts = random_prompts(exact.base.config, std=0.3)
+    loss, gradient = loss_and_gradient(exact, batch, prompts)
+    half_loss, half_gradient = loss_and_gradient(half, batch, prompts)
+    assert (half_loss.dtype, half_gradient.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(half_loss, loss, rtol=0.1, atol=0.1)
+    assert functional.cosine_similarity(half_gradient.flatten(), gradient.flatten(), dim=0) > 0.9
+
+
+def test_backbone_is_frozen(folders):
+    backbone = load_backbone(folders["bert"], "bert", backbone_dropout=True, gradient_checkpointing=True)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["roberta", "llama-gqa"])
+def test_layer_outputs_are_the_hidden_states_without_prompts(folders, name):
+    batch, plain = make_batch(name), load_plain(folders[name], name, torch.float32)
+    backbone = load_backbone(folders[name], name)
+    outputs = backbone.layer_outputs(batch)
+    states = plain(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+    ).hidden_states[1:]
+    assert len(outputs) == NUM_LAYERS
+    for output, state in zip(outputs[:-1], states[:-1], strict=True):  # the last state comes after a final norm
+        torch.testing.assert_close(output, state, rtol=1e-4, atol=1e-4)
+    assert len(backbone.layer_outputs(batch)) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_linear_head_needs_no_language_model_head(folders, name, tmp_path):
+    AutoModel.from_pretrained(folders[name]).save_pretrained(tmp_path)
+    batch, backbone = make_batch(name), load_backbone(tmp_path, name, head="linear")
+    prompts = random_prompts(backbone.base.config)
+    pooled = backbone.pooled(batch, prompts, first_position=NUM_TOKENS)
+    assert pooled.shape == (3, HIDDEN_SIZE)
+    (gradient,) = torch.autograd.grad(pooled.square().sum(), prompts)
+    assert gradient.flatten(1).any(1).all()
+
+
+def test_shape_and_parameters_come_from_the_configuration_alone(folders):
+    shapes = {name: read_shape(str(folder)) for name, folder in folders.items()}
+    assert {name: (shape.num_layers, shape.num_heads, shape.key_width) for name, shape in shapes.items()} == {
+        **dict.fromkeys(shapes, (NUM_LAYERS, 4, 16)),
+        **dict.fromkeys(("bert", "roberta", "gpt2", "llama"), (NUM_LAYERS, 4, 32)),
+        "qwen3": (NUM_LAYERS, 4, 32),
+    }
+    assert shapes["bert"].max_positions == 64
+    assert shapes["roberta"].max_positions == 62
+    model = AutoModel.from_pretrained(folders["gpt2"])
+    assert count_parameters(str(folders["gpt2"])) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "llama-gqa"])
+def test_the_last_position_is_usable(folders, name):
+    shape = read_shape(str(folders[name]))
+    backbone = load_backbone(folders[name], name)
+    batch = make_batch(name, (shape.max_positions - NUM_TOKENS, 4))
+    prompts = random_prompts(backbone.base.config)
+    assert backbone.word_scores(batch, prompts, first_position=NUM_TOKENS).isfinite().all()
+
+
+# Errors
+
+
+def test_missing_folder_says_what_was_looked_for(tmp_path):
+    gone = tmp_path / "gone"
+    for load in (read_shape, load_tokenizer, lambda name: load_backbone(name, "bert")):
+        with pytest.raises(
+            ModelError, match=rf"model\.name: {gone} cannot be loaded \(no folder {gone}; otherwise .*hub"
+        ):
+            load(str(gone))
+
+
+def test_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"cannot be loaded \(the folder exists; "):
+        read_shape(str(tmp_path))
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    path = save_backbone(tmp_path, "gpt2")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"gpt2 cannot be loaded \(the folder exists"):
+        load_backbone(path, "gpt2")
+
+
+def test_checkpoint_without_language_model_head_is_refused(folders, tmp_path):
+    BertModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lacks weights for cls\..*no language-model head: use tuning\.head: linear"):
+        load_backbone(tmp_path, "bert")
+
+
+@pytest.mark.parametrize("head", ["verbalizer", "linear"])
+def test_missing_weights_are_refused(tmp_path, head):
+    path = save_backbone(tmp_path, "llama")
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights for [a-z.]*layers\.1\.mlp\.up_proj\.weight$"):
+        load_backbone(path, "llama", head=head)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    path = save_backbone(tmp_path, "llama")
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(HIDDEN_SIZE + 1)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="llama cannot be loaded"):
+        load_backbone(path, "llama")
+
+
+def test_architectures_that_ignore_prompts_are_refused(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(tmp_path / "falcon")
+    with pytest.raises(ModelError, match="falcon: a falcon model takes no deep prompts: "):
+        load_backbone(tmp_path / "falcon", "gpt2")
+    AlbertModel(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(tmp_path / "albert")
+    with pytest.raises(ModelError, match=r"albert: a albert model takes no deep prompts: .*layer_idx"):
+        load_backbone(tmp_path / "albert", "bert", head="linear")
+
+
+def test_layers_that_ignore_prompts_are_named(folders, monkeypatch):
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def deaf_in_layer_1(module, *args, prompts=None, **kwargs):
+        return attend(module, *args, prompts=None if module.layer_idx == 1 else prompts, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", deaf_in_layer_1)
+    with pytest.raises(ModelError, match=r"a llama model takes no deep prompts in its layers \[1\]"):
+        load_backbone(folders["llama"], "llama")
+
+
+def test_architectures_that_change_logits_behind_the_head_are_refused(tmp_path):
+    config = GraniteConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+        initializer_range=0.2,
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a granite model changes its logits behind its language-model head"):
+        load_backbone(tmp_path, "llama")
+
+
+def test_configurations_of_other_kinds_are_refused(tmp_path):
+    T5Config(d_model=32, num_layers=2, num_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_backbone(tmp_path, "gpt2")
+
+
+def test_flash_attention_refuses_words_of_several_tokens():
+    with pytest.raises(ModelError, match=r"class words of several tokens; use model\.attention: sdpa"):
+        check_attention("flash_attention_2", words=LONG_WORDS)
+
+
+def check_attention(attention, *, words=WORDS, window=None, longest=12):
+    models._check_attention(
+        SimpleNamespace(sliding_window=window),
+        ModelConfig(name="toy", dtype="bfloat16", attention=attention),
+        TuningConfig(num_tokens=NUM_TOKENS),
+        describe("llama", words=words, longest=longest),
+        Answers(words),
+    )
+
+
+def test_texts_longer_than_a_sliding_window():
+    check_attention("flash_attention_2", window=16, longest=12)
+    check_attention("sdpa", window=16, longest=13)
+    with pytest.raises(ModelError, match=r"16 positions at a time.* up to 17; model\.attention: flash_attention_2"):
+        check_attention("flash_attention_2", window=16, longest=13)
+    with pytest.raises(ModelError, match="class words of several tokens cannot handle that"):
+        check_attention("sdpa", words=LONG_WORDS, window=16, longest=13)
+
+
+def test_spreading_over_gpus_without_accelerate_names_the_extra(folders, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda _name: None)
+    with pytest.raises(ModelError, match=r"pip install fedhpc\[multi-gpu\]"):
+        load_backbone(folders["gpt2"], "gpt2", device_map="auto")
+
+
+def test_spread_backbone_gives_the_same_scores(folders):
+    accelerate = pytest.importorskip("accelerate")
+    for name in ("bert", "gpt2", "llama-gqa"):
+        batch, single = make_batch(name), load_backbone(folders[name], name)
+        spread = load_backbone(folders[name], name, device_map="auto")
+        accelerate.dispatch_model(spread.model, {"": "cpu"}, force_hooks=True)
+        prompts = random_prompts(single.base.config)
+        expected, scores = (backbone.word_scores(batch, prompts) for backbone in (single, spread))
+        assert torch.equal(scores, expected)
+
+
+def test_loading_prints_nothing_and_leaves_logging_as_it_was(folders, tmp_path, capfd):
+    AutoModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    capfd.readouterr()
+    transformers_logging.set_verbosity_info()
+    try:
+        load_backbone(tmp_path, "bert", head="linear")
+        load_backbone(folders["bert"], "bert", head="linear")
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.set_verbosity_warning()
+    assert capfd.readouterr() == ("", "")
