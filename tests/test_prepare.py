@@ -382,7 +382,6 @@ def test_partition_preview(tmp_path, bert, capsys):
     pytest.importorskip("matplotlib")
     table = "sentence\tlabel\n" + "a\t0\na\t1\n" * 30
     data = run(tmp_path, "sst-2", write(tmp_path / "source", train_tsv=table, dev_tsv=table), bert)
-    capsys.readouterr()
     picture, listing = tmp_path / "p.png", tmp_path / "t.tsv"
     arguments = ["--data", str(data.path), "--num-devices", "12", "--out", str(picture), "--table", str(listing)]
     assert preview.main(arguments) == 0
