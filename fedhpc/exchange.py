@@ -95,7 +95,7 @@ class LocalExchange(Exchange):
 
     def abort(self) -> None:
         """See :class:`Exchange`."""
-        os._exit(1)
+        raise SystemExit(1)
 
 
 class MpiExchange(Exchange):

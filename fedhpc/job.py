@@ -53,18 +53,8 @@ def load_job(config: Config) -> Job:
     shape = read_shape(config.model.name)
     check_selection(config.selection, shape.num_layers)
     _check_positions(config, data, shape)
-    federation = config.federation
-    partition = make_partition(
-        np.asarray(data.split("train").labels),
-        np.asarray(data.split("validation").labels),
-        num_devices=federation.num_devices,
-        kind=federation.partition,
-        alpha=federation.alpha,
-        shards_per_device=federation.shards_per_device,
-        seed=config.seed,
-    )
     tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
-    return Job(config=config, data=data, shape=shape, tuning=tuning, partition=partition)
+    return Job(config=config, data=data, shape=shape, tuning=tuning, partition=_partition(config, data))
 
 
 def check_data(job: Job) -> None:
@@ -159,6 +149,22 @@ def choose_torch_device(local_rank: int) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _partition(config: Config, data: PreparedData) -> Partition:
+    federation = config.federation
+    try:
+        return make_partition(
+            np.asarray(data.split("train").labels),
+            np.asarray(data.split("validation").labels),
+            num_devices=federation.num_devices,
+            kind=federation.partition,
+            alpha=federation.alpha,
+            shards_per_device=federation.shards_per_device,
+            seed=config.seed,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"federation: {config.data.path} cannot be divided: {error}") from None
 
 
 def _check_data(config: Config, data: PreparedData) -> None:

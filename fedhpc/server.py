@@ -23,9 +23,8 @@ from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
 from fedhpc.updates import RoundUploads
 
-GROWTH_BASE_ROUNDS = 5
 GROWTH_FACTOR = 10.0
-"""An update norm this many times the median of the first rounds' is reported as unbounded growth."""
+"""An update norm this many times that of round 0, which is plain averaging, is reported as growth without bound."""
 
 
 class Server:
@@ -252,17 +251,13 @@ class Server:
         self.exchange.request(command, messages.NO_RECORD, [0] * self.num_workers)
 
     def _warn_of_growth(self, norms: tuple[float, ...]) -> None:
-        if len(norms) <= GROWTH_BASE_ROUNDS:
-            return
-        limit = GROWTH_FACTOR * float(np.median(norms[:GROWTH_BASE_ROUNDS]))
-        if norms[-1] > limit and not any(norm > limit for norm in norms[GROWTH_BASE_ROUNDS:-1]):
+        limit = GROWTH_FACTOR * norms[0]
+        if norms[-1] > limit and not any(norm > limit for norm in norms[:-1]):
+            advice = "; variant released wants device.learning_rate near 0.04"
             log.warning(
-                "the update norm grows without bound: %.3g now, %.3g over the first %d rounds; the run is likely to "
-                "diverge. Lower server.learning_rate or device.learning_rate%s",
+                "the update norm grows without bound: %.3g now, %.3g in round 0; the run is likely to diverge. Lower "
+                "server.learning_rate%s",
                 norms[-1],
-                limit / GROWTH_FACTOR,
-                GROWTH_BASE_ROUNDS,
-                "; variant released wants device.learning_rate near 0.04"
-                if self.config.server.variant == "released"
-                else "",
+                norms[0],
+                advice if self.config.server.variant == "released" else " or device.learning_rate",
             )

@@ -136,7 +136,7 @@ def read_device_states(path: Path, wanted: set[int], local: Layout) -> dict[int,
         states = {}
         for name, entry in file["devices"].items():
             if int(name) in wanted:
-                moments = {key: entry["optimizer"][key][()] for key in entry.get("optimizer", ())}
+                moments = {key: np.asarray(entry["optimizer"][key][()]) for key in entry.get("optimizer", ())}
                 states[int(name)] = DeviceState(
                     local=_read_vector(entry, "local", local),
                     steps_taken=int(entry.attrs["steps_taken"]),

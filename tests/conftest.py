@@ -1,0 +1,41 @@
+import pytest
+import tiny
+import yaml
+
+from fedhpc import cli
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Backbone, prepared data and configuration; not to be changed."""
+    return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def run_config(world, tmp_path):
+    """A configuration file of the test's own, with its own run directory and changes given by dotted key."""
+
+    def write(run="run", **changes):
+        config = yaml.safe_load(world.read_text())
+        config["run_dir"] = str(tmp_path / run)
+        for key, value in changes.items():
+            section, _, leaf = key.rpartition("__")
+            (config.setdefault(section, {}) if section else config)[leaf] = value
+        path = tmp_path / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fedhpc(capfd):
+    """Run the command in this process: (exit status, standard output, standard error)."""
+
+    def command(*arguments):
+        capfd.readouterr()
+        status = cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return command

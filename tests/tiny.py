@@ -1,0 +1,101 @@
+"""A whole run's inputs, small enough to train in a second: backbone, prepared data, configuration."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedhpc.seeding import generator
+
+ROOT = Path(__file__).parent.parent
+NUM_LAYERS, NUM_TOKENS, KEY_WIDTH, NUM_DEVICES = 4, 3, 16, 12
+TASK = {
+    "task": "moods",
+    "columns": {"a": "text", "label": "label"},
+    "classes": {"bad": "terrible", "good": "great", "mixed": "okay"},
+    "template": {"encoder": "{a} It was <mask> .", "decoder": "{a} It was {word} ."},
+    "splits": {"train": "train.tsv", "validation": "dev.tsv"},
+}
+WORDS = {
+    "bad": "dull slow noisy broken".split(),
+    "good": "bright quick calm lovely".split(),
+    "mixed": "plain usual average fine".split(),
+}
+
+
+def load_script(name):
+    """A script of data_prep as a module."""
+    spec = importlib.util.spec_from_file_location(f"data_prep_{name}", ROOT / "data_prep" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def word_tokenizer():
+    """Whole words behind a start token."""
+    words = "<s> <pad> <unk> the place was and It . terrible great okay".split() + sum(WORDS.values(), [])
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def write_backbone(folder, seed=0):
+    """A LLaMA with grouped-query attention and random weights."""
+    tokenizer = word_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_source(folder, num_train=240, num_validation=48):
+    """Sentences whose words give the class away."""
+    folder.mkdir()
+    for split, count in (("train", num_train), ("dev", num_validation)):
+        rng = generator(0, purpose=split)
+        lines = ["text\tlabel"]
+        for _ in range(count):
+            label = str(rng.choice(list(WORDS)))
+            lines.append(f"the place was {' and '.join(rng.choice(WORDS[label], rng.integers(1, 5)))}\t{label}")
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "task.yaml").write_text(yaml.safe_dump(TASK))
+    return folder
+
+
+def write_world(folder):
+    """Everything a run needs; the run's configuration file."""
+    backbone, source = write_backbone(folder / "backbone"), write_source(folder / "source")
+    arguments = ["--task", source / "task.yaml", "--source", source, "--model", backbone, "--out", folder / "prepared"]
+    assert load_script("prepare").main([str(argument) for argument in arguments]) == 0
+    config = {
+        "run_dir": str(folder / "run"),
+        "model": {"name": str(backbone)},
+        "data": {"path": str(folder / "prepared")},
+        "federation": {"num_devices": NUM_DEVICES, "sample_rate": 0.5, "rounds": 3},
+        "tuning": {"num_tokens": NUM_TOKENS},
+        "selection": {"strategy": "score", "ratio": 0.5},
+        "device": {"epochs": 1, "batch_size": 8, "learning_rate": 0.05},
+        "evaluate": {"every": 1},
+        "trace": True,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
