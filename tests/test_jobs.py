@@ -1,0 +1,79 @@
+"""Every configuration file of jobs/ is what it says."""
+
+from pathlib import Path
+
+import pytest
+
+from fedhpc.config import load_config
+from fedhpc.tasks import TASKS
+
+JOBS = Path(__file__).parent.parent / "jobs"
+FILES = sorted(JOBS.rglob("*.yaml"))
+PUBLISHED = {
+    "roberta-large": ("FacebookAI/roberta-large", "float32", 20),
+    "gpt2-large": ("openai-community/gpt2-large", "float32", 5),
+    "llama-3b": ("openlm-research/open_llama_3b", "bfloat16", 5),
+    "llama-7b": ("meta-llama/Llama-2-7b-hf", "bfloat16", 5),
+}
+PUBLISHED_FILES = [file for model in PUBLISHED for file in (JOBS / f"{model}.yaml", *sorted((JOBS / model).iterdir()))]
+ROBERTA_POSITIONS = 512
+
+
+def name(path):
+    return str(path.relative_to(JOBS))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_file_is_valid_without_notices_and_names_its_task(path):
+    config = load_config(path)
+    assert config.notices() == []
+    in_folder = path.parent != JOBS and path.stem != "base"
+    assert config.data.task == (path.stem if in_folder or path.stem == "demo" else None)
+    assert config.data.task in {*TASKS, "demo", None}
+    assert config.data.path.endswith(f"/{config.data.task or 'own'}") or path.stem == "demo"
+
+
+def test_no_two_files_share_a_run_directory():
+    run_dirs = [load_config(path).run_dir for path in FILES]
+    assert len(set(run_dirs)) == len(run_dirs) > 40
+
+
+def test_the_published_jobs_are_four_models_on_ten_tasks():
+    found = {(path.parent.name, path.stem) for path in PUBLISHED_FILES if path.parent != JOBS}
+    assert len(TASKS) == 10
+    assert found == {(model, task) for model in PUBLISHED for task in TASKS}
+
+
+@pytest.mark.parametrize("path", PUBLISHED_FILES, ids=name)
+def test_published_settings(path):
+    config = load_config(path)
+    model = path.stem if path.parent == JOBS else path.parent.name
+    assert (config.model.name, config.model.dtype, config.tuning.num_tokens) == PUBLISHED[model]
+    federation, device, server = config.federation, config.device, config.server
+    assert (federation.num_devices, federation.sample_rate, federation.rounds) == (100, 0.1, 100)
+    assert (federation.partition, federation.alpha) == ("dirichlet", 1.0)
+    assert (device.epochs, device.batch_size, device.learning_rate, device.weight_decay) == (2, 8, 4e-2, 0.1)
+    assert (server.method, server.variant, server.learning_rate, server.momentum) == (
+        "fedpeptao",
+        "released",
+        0.05,
+        0.9,
+    )
+    assert (config.selection.strategy, config.selection.ratio) == ("score", 0.5)
+    long = model == "roberta-large" and path.stem in ("rte", "qnli", "boolq")
+    assert config.data.max_length == (ROBERTA_POSITIONS - config.tuning.num_tokens if long else 128)
+
+
+def test_the_other_variant_brings_its_own_server_settings():
+    config = load_config(JOBS / "llama-7b/rte.yaml", ["server.variant=drift_corrected", "device.learning_rate=0.005"])
+    assert (config.server.learning_rate, config.server.momentum) == (1.5, 0.5)
+
+
+@pytest.mark.parametrize("task", ["trec", "sst-2"])
+def test_the_benchmark(task):
+    config = load_config(JOBS / f"minilm/{task}.yaml")
+    assert (config.tuning.head, config.tuning.num_tokens, config.selection.strategy) == ("linear", 20, "all")
+    assert (config.federation.num_devices, config.federation.sample_rate, config.federation.rounds) == (100, 0.1, 30)
+    assert (config.federation.alpha, config.seed) == (0.3, 42)
+    assert (config.device.epochs, config.device.batch_size, config.device.learning_rate) == (2, 8, 5e-3)
+    assert config.server.variant == "drift_corrected"
