@@ -259,7 +259,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(details) for details in error.errors()]
+        problems += _describe(error.errors())
     if problems:
         raise ConfigError(f"{path}: " + "\n  ".join([f"{len(problems)} problem(s)", *problems]))
     return config
@@ -325,21 +325,31 @@ def _apply_override(values: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _describe(details: ErrorDetails) -> str:
-    """One line for one validation error: key, what was found, what is valid."""
-    # Pydantic adds the branch of a union to the location; users know only the keys.
+def _describe(errors: list[ErrorDetails]) -> list[str]:
+    """One line for each key at fault: the key, what is valid, what was found."""
+    expected: dict[tuple[str, str], list[str]] = {}
+    lines = []
+    for details in errors:
+        key = _key_of(details)
+        if details["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_suggestion(key)}")
+        elif details["type"] == "missing":
+            lines.append(f"{key}: is required")
+        elif details["type"] == "value_error":
+            lines.append(details["msg"].removeprefix("Value error, "))
+        else:
+            valid = details["msg"].removeprefix("Input should be ")
+            expected.setdefault((key, repr(details["input"])), []).append(valid)
+    return lines + [f"{key}: should be {' or '.join(valid)}, found {found}" for (key, found), valid in expected.items()]
+
+
+def _key_of(details: ErrorDetails) -> str:
+    """The dotted key; Pydantic adds the branch of a union to it, which no user knows."""
     location = [str(part) for part in details["loc"]]
     about_value = details["type"] not in ("extra_forbidden", "missing")
     while about_value and len(location) > 1 and ".".join(location) not in _KEYS:
         location.pop()
-    key = ".".join(location)
-    if details["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(key)}"
-    if details["type"] == "missing":
-        return f"{key}: is required"
-    if details["type"] == "value_error":
-        return details["msg"].removeprefix("Value error, ")
-    return f"{key}: {details['msg'][0].lower()}{details['msg'][1:]}, found {details['input']!r}"
+    return ".".join(location)
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -29,7 +29,7 @@ def final_prompts(config):
 
 def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
     config = run_config(federation__rounds=10, selection__strategy="all", device__learning_rate=0.1)
-    status, out, err = fedhpc("run", config)
+    status, out, _ = fedhpc("run", config)
     assert status == 0
     assert out.count("round ") == 10
     folder = run_dir(config)

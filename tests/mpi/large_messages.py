@@ -1,0 +1,29 @@
+"""Two ranks exchange a payload and a record of more than 2 GiB each."""
+
+import numpy as np
+
+from fedhpc.exchange import MpiExchange
+from fedhpc.messages import Command, Op, upload_record
+
+FLOATS = (1 << 29) + 1000
+assert 4 * FLOATS > 1 << 31
+PLACES = [0, 1, (1 << 29) - 1, 1 << 29, FLOATS - 1]
+
+exchange = MpiExchange()
+record_type = upload_record(FLOATS)
+if exchange.rank == 0:
+    payload = np.zeros(FLOATS, np.float32)
+    payload[PLACES] = [1, 2, 3, 4, 5]
+    records = exchange.request(Command(op=Op.TRAIN, round=9, layers=(0, 3), payload=payload), record_type, [1])
+    assert records[0]["params"][PLACES].tolist() == [2, 4, 6, 8, 10]
+    assert records[0]["device"] == 7
+    assert exchange.traffic.bytes_down == 64 + 4 * FLOATS
+    assert exchange.traffic.bytes_up == 64 + 4 * FLOATS
+    print("exchanged", exchange.traffic.bytes_up)
+else:
+    command = exchange.receive()
+    assert (command.op, command.round, command.layers) == (Op.TRAIN, 9, (0, 3))
+    reply = np.zeros(1, record_type)
+    reply[0]["device"] = 7
+    np.multiply(command.payload, 2, out=reply[0]["params"])
+    exchange.reply(reply)

@@ -1,0 +1,18 @@
+"""fedhpc, but rank 3's first local update of the second round raises."""
+
+import os
+import sys
+
+from fedhpc import cli, device
+
+local_update = device.local_update
+
+
+def failing_local_update(*arguments, round_index, **named):
+    if round_index == 1 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "3":
+        raise RuntimeError("the cosmic ray that this test is about")
+    return local_update(*arguments, round_index=round_index, **named)
+
+
+device.local_update = failing_local_update
+sys.exit(cli.main())

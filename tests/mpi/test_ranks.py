@@ -1,0 +1,154 @@
+"""Real MPI ranks: the same bits on any number of them, counted bytes, recomputable traces, faults that end everyone."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import tiny
+import yaml
+from launch import MPIRUN, mpirun
+
+from fedhpc import cli
+from fedhpc.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
+
+HEADER_BYTES = 64
+
+
+def final_prompts(config):
+    checkpoints = Checkpoints(yaml.safe_load(config.read_text())["run_dir"])
+    with h5py.File(checkpoints.path(checkpoints.rounds()[0]) / "server.h5") as file:
+        return file["prompts"][()].tobytes()
+
+
+def metrics(config):
+    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def serial(world, tmp_path_factory):
+    """The run of one process that every other must equal."""
+    config = yaml.safe_load(world.read_text())
+    folder = tmp_path_factory.mktemp("serial")
+    config["run_dir"] = str(folder / "run")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert cli.main(["run", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def seventeen(world, tmp_path_factory):
+    """A traced run on 17 ranks, four of them without a device."""
+    config = yaml.safe_load(world.read_text())
+    folder = tmp_path_factory.mktemp("seventeen")
+    config["run_dir"] = str(folder / "run")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    done = mpirun(17, "-m", "fedhpc", "run", path)
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
+    expected = final_prompts(serial)
+    assert final_prompts(seventeen[0]) == expected
+    for num_ranks in (2, 5):
+        config = run_config(f"ranks{num_ranks}")
+        done = mpirun(num_ranks, "-m", "fedhpc", "run", config)
+        assert done.returncode == 0, done.stderr
+        assert final_prompts(config) == expected
+        for ours, theirs in zip(metrics(config), metrics(serial), strict=True):
+            for key in ("loss", "accuracy", "accuracy_global", "devices", "steps", "update_norm"):
+                assert ours[key] == theirs[key]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(serial, run_config):
+    config = run_config()
+    for rounds, num_ranks in ((1, 5), (2, 2), (3, 4)):
+        done = mpirun(num_ranks, "-m", "fedhpc", "run", config, "--set", f"federation.rounds={rounds}")
+        assert done.returncode == 0, done.stderr
+    assert final_prompts(config) == final_prompts(serial)
+
+
+def test_idle_ranks_are_noticed_not_refused(seventeen):
+    _, done = seventeen
+    assert "4 ranks have no device" in done.stderr
+    assert "rank 0/17" in done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["1/3", "2/3", "3/3"]
+
+
+@pytest.mark.parametrize(("ratio", "num_layers"), [(1.0, 4), (0.5, 2)])
+def test_bytes_are_those_of_the_selected_layers(run_config, ratio, num_layers):
+    config = run_config(selection__ratio=ratio, federation__rounds=1)
+    done = mpirun(3, "-m", "fedhpc", "run", config)
+    assert done.returncode == 0, done.stderr
+    prompts = 4 * num_layers * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
+    (record,) = metrics(config)
+    assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
+    assert record["bytes_down"] == 2 * (prompts + HEADER_BYTES)
+
+
+def recompute(trace, state, *, beta, server_learning_rate, num_devices):
+    """One drift_corrected step in plain NumPy from a trace file, as the design's section 5 writes it."""
+    eta = trace.attrs["device_learning_rate"]
+    ids, n, k = trace["device_ids"][()], trace["num_examples"][()], trace["num_steps"][()]
+    p, uploads = trace["broadcast"][()].astype(np.float64), trace["uploads"][()].astype(np.float64)
+    weights = n / n.sum()
+    d = (p - uploads) / (k * eta)[:, None, None, None, None]
+    c_i = np.stack([state["c_i"].get(i, np.zeros_like(p)) for i in ids.tolist()])
+    m = (weights[:, None, None, None, None] * (beta * state["m"] + (1 - beta) * (d - c_i + state["c"]))).sum(axis=0)
+    t = state["t"] + 1
+    result = p - server_learning_rate * (weights @ k) * eta * m / (1 - beta**t)
+    c = state["c"] + (d - c_i).sum(axis=0) / num_devices
+    return result, {"t": t, "m": m, "c": c, "c_i": {**state["c_i"], **dict(zip(ids.tolist(), d, strict=True))}}
+
+
+def test_a_trace_can_be_recomputed_from_outside(seventeen):
+    config, _ = seventeen
+    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
+    state = {"t": 0, "m": 0.0, "c": 0.0, "c_i": {}}
+    previous = None
+    for t in range(3):
+        with h5py.File(folder / f"traces/round_{t:06d}.h5") as trace:
+            assert previous is None or np.array_equal(trace["broadcast"][()], previous)
+            result, state = recompute(trace, state, beta=0.5, server_learning_rate=1.5, num_devices=tiny.NUM_DEVICES)
+            previous = trace["result"][()]
+            assert np.abs(previous - result).max() <= 1e-6 * np.abs(result).max()
+
+
+def test_a_rank_that_raises_ends_all_of_them(run_config):
+    config = run_config(federation__sample_rate=1.0)
+    done = mpirun(17, Path(__file__).parent / "raise_in_round.py", "run", config)
+    ended = time.time()
+    assert done.returncode not in (0, 2)
+    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
+    log = (folder / "log.txt").read_text()
+    for text in (done.stderr, log):
+        assert re.search(r"CRITICAL rank 3/17 \S+: RuntimeError: the cosmic ray", text)
+        assert "Traceback" in text
+        assert "raise_in_round.py" in text
+    raised = time.mktime(time.strptime(re.search(r"(\S+ \S+),\d+ CRITICAL", log)[1], "%Y-%m-%d %H:%M:%S"))
+    assert ended - raised < 10 + 1  # log times are cut to the second
+    assert Checkpoints(folder).rounds() == [1]
+    Checkpoints(folder).verify(1)
+
+
+def test_bad_input_is_told_once(run_config):
+    done = mpirun(4, "-m", "fedhpc", "run", run_config(device__epochs=0))
+    assert done.returncode == 2
+    assert done.stderr.count("fedhpc: error:") == 1
+    assert "device.epochs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_messages_past_two_gib(tmp_path):
+    done = mpirun(2, Path(__file__).parent / "large_messages.py")
+    assert done.returncode == 0, done.stderr
+    assert f"exchanged {64 + 4 * ((1 << 29) + 1000)}" in done.stdout

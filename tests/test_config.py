@@ -1,0 +1,130 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedhpc.config import Config, load_config
+from fedhpc.errors import ConfigError
+
+MINIMAL = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(name="run.yaml", **values):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return to_file
+
+
+def problems(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_the_resolved_configuration_reads_back_as_itself(write, tmp_path):
+    config = load_config(write(**MINIMAL))
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_defaults_follow_the_method_and_variant(write):
+    path = write(**MINIMAL)
+    assert load_config(path).server.model_dump() == {
+        "method": "fedpeptao",
+        "variant": "drift_corrected",
+        "learning_rate": 1.5,
+        "momentum": 0.5,
+    }
+    released = load_config(path, ["server.variant=released"]).server
+    assert (released.learning_rate, released.momentum) == (0.05, 0.9)
+    assert load_config(path, ["server.method=fedavg"]).server.learning_rate is None
+    assert load_config(path, ["server.variant=released", "server.momentum=0.3"]).server.momentum == 0.3
+
+
+def test_overrides_are_yaml_and_reach_any_depth(write):
+    config = load_config(
+        write(**MINIMAL),
+        ["device.learning_rate=4e-2", "selection={strategy: explicit, layers: [2, 0]}", "trace=true"],
+    )
+    assert config.device.learning_rate == 0.04
+    assert config.selection.layers == [2, 0]
+    assert config.trace is True
+
+
+def test_a_file_may_build_on_another(write):
+    write("base.yaml", **MINIMAL, device={"epochs": 7, "batch_size": 3})
+    config = load_config(write(base="base.yaml", data={"task": "rte"}, device={"epochs": 1}))
+    assert (config.device.epochs, config.device.batch_size) == (1, 3)
+    assert (config.data.path, config.data.task) == ("d", "rte")
+
+
+def test_a_circle_of_bases_ends(write):
+    write("a.yaml", base="b.yaml")
+    assert "leads back to itself" in problems(write("b.yaml", base="a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("device.epoch=1", ["device.epoch: unknown key", "device.epochs"]),
+        ("learning_rate=1", ["learning_rate: unknown key", "device.learning_rate"]),
+        ("device.epochs=two", ["device.epochs", "integer", "'two'"]),
+        ("device.epochs=2.5", ["device.epochs", "integer"]),
+        ("device.learning_rate=0", ["device.learning_rate", "greater than 0"]),
+        ("device.learning_rate=.inf", ["device.learning_rate", "finite"]),
+        ("federation.sample_rate=1.5", ["federation.sample_rate", "1"]),
+        ("server.method=fedsgd", ["server.method", "fedavg", "fedpeptao", "'fedsgd'"]),
+        ("model.dtype=int8", ["model.dtype", "bfloat16"]),
+        ("selection.ratio=0", ["selection.ratio", "greater than 0"]),
+        ("selection.layers=[1]", ["selection.layers", "explicit"]),
+        ("selection={strategy: explicit, layers: [1, 1]}", ["selection.layers", "once"]),
+        ("tuning={head: linear, loss: vocabulary}", ["tuning.loss", "tuning.head"]),
+        ("model.attention=flash_attention_2", ["model.attention", "bfloat16"]),
+        ("checkpoint.keep=1", ["checkpoint.keep", "2"]),
+        ("trace=maybe", ["trace", "bool"]),
+        ("model=x", ["model", "'x'"]),
+        ("seed.x=1", ["seed", "'x': 1"]),
+        ("nonsense", ["--set nonsense", "key.sub=value"]),
+    ],
+)
+def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
+    message = problems(write(**MINIMAL), override)
+    assert "1 problem(s)" in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_section_is_named(write):
+    message = problems(write(run_dir="r", model={}))
+    assert "model.name: is required" in message
+    assert "data: is required" in message
+
+
+def test_the_identity_leaves_out_what_cannot_change_the_numbers(write):
+    path = write(**MINIMAL)
+    digest = load_config(path).sha256
+    for harmless in ("run_dir=x", "trace=true", "checkpoint.every=3", "evaluate.every=3", "federation.rounds=7"):
+        assert load_config(path, [harmless]).sha256 == digest
+    for other in ("seed=1", "device.threads=2", "device.learning_rate=0.1", "selection.ratio=0.25"):
+        assert load_config(path, [other]).sha256 != digest
+    linear = [load_config(path, ["device.schedule=linear", f"federation.rounds={n}"]).sha256 for n in (7, 8)]
+    assert linear[0] != linear[1]
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "rate", "sampled"), [(100, 0.1, 10), (100, 0.29, 29), (5, 0.1, 1), (7, 1.0, 7)]
+)
+def test_devices_per_round(write, num_devices, rate, sampled):
+    config = load_config(write(**MINIMAL, federation={"num_devices": num_devices, "sample_rate": rate}))
+    assert config.federation.devices_per_round == sampled
+
+
+def test_every_key_has_a_known_place_in_the_example_of_the_documentation():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    for block in re.findall(r"```yaml\n(run_dir: .*?)```", text, re.DOTALL):
+        Config.model_validate(yaml.safe_load(block))

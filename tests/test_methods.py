@@ -1,0 +1,166 @@
+"""Server updates: hand-computed rounds, and the vectors of an independent implementation where they are at hand."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from fedhpc.config import ServerConfig
+from fedhpc.methods import METHODS, make_method
+from fedhpc.updates import RoundUploads
+
+VECTORS = Path(os.environ.get("FEDHPC_VECTORS", Path(__file__).parents[2] / "shared" / "vectors"))
+P0 = np.array([1.0, -2.0], np.float32)
+
+
+def method(num_devices=4, sample_rate=0.5, **config):
+    return make_method(ServerConfig.model_validate(config), num_devices=num_devices, sample_rate=sample_rate)
+
+
+def uploads(params, ids=(2, 0), examples=(1, 3), steps=(2, 4), eta=0.5):
+    return RoundUploads(
+        device_ids=np.array(ids),
+        num_examples=np.array(examples),
+        num_steps=np.array(steps),
+        params=np.array(params, np.float32),
+        device_learning_rate=eta,
+    )
+
+
+def test_fedavg_is_the_mean_weighted_by_examples():
+    fedavg = method(method="fedavg")
+    state = fedavg.update(fedavg.init(P0), uploads([[0, 4], [8, 0]]))
+    # 1/4 [0, 4] + 3/4 [8, 0]
+    assert state.params.tolist() == [6.0, 1.0]
+    assert (state.round, state.params.dtype) == (1, np.float32)
+
+
+def test_drift_corrected_with_nothing_to_correct_is_plain_averaging():
+    corrected = method(variant="drift_corrected", momentum=0.0, learning_rate=1.0)
+    equal_steps = uploads([[0, 4], [8, 0]], steps=(3, 3))
+    assert corrected.update(corrected.init(P0), equal_steps).params == pytest.approx([6.0, 1.0])
+
+
+def test_drift_corrected_by_hand():
+    corrected = method(variant="drift_corrected", momentum=0.5, learning_rate=2.0)
+    first = corrected.update(corrected.init(P0), uploads([[0, -2], [3, -2]]))
+    # d_2 = ([1,-2] - [0,-2]) / (2 * 0.5) = [1, 0]; d_0 = ([1,-2] - [3,-2]) / (4 * 0.5) = [-1, 0]
+    # m = 1/4 * 0.5 * [1,0] + 3/4 * 0.5 * [-1,0] = [-0.25, 0], unbiased by 1 / (1 - 0.5) = [-0.5, 0]
+    # sum w_i K_i = 1/4 * 2 + 3/4 * 4 = 3.5; P = [1,-2] - 2 * 3.5 * 0.5 * [-0.5, 0] = [2.75, -2]
+    assert first.params == pytest.approx([2.75, -2.0])
+    assert first.vectors["momentum"] == pytest.approx([-0.25, 0.0])
+    # c = 1/4 ([1,0] + [-1,0]) = 0; c_2 = [1,0], c_0 = [-1,0]
+    assert first.vectors["control_global"] == pytest.approx([0.0, 0.0])
+    assert {device: c.tolist() for device, c in first.control.items()} == {2: [1.0, 0.0], 0: [-1.0, 0.0]}
+
+    second = corrected.update(first, uploads([[2.75, -4]], ids=(2,), examples=(5,), steps=(2,)))
+    # d_2 = [0, 2]; less c_2, plus c = 0: [-1, 2]; m = 0.5 [-0.25, 0] + 0.5 [-1, 2] = [-0.625, 1]
+    # unbiased by 1 / (1 - 0.25); P = [2.75, -2] - 2 * 2 * 0.5 * 4/3 * [-0.625, 1]
+    assert second.params == pytest.approx([2.75 + 2.5 / 1.5, -2 - 4 / 1.5])
+    # c += 1/4 (d_2 - c_2) = 1/4 [-1, 2]
+    assert second.vectors["control_global"] == pytest.approx([-0.25, 0.5])
+    assert second.control[2].tolist() == [0.0, 2.0]
+    assert second.control[0].tolist() == [-1.0, 0.0]
+
+
+def test_released_by_hand():
+    released = method(num_devices=4, sample_rate=0.5, variant="released", momentum=0.5, learning_rate=0.1)
+    first = released.update(released.init(P0), uploads([[0, -2], [3, -2]]))
+    # Round 0 is plain averaging: 1/4 [0,-2] + 3/4 [3,-2]; delta = [1,-2] - [2.25,-2]
+    assert first.params == pytest.approx([2.25, -2.0])
+    assert first.vectors["previous_delta"] == pytest.approx([-1.25, 0.0])
+    assert first.vectors["momentum"].tolist() == [0.0, 0.0]
+    # c_2 = [1,0], c_0 = [-1,0] as above; c = 0.5 * (2/6 [1,0] + 4/6 [-1,0])
+    assert first.vectors["control_global"] == pytest.approx([-1 / 6, 0.0])
+
+    second = released.update(first, uploads([[2.25, -4]], ids=(2,), examples=(5,), steps=(2,)))
+    # c_2 = [1,0] - [-1/6,0] + [0,2] = [7/6, 2]; c = [-1/6,0] + 0.5 * 1 * ([7/6,2] - [1,0]) = [-1/12, 1]
+    assert second.control[2] == pytest.approx([7 / 6, 2.0])
+    assert second.vectors["control_global"] == pytest.approx([-1 / 12, 1.0])
+    # eta_s = 0.099; delta = [0, 2]; g = [-1.25, 0] - [0, 2]; v = 0.5 g + c - c_2 = [-0.625 - 1.25, -1 - 1]
+    assert second.scalars["server_learning_rate"] == pytest.approx(0.099)
+    assert second.vectors["momentum"] == pytest.approx([-1.875, -2.0])
+    assert second.params == pytest.approx([2.25 + 0.099 * 1.875, -4 + 0.099 * 2])
+
+
+@pytest.mark.parametrize("variant", ["fedavg", "drift_corrected"])
+def test_the_order_of_the_uploads_does_not_matter_to_the_last_bit(variant):
+    rng = np.random.default_rng(0)
+    params = rng.standard_normal((5, 1000)).astype(np.float32)
+    ids, order = np.arange(5), np.array([3, 1, 4, 0, 2])
+    chosen = method(method="fedavg") if variant == "fedavg" else method(variant=variant)
+    state = chosen.init(rng.standard_normal(1000).astype(np.float32))
+    sizes, steps = np.array([7, 11, 13, 17, 19]), np.array([1, 2, 3, 4, 5])
+    one = chosen.update(state, uploads(params, ids, sizes, steps))
+    other = chosen.update(state, uploads(params[order], ids[order], sizes[order], steps[order]))
+    assert one.params.tobytes() == other.params.tobytes()
+
+
+@pytest.mark.parametrize(("name", "variant"), METHODS)
+def test_an_update_leaves_the_old_state_as_it_was(name, variant):
+    chosen = method(method=name, variant=variant)
+    old = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]]))
+    kept = {key: vector.copy() for key, vector in {"params": old.params, **old.vectors}.items()}
+    control = {device: vector.copy() for device, vector in old.control.items()}
+    chosen.update(old, uploads([[1, 1], [2, 2]]))
+    for key, vector in {"params": old.params, **old.vectors}.items():
+        assert np.array_equal(vector, kept[key])
+    assert old.control.keys() == control.keys()
+    assert all(np.array_equal(old.control[device], control[device]) for device in control)
+
+
+@pytest.mark.skipif(not VECTORS.is_dir(), reason="no number vectors; FEDHPC_VECTORS names their folder")
+@pytest.mark.parametrize("name", ["fedavg", "drift_corrected", "released"])
+def test_vectors_of_an_independent_implementation(name):
+    with h5py.File(VECTORS / f"server_{name}.h5") as file:
+        config = {"method": "fedavg"}
+        if name != "fedavg":
+            config = {"variant": name, "momentum": float(file.attrs["momentum"])}
+            config["learning_rate"] = float(file.attrs["server_learning_rate"])
+        chosen = method(int(file.attrs["num_devices"]), float(file.attrs["sample_rate"]), **config)
+        rounds = sorted(key for key in file if key.startswith("round_"))
+        assert len(rounds) == 6
+        state = chosen.init(file[rounds[0]]["broadcast"][()].ravel())
+        for key in rounds:
+            entry = file[key]
+            assert_close(state.params, entry["broadcast"])
+            # Go on from the vectors' own float32, so that one rounding does not feed the next round.
+            state = dataclasses.replace(state, params=entry["broadcast"][()].ravel())
+            given = RoundUploads(
+                device_ids=entry["device_ids"][()],
+                num_examples=entry["num_examples"][()],
+                num_steps=entry["num_steps"][()],
+                params=entry["uploads"][()].reshape(len(entry["uploads"]), -1),
+                device_learning_rate=float(file.attrs["device_learning_rate"]),
+            )
+            state = chosen.update(state, given)
+            assert_close(state.params, entry["result"])
+        final = file["final"]
+        for vector in state.vectors.keys() & final.keys():
+            assert_close(state.vectors[vector], final[vector])
+        if "control_devices" in final:
+            assert sorted(state.control) == final["control_device_ids"][()].tolist()
+            for device, expected in zip(final["control_device_ids"], final["control_devices"], strict=True):
+                assert_close(state.control[int(device)], expected)
+        assert (name == "fedavg") == (not state.vectors)
+
+
+def assert_close(ours, expected):
+    expected = np.asarray(expected).ravel()
+    assert np.abs(ours - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(not VECTORS.is_dir(), reason="no number vectors; FEDHPC_VECTORS names their folder")
+def test_layer_scores_of_an_independent_implementation():
+    from fedhpc.selection import global_scores, layer_score
+
+    with h5py.File(VECTORS / "layer_scores.h5") as file:
+        scores = []
+        for device in range(len(file["num_examples"])):
+            entry = file[f"device_{device}"]
+            scores.append([layer_score(hidden) for hidden in entry["hidden_states"]])
+            assert scores[-1] == pytest.approx(entry["scores"][()], rel=1e-6)
+        assert global_scores(np.array(scores), file["num_examples"][()]) == pytest.approx(file["scores"][()], rel=1e-6)

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+
+def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
+    config = run_config(selection__ratio=0.5)
+    status, out, _ = fedhpc("plan", config, "--ranks", 5, "--examples-per-second", 10)
+    assert status == 0
+    per_layer = 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
+    assert f"{4 * per_layer:,} parameters" in out
+    assert f"{2 * per_layer:,} parameters, 2 of 4 layers" in out
+    # 4 bytes a float, a 64-byte header, 4 device ranks down and 6 sampled devices up.
+    down, up = (copies * (4 * 2 * per_layer + 64) / 1000 for copies in (4, 6))
+    assert f"{down:.1f} kB" in out
+    assert f"{up:.1f} kB" in out
+    assert "rank 4: 3 devices" in out
+    # 6 devices of 20 examples, one epoch, 10 examples/s on each of 4 ranks
+    assert "3.0 s a round" in out
+    assert not Path(yaml.safe_load(config.read_text())["run_dir"]).exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 20])
+def test_plan_takes_any_number_of_ranks(fedhpc, run_config, ranks):
+    status, out, _ = fedhpc("plan", run_config(), "--ranks", ranks)
+    assert status == 0
+    assert ("idle" in out) == (ranks == 20)
+
+
+def test_plan_refuses_what_run_would_refuse(fedhpc, run_config):
+    status, _, err = fedhpc("plan", run_config(selection__ratio=0.1), "--ranks", 2)
+    assert status == 2
+    assert "selects no layer" in err
+
+
+def test_inspect_tells_of_runs_checkpoints_and_files(fedhpc, run_config):
+    config = run_config()
+    assert fedhpc("run", config)[0] == 0
+    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
+    status, out, _ = fedhpc("inspect", folder)
+    assert status == 0
+    for words in ("3 rounds recorded", "round_000003: valid", "round 3 completed, fedpeptao drift_corrected", "sha256"):
+        assert words in out
+    checkpoint = folder / "checkpoints/round_000003"
+    assert "layer scores" in fedhpc("inspect", checkpoint)[1]
+    assert "steps taken" in fedhpc("inspect", checkpoint / "devices_0001.h5")[1]
+    (checkpoint / "server.h5").write_bytes(b"")
+    status, out, _ = fedhpc("inspect", checkpoint)
+    assert status == 2
+    assert "NOT VALID" in out
+
+
+@pytest.mark.parametrize("path", ["nowhere", "."])
+def test_inspect_refuses_what_is_no_run(fedhpc, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = fedhpc("inspect", path)
+    assert status == 2
+    assert "run directory" in err

@@ -1,0 +1,62 @@
+import io
+import logging
+
+import pytest
+
+from fedhpc.report import Progress, human_bytes, log, log_to_file, start_log
+
+
+def record(round_index, **values):
+    return {"round": round_index, "accuracy": None, "loss": 0.5, "bytes_down": 700, "bytes_up": 300, **values}
+
+
+def test_a_batch_log_gets_one_plain_line_per_round():
+    stream = io.StringIO()
+    progress = Progress(2, 4, stream)
+    progress.update(record(2, accuracy=0.75))
+    progress.update(record(3))
+    progress.close()
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("round 3/4  accuracy 0.750  loss 0.500  moved 1.0 kB  ETA ")
+    assert second.startswith("round 4/4  accuracy 0.750  loss 0.500  moved 2.0 kB  ETA 00:00")
+
+
+def test_a_terminal_gets_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = Progress(0, 2, stream)
+    progress.update(record(0, accuracy=0.5))
+    progress.update(record(1))
+    progress.close()
+    last = stream.getvalue().split("\r")[-1]
+    for word in ("100%", "2/2", "accuracy=0.500", "loss=0.500", "moved=2.0 kB"):
+        assert word in last
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_600_000, "2.6 MB"), (3e12, "3.0 TB")]
+)
+def test_human_bytes(count, text):
+    assert human_bytes(count) == text
+
+
+def test_records_carry_time_rank_and_host_and_only_rank_0_writes_the_log(tmp_path, capfd):
+    path = tmp_path / "log.txt"
+    try:
+        for rank in (0, 3):
+            start_log(rank, 17, "node7")
+            log_to_file(path, rank, 17, "node7")
+            log.info("hello from %d", rank)
+        log.critical("last words")
+    finally:
+        log.handlers[:] = [logging.NullHandler()]
+    errors = capfd.readouterr().err
+    assert "INFO rank 0/17 node7: hello from 0" in errors
+    assert "INFO rank 3/17 node7: hello from 3" in errors
+    written = path.read_text()
+    assert "hello from 0" in written
+    assert "hello from 3" not in written
+    assert "CRITICAL rank 3/17 node7: last words" in written

@@ -1,0 +1,43 @@
+import numpy as np
+
+from fedhpc.messages import HEADER, UPLOAD_HEADER_BYTES, Command, Op, upload_record
+from fedhpc.updates import Layout
+
+
+def test_a_layout_lays_tensors_one_behind_the_other():
+    layout = Layout({"prompts": (2, 2, 1, 3), "head": (4,)})
+    assert (layout.size, layout.nbytes) == (16, 64)
+    prompts, head = np.arange(12.0).reshape(2, 2, 1, 3), np.arange(12.0, 16.0)
+    vector = layout.pack({"head": head, "prompts": prompts})
+    assert vector.tolist() == list(range(16))
+    views = layout.views(vector)
+    assert np.array_equal(views["prompts"], prompts)
+    views["head"][0] = -1
+    assert vector[12] == -1
+
+
+def test_views_keep_leading_axes():
+    layout = Layout({"a": (2,), "b": (3, 1)})
+    views = layout.views(np.arange(20).reshape(2, 2, 5))
+    assert views["b"].shape == (2, 2, 3, 1)
+    assert views["a"][1, 0].tolist() == [10, 11]
+
+
+def test_an_empty_layout():
+    assert Layout({}).size == 0
+    assert Layout({"a": (0, 2)}).views(np.empty(0))["a"].shape == (0, 2)
+
+
+def test_commands_cross_as_fixed_headers():
+    payload = np.arange(3, dtype=np.float32)
+    command = Command(op=Op.TRAIN, round=1 << 40, layers=(0, 31, 255), payload=payload)
+    header = command.header()
+    assert header.nbytes == HEADER.itemsize == UPLOAD_HEADER_BYTES == 64
+    assert header[0]["payload_size"] == 3
+    arrived = Command.from_header(np.frombuffer(header.tobytes(), HEADER), payload)
+    assert (arrived.op, arrived.round, arrived.layers) == (Op.TRAIN, 1 << 40, (0, 31, 255))
+
+
+def test_an_upload_is_its_header_and_its_floats():
+    for size in (1, 2, 1001):
+        assert upload_record(size).itemsize == 64 + 4 * size
