@@ -42,7 +42,8 @@ def lossless_ratio(
     by: str,
     rng: np.random.Generator,
 ) -> float:
-    """Share of the layers that a device would exchange, in (0, 1], from one batch."""
+    """Share of the layers that a device would exchange, from one batch: in (0, 1], or 0 where `density` finds no
+    positive curvature."""
     loss = BatchLoss(backbone, tuning, tensors, batch)
     start = rng.standard_normal(loss.size)
     values, weights = lanczos(loss.hessian_product, start, steps=min(LANCZOS_STEPS, loss.size))

@@ -1,9 +1,11 @@
 """Tiny backbones with large random weights, and batches, descriptions and configurations for them."""
 
 import torch
+from torch.nn import functional
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -20,7 +22,8 @@ from transformers import (
 
 from fedhpc.config import Config, ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
-from fedhpc.models import Backbone
+from fedhpc.models import Backbone, read_shape
+from fedhpc.tuning import make_tuning
 
 NUM_LAYERS, HIDDEN_SIZE, VOCABULARY, NUM_TOKENS = 3, 32, 101, 4
 WORDS = [[7], [41], [90]]
@@ -123,6 +126,25 @@ def random_prompts(backbone_config, dtype=torch.float32, *, num_tokens=NUM_TOKEN
     rng = torch.Generator().manual_seed(11)
     prompts = torch.randn(NUM_LAYERS, 2, num_tokens, heads * head_dim, generator=rng, dtype=torch.float64) * std
     return prompts.to(dtype).requires_grad_()
+
+
+def read_tuning(path, *, num_classes=3, **tuning):
+    """The tuning of a saved backbone."""
+    config = TuningConfig(**{"num_tokens": NUM_TOKENS, **tuning})
+    return make_tuning(config, read_shape(str(path)), num_classes=num_classes)
+
+
+def cached_logits(model, ids, mask, prompts, positions=None):
+    """Logits [b, s, V] with the prompts in transformers' own cache, as keys and values of earlier positions."""
+    layers, _, num_tokens, width = prompts.shape
+    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    cache = DynamicCache(config=model.config)
+    for layer in range(layers):
+        states = prompts[layer].view(2, 1, num_tokens, heads, width // heads).transpose(2, 3)
+        key, value = states.expand(2, len(ids), -1, -1, -1)
+        cache.update(key, value, layer)
+    whole_mask = functional.pad(mask.long(), (num_tokens, 0), value=1)
+    return model(input_ids=ids, attention_mask=whole_mask, past_key_values=cache, position_ids=positions).logits
 
 
 def make_config(path, **sections):

@@ -12,6 +12,7 @@ from backbones import (
     NUM_TOKENS,
     VOCABULARY,
     WORDS,
+    cached_logits,
     describe,
     load_backbone,
     load_plain,
@@ -26,7 +27,6 @@ from transformers import (
     AlbertModel,
     AutoModel,
     BertModel,
-    DynamicCache,
     FalconConfig,
     FalconForCausalLM,
     GraniteConfig,
@@ -60,19 +60,6 @@ def _one_thread():
 
 
 # References: transformers' own cache path for decoders, attention written out for encoders.
-
-
-def cached_logits(model, ids, mask, prompts, positions=None):
-    """Logits [b, s, V] with prompts as keys and values of earlier positions."""
-    layers, _, num_tokens, width = prompts.shape
-    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
-    cache = DynamicCache(config=model.config)
-    for layer in range(layers):
-        states = prompts[layer].view(2, 1, num_tokens, heads, width // heads).transpose(2, 3)
-        key, value = states.expand(2, len(ids), -1, -1, -1)
-        cache.update(key, value, layer)
-    whole_mask = functional.pad(mask.long(), (num_tokens, 0), value=1)
-    return model(input_ids=ids, attention_mask=whole_mask, past_key_values=cache, position_ids=positions).logits
 
 
 def encoder_logits(model, ids, mask, prompts, positions):

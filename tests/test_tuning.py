@@ -1,12 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from backbones import HIDDEN_SIZE, NUM_LAYERS, NUM_TOKENS, load_backbone, make_batch, save_backbone
+from backbones import HIDDEN_SIZE, NUM_LAYERS, NUM_TOKENS, load_backbone, make_batch, read_tuning, save_backbone
 from torch.nn import functional
 
-from fedhpc.config import TuningConfig
-from fedhpc.models import read_shape
-from fedhpc.tuning import make_tuning
 from fedhpc.tuning.base import as_parameters, linear_head
 
 CPU = torch.device("cpu")
@@ -18,11 +15,6 @@ HEAD_SIZE = 3 * HIDDEN_SIZE + 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_backbone(tmp_path_factory.mktemp("tuning"), "llama-gqa", initializer_range=0.125)
-
-
-def tuning_of(folder, **changes):
-    config = TuningConfig(**{"num_tokens": NUM_TOKENS, **changes})
-    return make_tuning(config, read_shape(str(folder)), num_classes=3)
 
 
 def numbered(tuning):
@@ -38,7 +30,7 @@ def numbered(tuning):
 @pytest.mark.parametrize("head", ["verbalizer", "linear"])
 @pytest.mark.parametrize("layers", [(0,), (1,), (0, 2), (0, 1, 2)])
 def test_split_and_merge_are_inverse(folder, head, layers):
-    tuning = tuning_of(folder, head=head)
+    tuning = read_tuning(folder, head=head)
     tensors = numbered(tuning)
     exchanged, local = tuning.split(tensors, layers)
     per_layer, shared = 2 * NUM_TOKENS * WIDTH, HEAD_SIZE if head == "linear" else 0
@@ -54,7 +46,7 @@ def test_split_and_merge_are_inverse(folder, head, layers):
 
 
 def test_exchanged_prompts_are_those_of_the_selected_layers(folder):
-    tuning = tuning_of(folder)
+    tuning = read_tuning(folder)
     prompts = numbered(tuning)["prompts"]
     exchanged, local = tuning.split({"prompts": prompts}, (0, 2))
     np.testing.assert_array_equal(exchanged.reshape(2, 2, NUM_TOKENS, WIDTH), prompts[[0, 2]])
@@ -63,7 +55,7 @@ def test_exchanged_prompts_are_those_of_the_selected_layers(folder):
 
 @pytest.mark.parametrize("head", ["verbalizer", "linear"])
 def test_kept_elements_narrow_the_vector_of_all_layers(folder, head):
-    tuning = tuning_of(folder, head=head)
+    tuning = read_tuning(folder, head=head)
     everything, _ = tuning.split(numbered(tuning), (0, 1, 2))
     for layers in [(1,), (0, 2), (0, 1, 2)]:
         narrow, _ = tuning.split(numbered(tuning), layers)
@@ -71,7 +63,7 @@ def test_kept_elements_narrow_the_vector_of_all_layers(folder, head):
 
 
 def test_initial_tensors_are_normal_and_fixed_by_the_seed(folder):
-    tuning = tuning_of(folder, num_tokens=200, head="linear")
+    tuning = read_tuning(folder, num_tokens=200, head="linear")
     tensors, again, other = tuning.initial(1), tuning.initial(1), tuning.initial(2)
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         "prompts": (NUM_LAYERS, 2, 200, WIDTH),
@@ -91,7 +83,7 @@ def test_initial_tensors_are_normal_and_fixed_by_the_seed(folder):
 
 @pytest.mark.parametrize("offset", [True, False])
 def test_forward_is_the_backbones_score_behind_the_prompts(folder, offset):
-    tuning, backbone = tuning_of(folder, position_offset=offset), load_backbone(folder, "llama-gqa")
+    tuning, backbone = read_tuning(folder, position_offset=offset), load_backbone(folder, "llama-gqa")
     params, batch = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa")
     expected = backbone.word_scores(batch, params["prompts"], first_position=NUM_TOKENS if offset else 0)
     scores = tuning.forward(backbone, params, batch, training=True)
@@ -100,7 +92,7 @@ def test_forward_is_the_backbones_score_behind_the_prompts(folder, offset):
 
 
 def test_linear_head_scores_the_mean_hidden_state_of_the_text(folder):
-    tuning, backbone = tuning_of(folder, head="linear"), load_backbone(folder, "llama-gqa", head="linear")
+    tuning, backbone = read_tuning(folder, head="linear"), load_backbone(folder, "llama-gqa", head="linear")
     params, batch = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa", (9, 4, 7))
     with torch.no_grad():
         params["head.bias"].copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -118,13 +110,13 @@ def test_linear_head_scores_the_mean_hidden_state_of_the_text(folder):
 
 
 def test_vocabulary_loss_is_minus_the_labels_log_probability(folder):
-    tuning = tuning_of(folder, loss="vocabulary")
+    tuning = read_tuning(folder, loss="vocabulary")
     scores = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
     assert tuning.loss(scores, torch.tensor([2, 0])).item() == 3.5
 
 
 def test_prompt_dropout_acts_in_training_alone_and_keeps_the_expected_value(folder):
-    tuning, backbone = tuning_of(folder, dropout=0.5), load_backbone(folder, "llama-gqa")
+    tuning, backbone = read_tuning(folder, dropout=0.5), load_backbone(folder, "llama-gqa")
     params, batch, seen = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa"), []
     backbone.word_scores = lambda _batch, prompts, **_: seen.append(prompts)
     tuning.forward(backbone, params, batch, training=False)
@@ -136,7 +128,7 @@ def test_prompt_dropout_acts_in_training_alone_and_keeps_the_expected_value(fold
 
 
 def test_parameters_are_trainable_copies(folder):
-    tensors = tuning_of(folder).initial(1)
+    tensors = read_tuning(folder).initial(1)
     params = as_parameters(tensors, CPU)
     with torch.no_grad():
         params["prompts"].zero_()
