@@ -1,13 +1,17 @@
-"""Every configuration file of jobs/ is what it says."""
+"""Every configuration file of jobs/ is what it says, and the configuration reference names every key."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from fedhpc.config import load_config
+from fedhpc.config import Config, flatten, load_config
 from fedhpc.tasks import TASKS
 
-JOBS = Path(__file__).parent.parent / "jobs"
+ROOT = Path(__file__).parent.parent
+JOBS = ROOT / "jobs"
+REFERENCE = ROOT / "docs/configuration.md"
 FILES = sorted(JOBS.rglob("*.yaml"))
 PUBLISHED = {
     "roberta-large": ("FacebookAI/roberta-large", "float32", 20),
@@ -77,3 +81,15 @@ def test_the_benchmark(task):
     assert (config.federation.alpha, config.seed) == (0.3, 42)
     assert (config.device.epochs, config.device.batch_size, config.device.learning_rate) == (2, 8, 5e-3)
     assert config.server.variant == "drift_corrected"
+
+
+def test_the_configuration_reference_has_every_key_with_its_default():
+    rows = re.findall(r"^\| `([a-z_.]+)` \| .+? \| (.+?) \| ", REFERENCE.read_text(), re.MULTILINE)
+    required = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}
+    defaults = flatten(Config.model_validate(required).model_dump())
+    assert sorted(key for key, _ in rows) == sorted(defaults)
+    for key, stated in rows:
+        if stated == "required":
+            assert key in flatten(required)
+        elif not stated.startswith("by "):
+            assert yaml.safe_load(stated.strip("`")) == defaults[key], key
