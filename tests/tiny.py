@@ -21,9 +21,9 @@ TASK = {
     "splits": {"train": "train.tsv", "validation": "dev.tsv"},
 }
 WORDS = {
-    "bad": "dull slow noisy broken".split(),
-    "good": "bright quick calm lovely".split(),
-    "mixed": "plain usual average fine".split(),
+    "bad": ["dull", "slow", "noisy", "broken"],
+    "good": ["bright", "quick", "calm", "lovely"],
+    "mixed": ["plain", "usual", "average", "fine"],
 }
 
 
@@ -38,7 +38,8 @@ def load_script(name):
 
 def word_tokenizer():
     """Whole words behind a start token."""
-    words = "<s> <pad> <unk> the place was and It . terrible great okay".split() + sum(WORDS.values(), [])
+    common = ["<s>", "<pad>", "<unk>", "the", "place", "was", "and", "It", ".", "terrible", "great", "okay"]
+    words = [*common, *WORDS["bad"], *WORDS["good"], *WORDS["mixed"]]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
