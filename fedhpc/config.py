@@ -70,7 +70,7 @@ class FederationConfig(Section):
     alpha: PositiveFloat = 1.0
     """Concentration of the class mix (`dirichlet`); smaller is further from iid."""
     shards_per_device: Positive = 2
-    """Classes on each device (`shards`)."""
+    """Shards of one class each on a device (`shards`)."""
 
     @property
     def devices_per_round(self) -> int:
