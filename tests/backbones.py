@@ -25,6 +25,8 @@ from fedhpc.data import Batch, Description
 from fedhpc.models import Backbone, read_shape
 from fedhpc.tuning import make_tuning
 
+torch.set_num_threads(1)  # these are too small to share
+
 NUM_LAYERS, HIDDEN_SIZE, VOCABULARY, NUM_TOKENS = 3, 32, 101, 4
 WORDS = [[7], [41], [90]]
 LONG_WORDS = [[7, 12], [41], [7, 55, 3], [90, 90]]

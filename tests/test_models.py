@@ -51,14 +51,6 @@ def folders(tmp_path_factory):
     return {name: save_backbone(folder, name) for name in (*ENCODERS, *DECODERS)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # References: transformers' own cache path for decoders, attention written out for encoders.
 
 

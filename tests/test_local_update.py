@@ -1,0 +1,233 @@
+import numpy as np
+import pytest
+import torch
+from backbones import NUM_TOKENS, VOCABULARY, load_backbone, make_config, read_tuning, save_backbone
+
+from fedhpc.data import Split
+from fedhpc.local_update import DeviceState, batches, learning_rate, local_update
+from fedhpc.tuning.base import as_parameters
+
+LAYERS = (0, 2)
+ALL = np.arange(11)
+OURS = np.array([10, 3, 7, 1, 5])
+LAYER_SIZE = 2 * NUM_TOKENS * 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("update"), "llama-gqa")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return load_backbone(folder, "llama-gqa")
+
+
+def make_split():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 10, len(ALL))
+    return Split(
+        tokens=rng.integers(4, VOCABULARY, lengths.sum()),
+        offsets=np.cumsum([0, *lengths]),
+        labels=rng.integers(0, 3, len(ALL)),
+        slots=lengths - 1,
+        pad_id=1,
+    )
+
+
+class Device:
+    """A device between its rounds."""
+
+    def __init__(self, folder, backbone, *, layers=LAYERS, model=None, tuning=None, seed=1, **device):
+        self.config = make_config(
+            folder,
+            seed=seed,
+            model=model or {},
+            tuning=tuning or {},
+            device={"epochs": 2, "batch_size": 2, "learning_rate": 0.01, **device},
+        )
+        self.backbone, self.layers = backbone, layers
+        self.tuning = read_tuning(folder, **(tuning or {}))
+        self.tensors = self.tuning.initial(1)
+        self.start, local = self.tuning.split(self.tensors, layers)
+        self.state = DeviceState(local=local)
+
+    def update(self, *, round_index=0, device=4, examples=OURS):
+        return local_update(
+            self.config,
+            self.backbone,
+            self.tuning,
+            self.layers,
+            start=self.start,
+            state=self.state,
+            split=make_split(),
+            examples=examples,
+            round_index=round_index,
+            device=device,
+        )
+
+
+class AdamW:
+    """Decoupled Weight Decay Regularization (Loshchilov and Hutter 2019), algorithm 2, on one float64 vector."""
+
+    def __init__(self, size):
+        self.first, self.second, self.step = np.zeros(size), np.zeros(size), 0
+
+    def apply(self, vector, gradient, *, rate, decay):
+        self.step += 1
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
+        first = self.first / (1 - 0.9**self.step)
+        second = self.second / (1 - 0.999**self.step)
+        return vector - rate * decay * vector - rate * first / (np.sqrt(second) + 1e-8)
+
+
+def gradient_at(device, vector, examples):
+    """Loss and clipped gradient of one batch with respect to all prompts, as one vector."""
+    params = as_parameters({"prompts": vector.reshape(3, 2, NUM_TOKENS, 16).astype(np.float32)}, torch.device("cpu"))
+    batch = make_split().batch(examples)
+    loss = device.tuning.loss(device.tuning.forward(device.backbone, params, batch, training=False), batch.labels)
+    (gradient,) = torch.autograd.grad(loss, params["prompts"])
+    gradient = gradient.double().numpy().ravel()
+    norm = np.linalg.norm(gradient)
+    return loss.item(), norm, gradient * min(1, device.config.device.max_grad_norm / norm)
+
+
+def whole(device, update):
+    """All prompts after an update, as one vector."""
+    return device.tuning.merge(update.params, update.state.local, device.layers)["prompts"].ravel()
+
+
+@pytest.mark.parametrize(("max_grad_norm", "weight_decay"), [(0.02, 0.1), (100.0, 0.0)])
+def test_an_update_is_adamw_with_clipped_gradients(folder, backbone, max_grad_norm, weight_decay):
+    device = Device(folder, backbone, max_grad_norm=max_grad_norm, weight_decay=weight_decay)
+    vector = device.tensors["prompts"].astype(np.float64).ravel()
+    optimizer, losses, norms = AdamW(vector.size), [], []
+    for examples in batches(device.config, OURS, round_index=3, device=4):
+        loss, norm, gradient = gradient_at(device, vector, examples)
+        vector = optimizer.apply(vector, gradient, rate=0.01, decay=weight_decay)
+        losses += [loss] * len(examples)
+        norms.append(norm)
+    update = device.update(round_index=3)
+    assert (max(norms) > max_grad_norm) == (max_grad_norm < 1)
+    np.testing.assert_allclose(whole(device, update), vector, rtol=1e-4, atol=1e-5)
+    assert np.abs(vector - device.tensors["prompts"].ravel()).max() > 0.03
+    assert update.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_counts_and_sizes(folder, backbone):
+    update = Device(folder, backbone).update()
+    assert (update.num_examples, update.num_steps, update.state.steps_taken) == (5, 2 * 3, 6)
+    assert (update.params.shape, update.params.dtype) == ((2 * LAYER_SIZE,), np.float32)
+    assert update.state.local.shape == (LAYER_SIZE,)
+    assert update.state.moments is None
+
+
+def test_the_loss_is_the_mean_over_examples(folder, backbone):
+    device = Device(folder, backbone, learning_rate=1e-12)
+    loss, _, _ = gradient_at(device, device.tensors["prompts"], OURS)
+    assert device.update().loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_update_gives_the_same_bits_again_and_leaves_its_input_alone(folder, backbone):
+    device = Device(folder, backbone)
+    start, local = device.start.copy(), device.state.local.copy()
+    first, second = device.update(), device.update()
+    np.testing.assert_array_equal(first.params, second.params)
+    np.testing.assert_array_equal(first.state.local, second.state.local)
+    assert first.loss == second.loss
+    np.testing.assert_array_equal(device.start, start)
+    np.testing.assert_array_equal(device.state.local, local)
+
+
+def test_an_update_starts_from_the_broadcast_and_from_the_devices_own_layers(folder, backbone):
+    device = Device(folder, backbone, learning_rate=1e-12)
+    device.start = np.full_like(device.start, 0.5)
+    device.state = DeviceState(local=np.full_like(device.state.local, -0.5), steps_taken=10)
+    update = device.update()
+    np.testing.assert_allclose(update.params, 0.5)
+    np.testing.assert_allclose(update.state.local, -0.5)
+    assert update.state.steps_taken == 16
+
+
+def test_kept_moments_go_on_from_round_to_round(folder, backbone):
+    device = Device(folder, backbone, reset_moments=False, weight_decay=0.1)
+    vector = device.tensors["prompts"].astype(np.float64).ravel()
+    optimizer = AdamW(vector.size)
+    for round_index in (0, 1):
+        update = device.update(round_index=round_index)
+        for examples in batches(device.config, OURS, round_index=round_index, device=4):
+            _, _, gradient = gradient_at(device, vector, examples)
+            vector = optimizer.apply(vector, gradient, rate=0.01, decay=0.1)
+        np.testing.assert_allclose(whole(device, update), vector, rtol=1e-3, atol=5e-5)
+        assert update.state.moments["prompts.step"] == 6 * (round_index + 1)
+        moment = update.state.moments["prompts.exp_avg"].ravel()
+        np.testing.assert_allclose(moment, optimizer.first, atol=1e-3 * np.abs(optimizer.first).max())
+        device.start, device.state = update.params, update.state
+
+    device.state = DeviceState(local=device.state.local)
+    forgetful = device.update(round_index=2)
+    device.state = update.state
+    assert not np.allclose(forgetful.params, device.update(round_index=2).params, atol=1e-3)
+
+
+def order(config, **where):
+    return np.concatenate(list(batches(config, ALL, **where))).tolist()
+
+
+def test_every_epoch_sees_every_example_in_an_order_of_round_and_device(folder, backbone):
+    config = Device(folder, backbone, batch_size=4).config
+    parts = list(batches(config, ALL, round_index=0, device=0))
+    assert [len(part) for part in parts] == [4, 4, 3] * 2
+    first, second = np.concatenate(parts[:3]).tolist(), np.concatenate(parts[3:]).tolist()
+    assert sorted(first) == sorted(second) == ALL.tolist()
+    orders = [order(config, round_index=r, device=d) for r in (0, 1) for d in (0, 1)]
+    orders.append(order(Device(folder, backbone, seed=2).config, round_index=0, device=0))
+    assert len({tuple(found) for found in orders}) == 5
+    assert len({tuple(found[:11]) for found in orders} | {tuple(second)}) == 6
+    assert orders[0] == order(config, round_index=0, device=0)
+
+
+def test_learning_rate(folder, backbone):
+    config = make_config(folder, device={"learning_rate": 0.4, "schedule": "linear"}, federation={"rounds": 4})
+    assert [learning_rate(config, t) for t in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    config = make_config(folder, device={"learning_rate": 0.4}, federation={"rounds": 4})
+    assert [learning_rate(config, t) for t in range(4)] == [0.4] * 4
+
+    falling = Device(folder, backbone, schedule="linear", epochs=1, batch_size=5)
+    moved = [np.abs(falling.update(round_index=t).params - falling.start).max() for t in (0, 50, 99)]
+    assert moved == pytest.approx([0.01, 0.005, 0.0001], rel=0.01)  # Adam's first step is the learning rate
+
+
+def test_prompt_dropout_follows_seed_round_and_device(folder, backbone):
+    device = Device(folder, backbone, tuning={"dropout": 0.5}, epochs=1, batch_size=5)
+    torch.manual_seed(0)
+    first = device.update()
+    torch.rand(3)
+    assert np.array_equal(device.update().params, first.params)
+    # One batch of all examples: only dropout can differ.
+    losses = {first.loss, device.update(round_index=1).loss, device.update(device=5).loss}
+    losses.add(Device(folder, backbone, tuning={"dropout": 0.5}, epochs=1, batch_size=5, seed=2).update().loss)
+    assert np.ptp(sorted(losses)) > 1e-3
+    assert len(losses) == 4
+
+
+def test_backbone_dropout_follows_the_seed(folder, tmp_path):
+    path = save_backbone(tmp_path, "gpt2")
+    model = {"backbone_dropout": True}
+    dropping = Device(path, load_backbone(path, "gpt2", **model), model=model)
+    first = dropping.update()
+    torch.rand(3)
+    again = dropping.update()
+    still = Device(path, load_backbone(path, "gpt2")).update()
+    assert np.array_equal(first.params, again.params)
+    assert first.loss == again.loss
+    assert abs(first.loss - still.loss) > 1e-3
+
+
+def test_a_linear_head_is_trained_and_uploaded(folder):
+    device = Device(folder, load_backbone(folder, "llama-gqa", head="linear"), tuning={"head": "linear"})
+    update = device.update()
+    tensors = device.tuning.merge(update.params, update.state.local, LAYERS)
+    assert all((tensors[name] != device.tensors[name]).any() for name in tensors)
+    assert update.params.size == 2 * LAYER_SIZE + 3 * 32 + 3
