@@ -125,7 +125,7 @@ def lipschitz_constant(loss: BatchLoss, rng: np.random.Generator) -> float:
 
 
 def eigengap_ratio(values: Flat, lipschitz: float) -> float:
-    """m / (number of eigenvalues) for the first m with lambda_{m+1} - lambda_m > 4 Lip; 1 where there is no such gap."""
+    """m / (number of eigenvalues) for the first m with lambda_{m+1} - lambda_m > 4 Lip; 1 where no gap is so wide."""
     wide = np.flatnonzero(np.diff(values) > 4 * lipschitz)
     return float((wide[0] + 1) / len(values)) if len(wide) else 1.0
 

@@ -68,9 +68,7 @@ def test_a_ratio_selects_the_whole_part(ratio, layers, count):
 
 
 def test_a_ratio_that_selects_nothing_says_which_would():
-    with pytest.raises(
-        ConfigError, match=r"selection\.ratio: 0\.05 of 12 layers selects no layer; valid: 0\.08"
-    ):
+    with pytest.raises(ConfigError, match=r"selection\.ratio: 0\.05 of 12 layers selects no layer; valid: 0\.08"):
         check_selection(SelectionConfig(ratio=0.05), 12)
     for harmless in ({"strategy": "all", "ratio": 0.05}, {"ratio": "auto"}, {"strategy": "explicit", "layers": [11]}):
         check_selection(SelectionConfig(**harmless), 12)

@@ -102,6 +102,4 @@ def linear_head(params: Mapping[str, Tensor], pooled: Tensor) -> Tensor:
 
 def as_parameters(tensors: Mapping[str, np.ndarray], torch_device: torch.device) -> dict[str, Tensor]:
     """Trainable copies on a torch device."""
-    return {
-        name: torch.from_numpy(tensor.copy()).to(torch_device).requires_grad_() for name, tensor in tensors.items()
-    }
+    return {name: torch.from_numpy(tensor.copy()).to(torch_device).requires_grad_() for name, tensor in tensors.items()}
