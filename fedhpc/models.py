@@ -1,8 +1,4 @@
-"""The frozen backbone: loading, placement, prompts in its attention, and scores of the classes.
-
-Prompts enter through transformers' attention interface: the registered attention functions are wrapped so that a
-`prompts` argument, when a forward pass carries one, puts the layer's prompt keys and values first. Without it they do
-what they did before. No model code is patched.
+"""The frozen backbone: loading, placement, and scores of the classes.
 
 Shapes: b examples, s positions, L layers, T prompt tokens per layer, D key width, H hidden size, C classes, V words.
 """
@@ -11,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,23 +15,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
 )
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from fedhpc import attention
+from fedhpc.answers import Answers
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
 from fedhpc.errors import ModelError
+
+attention.register()
 
 POSITIONS_COUNT_TOKENS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
 """Model types whose positions start at padding_idx + 1 and skip padding."""
@@ -216,99 +212,6 @@ class Backbone(nn.Module):
                 theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
             if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
                 raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
-
-
-class Answers:
-    """The class words as tokens; words of several tokens become branches behind the text (decoders)."""
-
-    def __init__(self, word_ids: list[list[int]], *, full_vocabulary: bool = False) -> None:
-        self.word_ids = word_ids
-        self.first_tokens = [ids[0] for ids in word_ids if ids]
-        branches = [
-            (branch, depth, token) for branch, ids in enumerate(word_ids) for depth, token in enumerate(ids[:-1])
-        ]
-        self.branch_tokens = [token for _, _, token in branches]
-        self._branch = torch.tensor([branch for branch, _, _ in branches], dtype=torch.int64)
-        self._depth = torch.tensor([depth for _, depth, _ in branches], dtype=torch.int64)
-        self.needs_vocabulary = full_vocabulary or bool(branches)
-
-    def branch(self, batch: Batch, first_position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch with k branch tokens behind each text: ids and positions [b, s+k], mask [b, 1, s+k, s+k].
-
-        A branch token sees its text up to the slot and its own branch up to itself, no other answer.
-        """
-        device, (b, s), k = batch.input_ids.device, batch.input_ids.shape, len(self.branch_tokens)
-        tokens = torch.tensor(self.branch_tokens, device=device).expand(b, k)
-        branch, depth = self._branch.to(device), self._depth.to(device)
-        positions = torch.cat([torch.arange(s, device=device).expand(b, s), batch.slots[:, None] + 1 + depth], dim=1)
-        text = torch.arange(s, device=device)
-        mask = torch.zeros(b, s + k, s + k, dtype=torch.bool, device=device)
-        mask[:, :s, :s] = (text[:, None] >= text) & batch.attention_mask.bool()[:, None, :]
-        mask[:, s:, :s] = (text <= batch.slots[:, None])[:, None, :]
-        mask[:, s:, s:] = (branch[:, None] == branch) & (depth[:, None] >= depth)
-        return torch.cat([batch.input_ids, tokens], dim=1), positions + first_position, mask.unsqueeze(1)
-
-    def mean_log_probability(self, log_probabilities: Tensor) -> Tensor:
-        """Scores [b, C] from log-probabilities [b, 1+k, V] at the slot and at the branch tokens."""
-        place = {(int(b), int(d)): 1 + i for i, (b, d) in enumerate(zip(self._branch, self._depth, strict=True))}
-        columns = [
-            torch.stack(
-                [log_probabilities[:, place.get((c, d - 1), 0), token] for d, token in enumerate(ids)], dim=1
-            ).mean(1)
-            for c, ids in enumerate(self.word_ids)
-        ]
-        return torch.stack(columns, dim=1)
-
-
-def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function of transformers with the layer's prompt keys and values put first."""
-
-    def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        prompts: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if prompts is not None:
-            batch, heads, _, head_dim = key.shape  # heads: of keys and values
-            num_tokens = prompts.shape[-2]
-            prefix = prompts[module.layer_idx].to(key.device, key.dtype)  # [2, T, D]
-            prefix = prefix.view(2, 1, num_tokens, heads, head_dim).transpose(2, 3)  # [2, 1, heads, T, head_dim]
-            key = torch.cat([prefix[0].expand(batch, -1, -1, -1), key], dim=2)
-            value = torch.cat([prefix[1].expand(batch, -1, -1, -1), value], dim=2)
-            causal = kwargs.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
-            attention_mask = _widen(
-                attention_mask, query, num_tokens, causal=causal and attention is sdpa_attention_forward
-            )
-        return attention(module, query, key, value, attention_mask, *args, **kwargs)
-
-    return attend
-
-
-def _widen(mask: Tensor | None, query: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:
-    """The mask [b, s] or [b, 1, s, s] with T visible columns in front."""
-    if mask is not None:
-        return functional.pad(mask, (num_tokens, 0), value=0.0 if mask.is_floating_point() else True)
-    # SDPA's causal flag would align causality to the first key; FlashAttention aligns it to the last.
-    return _causal_mask(query.shape[2], num_tokens, query.device) if causal else None
-
-
-@lru_cache(maxsize=64)
-def _causal_mask(length: int, num_tokens: int, device: torch.device) -> Tensor:
-    return torch.ones(length, num_tokens + length, dtype=torch.bool, device=device).tril(num_tokens)[None, None]
-
-
-for _name, _attention in (
-    ("sdpa", sdpa_attention_forward),
-    ("flash_attention_2", flash_attention_forward),
-    ("flash_attention_3", flash_attention_forward),
-):
-    AttentionInterface.register(_name, prompted(_attention))
 
 
 def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torch.device) -> Any:

@@ -4,6 +4,7 @@ FedPepTAO, https://arxiv.org/abs/2310.15080, section 4.1; the released code's sc
 hidden states' similarity spectrum over one batch.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,9 +44,9 @@ def num_selected(ratio: float, num_layers: int) -> int:
     """How many of L layers a ratio selects: the whole part of ratio * L."""
     count = int(ratio * num_layers + 1e-9)
     if count < 1:
+        smallest = math.ceil(1000 / num_layers) / 1000
         raise ConfigError(
-            f"selection.ratio: {ratio} of {num_layers} layers selects no layer; valid: {1 / num_layers:.3g} to 1, "
-            "or auto"
+            f"selection.ratio: {ratio} of {num_layers} layers selects no layer; valid: {smallest} to 1, or auto"
         )
     return count
 

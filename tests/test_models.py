@@ -38,9 +38,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from fedhpc import models
+from fedhpc.answers import Answers
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.errors import ModelError
-from fedhpc.models import Answers, count_parameters, load_tokenizer, read_shape
+from fedhpc.models import count_parameters, load_tokenizer, read_shape
 
 FLAT_WORDS = [token for (token,) in WORDS]
 
@@ -473,6 +474,7 @@ def test_loading_prints_nothing_and_leaves_logging_as_it_was(folders, capfd):
     handler.emit = said.append
     transformers_logging.add_handler(handler)
     transformers_logging.set_verbosity_info()
+    transformers_logging.enable_progress_bar()
     try:
         load_backbone(folders["bert"], "bert", head="linear")  # with weights that it has no use for
         assert transformers_logging.get_verbosity() == transformers_logging.INFO
