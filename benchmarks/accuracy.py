@@ -72,3 +72,7 @@ def run(task, name, overrides, prepared, arguments):
         "megabytes": round(sum(record["bytes_up"] + record["bytes_down"] for record in records) / 1e6, 1),
         "seconds": round(sum(record["seconds"]["round"] for record in records), 1),
     }
+
+
+if __name__ == "__main__":
+    main()

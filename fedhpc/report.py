@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -69,7 +70,11 @@ class Progress:
         self.bytes = 0
         self.bar = None
         if on_terminal(self.stream):
-            self.bar = tqdm(total=rounds, initial=first_round, desc="round", unit="round", file=self.stream)
+            # The pseudo-terminal that Open MPI gives a rank has no size, and on none tqdm would show nothing.
+            columns, rows = shutil.get_terminal_size((100, 24))
+            self.bar = tqdm(
+                total=rounds, initial=first_round, desc="round", ncols=columns, nrows=rows, file=self.stream
+            )
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Show the round whose metrics these are."""
