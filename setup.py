@@ -24,6 +24,7 @@ setup(
         "numpy>=2.0",
         "pydantic>=2.10",
         "PyYAML>=6.0",
+        "threadpoolctl>=3.5",
         "tqdm>=4.66",
     ],
     extras_require={

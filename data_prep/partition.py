@@ -15,6 +15,7 @@ from fedhpc.data import PreparedData
 from fedhpc.errors import EXIT_USER_ERROR, DataError, UserError
 from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
 
+PICTURES = (".png", ".svg", ".pdf")
 SHOWN_DEVICES = 8
 
 
@@ -106,6 +107,8 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
         Path(arguments.table).write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
         yield f"table: {arguments.table}"
     if arguments.out:
+        if Path(arguments.out).suffix not in PICTURES:
+            raise DataError(f"--out {arguments.out}: must end in one of {', '.join(PICTURES)}")
         strength = f" alpha {arguments.alpha:g}" if arguments.partition == "dirichlet" else ""
         title = f"{data.description.task}: {arguments.partition}{strength}, seed {arguments.seed}"
         draw(arguments.out, title, names, train)

@@ -50,24 +50,28 @@ class Checkpoints:
 
     def save_devices(
         self, round_index: int, rank: int, states: Mapping[int, DeviceState], layouts: Layouts, layers: tuple[int, ...]
-    ) -> tuple[int, str]:
-        """Device rank: write its file into the checkpoint under way; its bytes and SHA-256."""
+    ) -> str:
+        """Device rank: write its file into the checkpoint under way; its SHA-256."""
         path = _partial(self.path(round_index)) / device_file(rank)
         write_device_states(path, round_index, states, layouts.local(layers))
-        return path.stat().st_size, file_sha256(path)
+        return file_sha256(path)
 
     def commit(
         self, state: RunState, layouts: Layouts, identity: Mapping[str, Any], device_sums: Mapping[str, str], keep: int
     ) -> None:
-        """Server: write server.h5 and the checksums, put the checkpoint in place, drop the oldest generation."""
+        """Server: write server.h5 and the checksums, put the checkpoint in place, drop the oldest generations.
+
+        LATEST is for people and scripts; what counts when a run resumes is :meth:`newest`.
+        """
         final = self.path(state.server.round)
         partial = _partial(final)
         write_server_state(partial / SERVER_FILE, state, layouts, identity)
         sums = {**device_sums, SERVER_FILE: file_sha256(partial / SERVER_FILE)}
         _write_text(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
         fsync(partial)
-        if final.exists():  # only a broken one: a whole one would have been resumed
-            shutil.rmtree(final)
+        # The run went on from the newest whole checkpoint, so what is as new as this one is broken.
+        for broken in (found for found in self.rounds() if found >= state.server.round):
+            shutil.rmtree(self.path(broken))
         partial.rename(final)
         fsync(self.folder)
         _write_text(self.folder / "LATEST", f"{final.name}\n")
@@ -75,8 +79,15 @@ class Checkpoints:
         for old in self.rounds()[keep:]:
             shutil.rmtree(self.path(old))
 
-    def newest(self, layouts: Layouts, report: Callable[[str], None]) -> tuple[RunState, dict[str, Any]] | None:
-        """The newest whole checkpoint and its configuration; broken newer ones are reported.
+    def newest(
+        self, layouts: Layouts, *, check: Callable[[dict[str, Any]], None], report: Callable[[str], None]
+    ) -> RunState | None:
+        """The newest whole checkpoint; broken newer ones are reported.
+
+        Args:
+            layouts: the run's tuning.
+            check: gets the identity of the run that wrote the checkpoint; raises if it is not ours.
+            report: gets a line about every broken checkpoint.
 
         Raises:
             CheckpointError: if there are checkpoints but none is whole.
@@ -84,8 +95,8 @@ class Checkpoints:
         problems = []
         for round_index in self.rounds():
             try:
-                self.verify(round_index)
-                return read_server_state(self.path(round_index) / SERVER_FILE, layouts)
+                verify(self.path(round_index))
+                return read_server_state(self.path(round_index) / SERVER_FILE, layouts, check)
             except CheckpointError as error:
                 problems.append(str(error))
                 report(f"checkpoint not used: {error}")
@@ -105,24 +116,24 @@ class Checkpoints:
             states |= read_device_states(path, wanted, layouts.local(layers))
         return states
 
-    def verify(self, round_index: int) -> None:
-        """Raise CheckpointError unless every file of a checkpoint is whole and unaltered."""
-        folder = self.path(round_index)
-        try:
-            lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
-            sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: is not complete: {SUMS} cannot be read ({error})") from None
-        found = {path.name for path in folder.iterdir()} - {SUMS}
-        if SERVER_FILE not in sums or found != set(sums):
-            odd = ", ".join(sorted(found ^ {*sums, SERVER_FILE}))
-            raise CheckpointError(f"{folder}: its files are not those that {SUMS} names: {odd}")
-        for name, digest in sums.items():
-            path = folder / name
-            if path.is_symlink() or not path.is_file():
-                raise CheckpointError(f"{path}: is not a plain file")
-            if file_sha256(path) != digest:
-                raise CheckpointError(f"{path}: is truncated or altered: its SHA-256 is not the one in {SUMS}")
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of a checkpoint is whole and unaltered."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: is not complete: {SUMS} cannot be read ({error})") from None
+    found = {path.name for path in folder.iterdir()} - {SUMS}
+    if SERVER_FILE not in sums or found != set(sums):
+        odd = ", ".join(sorted(found ^ {*sums, SERVER_FILE}))
+        raise CheckpointError(f"{folder}: its files are not those that {SUMS} names: {odd}")
+    for name, digest in sums.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path}: is not a plain file")
+        if file_sha256(path) != digest:
+            raise CheckpointError(f"{path}: is truncated or altered: its SHA-256 is not the one in {SUMS}")
 
 
 def device_file(rank: int) -> str:

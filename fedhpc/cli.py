@@ -1,6 +1,7 @@
 """The command line: parse, validate, choose the role by rank."""
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -34,13 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
     """`fedhpc run`: the whole job, in the role of this process's rank."""
     exchange = connect()
     start_log(exchange.rank, exchange.size, exchange.host)
-    with faults_end_every_rank(exchange):
-        try:
+    try:
+        with faults_end_every_rank(exchange, but_for=UserError):
             role = set_up(arguments, exchange)
-        except UserError:
-            if exchange.rank > 0:
-                return EXIT_USER_ERROR
-            raise
+    except UserError:
+        if exchange.rank > 0:  # rank 0 says it
+            return EXIT_USER_ERROR
+        raise
+    with faults_end_every_rank(exchange):
         role()
     return 0
 
@@ -55,22 +57,25 @@ def set_up(arguments: argparse.Namespace, exchange: Exchange) -> Callable[[], No
     from fedhpc.device import serve
     from fedhpc.server import Server
 
+    def load() -> jobs.Job:
+        config = load_config(arguments.config, arguments.set)
+        jobs.limit_threads(config.device.threads)
+        return jobs.load_job(config)
+
     is_server, has_devices = exchange.rank == 0, exchange.rank > 0 or isinstance(exchange, LocalExchange)
     with all_ranks_or_none(exchange):
         # Rank 0 checks first and for all: one message instead of one per rank.
         if is_server:
-            config = load_config(arguments.config, arguments.set)
-            job = jobs.load_job(config)
+            job = load()
             jobs.check_data(job)
-            jobs.check_run_dir(config)
+            jobs.check_run_dir(job.config)
+            log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
             state = jobs.load_state(job, arguments.resume)
             jobs.log_notices(job, exchange.num_workers)
     with all_ranks_or_none(exchange):
         if not is_server:
-            config = load_config(arguments.config, arguments.set)
-            job = jobs.load_job(config)
-        files = RunFiles(config.run_dir)
-        log_to_file(files.log, exchange.rank, exchange.size, exchange.host)
+            job = load()
+            log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
         if has_devices:
             index = max(0, exchange.rank - 1)
             worker = jobs.make_worker(
@@ -80,7 +85,6 @@ def set_up(arguments: argparse.Namespace, exchange: Exchange) -> Callable[[], No
         return lambda: serve(exchange, worker)
     if isinstance(exchange, LocalExchange):
         exchange.handler = worker.handle
-    files.config.write_text(config.to_yaml(), encoding="utf-8")
     return lambda: Server(job, exchange).run(state)
 
 
@@ -114,17 +118,19 @@ def all_ranks_or_none(exchange: Exchange) -> Iterator[None]:
 
 
 @contextmanager
-def faults_end_every_rank(exchange: Exchange) -> Iterator[None]:
-    """Log an unexpected exception with rank, host and traceback, then end the whole job."""
+def faults_end_every_rank(exchange: Exchange, but_for: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Log an exception with rank, host and traceback, then end the whole job."""
     try:
         yield
-    except UserError:
+    except but_for:
         raise
     except BaseException as error:
-        log.critical("%s: %s; ending all ranks\n%s", type(error).__name__, error, traceback.format_exc().rstrip())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        exchange.abort()
+        try:
+            log.critical("%s: %s; ending all ranks\n%s", type(error).__name__, error, traceback.format_exc().rstrip())
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # even where there is nothing left to log to
+            exchange.abort()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,9 +152,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plan", help="what a run would need: bytes, memory, placement; no training")
     _add_config(command)
-    command.add_argument("--ranks", type=_positive, required=True, metavar="R", help="MPI ranks, the server included")
     command.add_argument(
-        "--examples-per-second", type=float, metavar="X", help="training throughput of one rank, to estimate the time"
+        "--ranks", type=positive_number, required=True, metavar="R", help="MPI ranks, the server included"
+    )
+    command.add_argument(
+        "--examples-per-second",
+        type=positive_rate,
+        metavar="X",
+        help="training throughput of one rank, to estimate the time",
     )
     command.set_defaults(action=plan)
 
@@ -165,8 +176,19 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
-    return number
+def positive_number(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def positive_rate(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
+    return rate

@@ -3,13 +3,14 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from fedhpc.errors import ConfigError
@@ -18,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -34,7 +36,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The frozen backbone."""
 
-    name: str
+    name: PathName
     """A local folder or a Hugging Face hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the backbone's weights; prompts are always float32."""
@@ -51,7 +53,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The prepared data set."""
 
-    path: str
+    path: PathName
     """A folder that data_prep/prepare.py wrote."""
     task: str | None = None
     """If given, the prepared data must be of this task."""
@@ -83,7 +85,7 @@ class TuningConfig(Section):
     """What is trained on top of the backbone."""
 
     kind: Literal["prompt"] = "prompt"
-    num_tokens: Positive = 20
+    num_tokens: Annotated[int, Field(gt=0, le=1 << 16)] = 20
     """Prompt tokens per layer, T."""
     head: Literal["verbalizer", "linear"] = "verbalizer"
     """`verbalizer`: class words at the answer slot; `linear`: a trained head, exchanged with the prompts."""
@@ -136,7 +138,7 @@ class DeviceConfig(Section):
     """Gradient norm over all of a device's trainable parameters is clipped to this."""
     reset_moments: bool = True
     """False keeps Adam's moments on the device from one of its rounds to the next (released code)."""
-    threads: Positive = 1
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """CPU threads per rank. Part of the run's identity: another number may round differently."""
 
 
@@ -191,8 +193,8 @@ class EvaluateConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    run_dir: str
-    seed: Annotated[int, Field(ge=0)] = 42
+    run_dir: PathName
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
     model: ModelConfig
     data: DataConfig
     federation: FederationConfig = FederationConfig()
@@ -220,7 +222,13 @@ class Config(Section):
         ineffective = [key for key in ("variant", "learning_rate", "momentum") if getattr(self.server, key) is not None]
         if self.server.method == "fedavg" and ineffective:
             found.append(f"server.method: fedavg does not use server.{', server.'.join(ineffective)}")
-        if self.server.variant == "released" and self.device.learning_rate < RELEASED_LEARNING_RATE:
+        if self.selection.ratio == "auto" and self.selection.warmup_rounds >= self.federation.rounds:
+            found.append(
+                f"selection.ratio: auto decides after selection.warmup_rounds: {self.selection.warmup_rounds}, but the "
+                f"run ends after federation.rounds: {self.federation.rounds}; all layers are exchanged to the end"
+            )
+        released = (self.server.method, self.server.variant) == ("fedpeptao", "released")
+        if released and self.device.learning_rate < RELEASED_LEARNING_RATE:
             found.append(
                 f"server.variant: released is known to diverge at small device.learning_rate (found "
                 f"{self.device.learning_rate}); it learns at the published 0.04"
@@ -273,8 +281,18 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""PyYAML lets impossible dates and numbers through as ValueError, deep nesting as RecursionError."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-3 as a string; everyone who writes it means a number."""
+    """YAML 1.1 reads 5e-3 as a string, where everyone means a number, and drops all but the last of equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -289,10 +307,11 @@ def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file: {error}") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold keys and values, found {type(values).__name__}")
+    values = {key: value for key, value in values.items() if value is not None}  # `server:` with nothing under it
     base = values.pop("base", None)
     if base is None:
         return values
@@ -320,7 +339,7 @@ def _apply_override(values: dict[str, Any], text: str) -> str | None:
             return f"--set {text}: {section} is not a section"
     try:
         values[leaf] = yaml.load(raw, _Loader)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         return f"--set {text}: the value is not valid YAML"
     return None
 

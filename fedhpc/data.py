@@ -59,9 +59,14 @@ class Description:
     files: dict[str, Any]
     """File name -> bytes, sha256."""
 
+    @property
+    def sha256(self) -> str:
+        """Checksum of all that the description says, the files' checksums included."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
-        """The text of ``description.json``."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The text of ``description.json``, its own checksum included."""
+        return json.dumps({**dataclasses.asdict(self), "sha256": self.sha256}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -76,12 +81,16 @@ class Description:
                 f"{path}: expected format {FORMAT!r} version {VERSION}, found {found[0]!r} version {found[1]!r}; "
                 + _PREPARE_AGAIN
             )
+        stated = content.pop("sha256", None)
         types: dict[str, Any] = {item.name: get_origin(item.type) or item.type for item in dataclasses.fields(cls)}
         wrong = sorted(content.keys() ^ types.keys())
         wrong += [key for key in types if key in content and not isinstance(content[key], types[key])]
         if wrong:
             raise DataError(f"{path}: missing, unknown or of the wrong type: {', '.join(wrong)}; {_PREPARE_AGAIN}")
-        return cls(**content)
+        description = cls(**content)
+        if description.sha256 != stated:
+            raise DataError(f"{path}: altered: its content does not have the checksum it states; {_PREPARE_AGAIN}")
+        return description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +257,7 @@ def _write(file: Path, fill: Callable[[Any], Any]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``path`` once the block has ended without an error."""
+    path = path.resolve()
     new, old = (path.parent / f".{path.name}.{os.getpid()}.{role}" for role in ("new", "old"))
     new.mkdir(parents=True)
     try:

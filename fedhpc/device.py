@@ -1,6 +1,7 @@
 """The devices' side: a worker holds the devices that live on its rank and answers the server's commands."""
 
 import time
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -124,9 +125,9 @@ class Worker:
         return records
 
     def select(self, command: Command) -> np.ndarray:
-        """Take over the selected layers; every device starts from the same local tensors."""
+        """Take over the selected layers; every device goes on from the same local tensors."""
         self.unseen = DeviceState(local=command.payload.copy())
-        self.states = {}
+        self.states = {device: replace(state, local=self.unseen.local) for device, state in self.states.items()}
         return np.empty(0, messages.NO_RECORD)
 
     def evaluate(self, command: Command) -> np.ndarray:
@@ -151,10 +152,8 @@ class Worker:
     def save(self, command: Command) -> np.ndarray:
         """Write this rank's device states into the checkpoint under way."""
         record = np.zeros(1, messages.saved_record())
-        nbytes, digest = self.checkpoints.save_devices(
-            command.round, self.index + 1, self.states, self.tuning, command.layers
-        )
-        record[0] = (self.index + 1, nbytes, digest)
+        digest = self.checkpoints.save_devices(command.round, self.index + 1, self.states, self.tuning, command.layers)
+        record[0] = (self.index + 1, digest)
         return record
 
     def restore(self, command: Command) -> np.ndarray:

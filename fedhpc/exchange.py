@@ -17,7 +17,8 @@ import numpy as np
 from fedhpc.errors import UserError
 from fedhpc.messages import HEADER, Command, Op
 
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_SIZE")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
 """Set by mpirun or srun in every process that they start as an MPI rank."""
 PROBLEM_BYTES = 4096
 LONGEST_NAP_S = 0.005
@@ -196,8 +197,18 @@ class MpiExchange(Exchange):
 
 
 def connect() -> Exchange:
-    """The network this process was started into: MPI under a launcher, else the serial twin."""
+    """The network this process was started into: MPI under a launcher, else the serial twin.
+
+    Raises:
+        UserError: the processes that were started together do not find each other.
+    """
     if not any(variable in os.environ for variable in LAUNCHER_VARIABLES):
         return LocalExchange()
     exchange = MpiExchange()
+    for variable in SIZE_VARIABLES:
+        if (launched := int(os.environ.get(variable, exchange.size))) != exchange.size:
+            raise UserError(
+                f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the "
+                "MPI library that mpi4py loads are not of the same installation"
+            )
     return exchange if exchange.size > 1 else LocalExchange()

@@ -1,5 +1,7 @@
 """Who takes part when, and where a device lives: the same answer on every rank, without a message."""
 
+from collections.abc import Iterable
+
 from fedhpc.config import Config
 from fedhpc.seeding import generator
 
@@ -21,7 +23,7 @@ def devices_of(worker: int, num_devices: int, num_workers: int) -> list[int]:
     return list(range(worker, num_devices, num_workers))
 
 
-def counts_per_worker(devices: list[int], num_workers: int) -> list[int]:
+def counts_per_worker(devices: Iterable[int], num_workers: int) -> list[int]:
     """How many of the devices live on each worker."""
     counts = [0] * num_workers
     for device in devices:

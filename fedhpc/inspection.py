@@ -1,14 +1,13 @@
 """`fedhpc inspect`: a run directory or a checkpoint in words."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints
+from fedhpc.checkpoint import SERVER_FILE, Checkpoints, verify
 from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles, human_bytes
 from fedhpc.state_file import open_state
@@ -24,7 +23,7 @@ def inspect_text(path_text: str) -> tuple[str, bool]:
     if path.is_file() and path.suffix == ".h5":
         return "\n".join(_state(path)), True
     if path.is_dir() and (path / SERVER_FILE).exists():
-        return _checkpoint(Checkpoints(path.resolve().parent.parent), int(path.resolve().name.removeprefix("round_")))
+        return _checkpoint(path)
     if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "config.yaml").exists()):
         return _run(path)
     found = "no such file or folder" if not path.exists() else "neither a run directory nor a checkpoint"
@@ -35,9 +34,7 @@ def inspect_text(path_text: str) -> tuple[str, bool]:
 
 def _run(path: Path) -> tuple[str, bool]:
     lines = [f"run directory {path}"]
-    metrics = RunFiles(path).metrics
-    if metrics.exists():
-        records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if records := RunFiles(path).read_metrics():
         evaluated = [record for record in records if record["accuracy"] is not None]
         moved = sum(record["bytes_down"] + record["bytes_up"] for record in records)
         lines.append(f"metrics: {len(records)} rounds recorded, {human_bytes(moved)} moved between ranks")
@@ -48,17 +45,15 @@ def _run(path: Path) -> tuple[str, bool]:
                 f"global {last['accuracy_global']:.4f}"
             )
     checkpoints = Checkpoints(path)
-    rounds = checkpoints.rounds()
-    if not rounds:
+    parts = [_checkpoint(checkpoints.path(round_index)) for round_index in checkpoints.rounds()]
+    if not parts:
         lines.append("no checkpoint")
-    parts = [_checkpoint(checkpoints, round_index) for round_index in rounds]
     return "\n".join([*lines, *(text for text, _ in parts)]), any(valid for _, valid in parts)
 
 
-def _checkpoint(checkpoints: Checkpoints, round_index: int) -> tuple[str, bool]:
-    folder = checkpoints.path(round_index)
+def _checkpoint(folder: Path) -> tuple[str, bool]:
     try:
-        checkpoints.verify(round_index)
+        verify(folder)
         lines = [f"checkpoint {folder}: valid", *(f"  {line}" for line in _state(folder / SERVER_FILE))]
     except CheckpointError as error:
         return f"checkpoint {folder}: NOT VALID: {error}", False

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from fedhpc.checkpoint import Checkpoints
 from fedhpc.config import Config
@@ -23,6 +24,7 @@ from fedhpc.state_file import RunState
 from fedhpc.tuning import Tuning, make_tuning
 
 MISSING = "<not set>"
+RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,13 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the run's numbers: configuration, digest of it, prepared data."""
-        files = {name: file["sha256"] for name, file in self.data.description.files.items()}
-        return {**self.config.identity(), "sha256": self.config.sha256, "data": files}
+        return {**self.config.identity(), "sha256": self.config.sha256, "data": self.data.description.sha256}
+
+
+def limit_threads(count: int) -> None:
+    """This process computes with so many CPU threads, in PyTorch and in NumPy's BLAS: sums depend on it."""
+    torch.set_num_threads(count)
+    threadpool_limits(count)
 
 
 def load_job(config: Config) -> Job:
@@ -72,19 +79,25 @@ def check_data(job: Job) -> None:
         )
 
 
-def check_run_dir(config: Config) -> None:
-    """Make the run directory.
+def check_run_dir(config: Config, *, create: bool = True) -> None:
+    """Make the run directory, or only see whether it could be made.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be made or written to, or something else has the place of one of its files.
     """
     run_dir = Path(config.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
+        if create:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        existing = next(folder for folder in (run_dir, *run_dir.resolve().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} is not writable: {error.strerror}") from None
+    for path in run_dir.iterdir() if run_dir.exists() else ():
+        is_folder = path.name in ("checkpoints", "traces")
+        if path.name in RUN_FILES and not (path.is_dir() if is_folder else path.is_file()):
+            raise ConfigError(f"run_dir: {path} is in the way: it is not a {'folder' if is_folder else 'plain file'}")
 
 
 def log_notices(job: Job, num_workers: int) -> None:
@@ -104,7 +117,8 @@ def load_state(job: Job, resume: str) -> RunState | None:
     """The state to go on from, or None for a new run.
 
     Raises:
-        CheckpointError: resuming is required but impossible, or the checkpoint belongs to another configuration.
+        CheckpointError: resuming is required but impossible.
+        ConfigError: the checkpoint belongs to another configuration.
     """
     checkpoints = Checkpoints(job.config.run_dir)
     if resume == "never":
@@ -114,29 +128,28 @@ def load_state(job: Job, resume: str) -> RunState | None:
                 "run_dir or remove them"
             )
         return None
-    found = checkpoints.newest(job.tuning, partial(log.warning, "%s"))
-    if found is None:
-        if resume == "require":
-            raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
-        return None
-    state, saved = found
-    ours = job.identity
-    differing = [
-        f"{key}: {saved.get(key, MISSING)} in the checkpoint, {ours.get(key, MISSING)} now"
-        for key in sorted({*saved, *ours} - {"sha256"})
-        if saved.get(key, MISSING) != ours.get(key, MISSING)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{checkpoints.path(state.server.round)} was written with another configuration; change it back, or choose "
-            "another run_dir:\n  " + "\n  ".join(differing)
-        )
+
+    def check(saved: dict[str, Any]) -> None:
+        ours = job.identity
+        differing = [
+            f"{key}: {saved.get(key, MISSING)} in the checkpoint, {ours.get(key, MISSING)} now"
+            for key in sorted({*saved, *ours} - {"sha256"})
+            if saved.get(key, MISSING) != ours.get(key, MISSING)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{checkpoints.folder} was written with another configuration; change it back, or choose another "
+                "run_dir:\n  " + "\n  ".join(differing)
+            )
+
+    state = checkpoints.newest(job.tuning, check=check, report=partial(log.warning, "%s"))
+    if state is None and resume == "require":
+        raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
     return state
 
 
 def make_worker(job: Job, *, index: int, num_workers: int, local_rank: int) -> Worker:
     """Load the backbone and set up one rank's devices."""
-    torch.set_num_threads(job.config.device.threads)
     torch_device = choose_torch_device(local_rank)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
     return Worker(job.config, job.data, job.partition, backbone, job.tuning, index=index, num_workers=num_workers)

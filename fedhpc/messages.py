@@ -100,4 +100,4 @@ def evaluation_record(num_classes: int) -> np.dtype:
 
 def saved_record() -> np.dtype:
     """The device file that a worker wrote."""
-    return np.dtype([("rank", "<i8"), ("bytes", "<i8"), ("sha256", "S64")])
+    return np.dtype([("rank", "<i8"), ("sha256", "S64")])

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.federation import devices_of
-from fedhpc.job import Job, check_data, load_job
+from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER_BYTES
 from fedhpc.methods import make_method
 from fedhpc.models import count_parameters
@@ -31,11 +31,13 @@ def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) 
     """
     job = load_job(config)
     check_data(job)
+    check_run_dir(config, create=False)
     num_workers = max(1, ranks - 1)
+    total = count_parameters(job.shape.name)
     sections = (
-        _overview(job),
-        _traffic(job, ranks, num_workers),
-        _memory(job, ranks),
+        _overview(job, total),
+        _traffic(job, ranks, total),
+        _memory(job, ranks, total),
         _placement(job, ranks),
         _time(job, num_workers, examples_per_second),
         [f"note: {notice}" for notice in config.notices()],
@@ -57,10 +59,9 @@ def _trainable(job: Job) -> int:
     return job.tuning.exchanged(range(job.shape.num_layers)).size
 
 
-def _overview(job: Job) -> Iterator[str]:
+def _overview(job: Job, total: int) -> Iterator[str]:
     description, shape = job.data.description, job.shape
     exchanged = job.tuning.exchanged(range(_selected(job))).size
-    total = count_parameters(shape.name)
     yield f"backbone     {shape.name}: {shape.num_layers} layers, keys {shape.key_width} wide, {total:,} parameters"
     train, validation = (len(job.data.split(name)) for name in ("train", "validation"))
     yield f"data         {description.task}: {train} training and {validation} evaluation examples"
@@ -69,21 +70,21 @@ def _overview(job: Job) -> Iterator[str]:
     yield f"exchanged    {exchanged:,} parameters, {_selected(job)} of {shape.num_layers} layers{auto}"
 
 
-def _traffic(job: Job, ranks: int, num_workers: int) -> Iterator[str]:
+def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     exchanged = 4 * job.tuning.exchanged(range(_selected(job))).size
     everything = 4 * _trainable(job)
-    model = DTYPE_BYTES[job.config.model.dtype] * count_parameters(job.shape.name)
+    model = DTYPE_BYTES[job.config.model.dtype] * total
     devices = job.config.federation.devices_per_round
     yield "bytes per round        selected layers    all layers    full model"
     for direction, copies, header in (
-        ("down, broadcast", num_workers if ranks > 1 else 0, HEADER.itemsize),
+        ("down, broadcast", ranks - 1, HEADER.itemsize),
         ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER_BYTES),
     ):
         sizes = [human_bytes(copies * (size + header)) for size in (exchanged, everything, model)]
         yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"
 
 
-def _memory(job: Job, ranks: int) -> Iterator[str]:
+def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     config, shape = job.config, job.shape
     n = 4 * job.tuning.exchanged(range(_selected(job))).size
     local = 4 * job.tuning.local(range(_selected(job))).size
@@ -102,7 +103,7 @@ def _memory(job: Job, ranks: int) -> Iterator[str]:
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
     device = {
         "program": PROCESS_BYTES,
-        f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * count_parameters(shape.name),
+        f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,
         "prompts, gradients, Adam moments": 4 * 4 * _trainable(job),
         "device-local prompts": local * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,9 +26,22 @@ class RunFiles:
         self.log = self.run_dir / "log.txt"
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add one line to metrics.jsonl, also behind one that an interruption cut short."""
+        with self.metrics.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rounds recorded, ascending; of a round repeated after an interruption the last line counts."""
+        records = {}
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
+            with suppress(ValueError):
+                record = json.loads(line)
+                records[record["round"]] = record
+        return [records[round_index] for round_index in sorted(records)]
 
 
 def start_log(rank: int, size: int, host: str) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedhpc.config import SelectionConfig
 from fedhpc.errors import ConfigError
+from fedhpc.messages import MAX_LAYERS
 from fedhpc.seeding import generator
 
 EIGENVALUE_OFFSET = 1e-5
@@ -53,6 +54,8 @@ def num_selected(ratio: float, num_layers: int) -> int:
 
 def check_selection(config: SelectionConfig, num_layers: int) -> None:
     """Raise ConfigError where the configuration does not fit a backbone of L layers."""
+    if num_layers > MAX_LAYERS:
+        raise ConfigError(f"model.name: has {num_layers} layers; at most {MAX_LAYERS} can be exchanged")
     if config.strategy == "explicit":
         outside = [layer for layer in config.layers or [] if layer >= num_layers]
         if outside:

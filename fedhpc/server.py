@@ -11,7 +11,7 @@ import numpy as np
 from fedhpc import messages
 from fedhpc.checkpoint import Checkpoints, device_file
 from fedhpc.exchange import Exchange
-from fedhpc.federation import counts_per_worker, devices_of, sample_devices
+from fedhpc.federation import counts_per_worker, sample_devices
 from fedhpc.job import Job
 from fedhpc.local_update import learning_rate
 from fedhpc.messages import Command, Op
@@ -47,8 +47,11 @@ class Server:
 
     def run(self, found: RunState | None) -> None:
         """The whole job, from the start or from a checkpoint's state."""
+        self.files.config.write_text(self.config.to_yaml(), encoding="utf-8")
         state = self.initial_state() if found is None else self.resumed_state(found)
         rounds = self.config.federation.rounds
+        if state.server.round >= rounds:
+            log.info("nothing left to train: %d rounds are done, federation.rounds is %d", state.server.round, rounds)
         log.info(
             "%s round %d of %d: %d devices, %d a round, %d ranks; exchanging layers %s, %s per device and direction",
             "starting at" if found is None else "resuming after",
@@ -132,10 +135,7 @@ class Server:
 
     def score_layers(self) -> np.ndarray:
         """Global layer scores [L] from one batch of every device (design, section 3)."""
-        counts = [
-            len(devices_of(worker, self.config.federation.num_devices, self.num_workers))
-            for worker in range(self.num_workers)
-        ]
+        counts = counts_per_worker(range(self.config.federation.num_devices), self.num_workers)
         record = messages.score_record(self.num_layers)
         records = self.exchange.request(Command(op=Op.SCORE), record, counts)
         records = records[np.argsort(records["device"])]

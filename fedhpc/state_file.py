@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 import fedhpc
-from fedhpc.errors import CheckpointError
+from fedhpc.errors import CheckpointError, UserError
 from fedhpc.local_update import DeviceState
 from fedhpc.methods import ServerState
 from fedhpc.updates import Layout
@@ -87,9 +87,10 @@ def write_server_state(path: Path, state: RunState, layouts: Layouts, identity: 
         _write(file, "history/update_norm", np.array(state.update_norms, np.float64))
 
 
-def read_server_state(path: Path, layouts: Layouts) -> tuple[RunState, dict[str, Any]]:
-    """The run's state and its configuration identity."""
+def read_server_state(path: Path, layouts: Layouts, check: Callable[[dict[str, Any]], None]) -> RunState:
+    """The run's state, after ``check`` has seen the identity of the run that wrote it."""
     with open_state(path) as file:
+        check(json.loads(file.attrs["config"]))
         layers = tuple(int(layer) for layer in file["selection/layers"][:])
         exchanged = layouts.exchanged(layers)
         control: dict[int, np.ndarray] = {}
@@ -99,7 +100,7 @@ def read_server_state(path: Path, layouts: Layouts) -> tuple[RunState, dict[str,
         vectors = {
             name: _read_vector(file, FOLDERS.get(name, name), exchanged) for name in json.loads(file.attrs["vectors"])
         }
-        state = RunState(
+        return RunState(
             server=ServerState(
                 round=int(file.attrs["round"]),
                 params=_read_vector(file, FOLDERS["params"], exchanged),
@@ -114,7 +115,6 @@ def read_server_state(path: Path, layouts: Layouts) -> tuple[RunState, dict[str,
             unseen_local=_read_vector(file, "unseen_local", layouts.local(layers)),
             update_norms=tuple(file["history/update_norm"][:].tolist()),
         )
-        return state, json.loads(file.attrs["config"])
 
 
 def write_device_states(path: Path, round_index: int, states: Mapping[int, DeviceState], local: Layout) -> None:
@@ -155,7 +155,7 @@ def open_state(path: Path) -> Iterator[h5py.File]:
             if (version := int(file.attrs.get("version", 0))) > VERSION:
                 raise CheckpointError(f"{path}: has format version {version}; this fedhpc reads up to {VERSION}")
             yield file
-    except CheckpointError:
+    except UserError:
         raise
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from None

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fedhpc.checkpoint import Checkpoints, device_file
-from fedhpc.errors import CheckpointError
+from fedhpc.errors import CheckpointError, ConfigError
 from fedhpc.local_update import DeviceState
 from fedhpc.methods import ServerState
 from fedhpc.state_file import RunState
@@ -61,8 +61,12 @@ def device_states(layers=(1, 3)):
 
 def save(checkpoints, state, keep=2):
     checkpoints.begin(state.server.round)
-    _, digest = checkpoints.save_devices(state.server.round, 1, device_states(state.layers), Layouts(), state.layers)
+    digest = checkpoints.save_devices(state.server.round, 1, device_states(state.layers), Layouts(), state.layers)
     checkpoints.commit(state, Layouts(), IDENTITY, {device_file(1): digest}, keep)
+
+
+def newest(checkpoints, report=pytest.fail):
+    return checkpoints.newest(Layouts(), check=lambda identity: None, report=report)
 
 
 def assert_same(ours, theirs):
@@ -87,9 +91,9 @@ def assert_same(ours, theirs):
 def test_what_is_saved_comes_back_to_the_bit(checkpoints, layers):
     state = run_state(4, layers)
     save(checkpoints, state)
-    found, identity = checkpoints.newest(Layouts(), pytest.fail)
-    assert_same(found, state)
-    assert identity == IDENTITY
+    identities = []
+    assert_same(checkpoints.newest(Layouts(), check=identities.append, report=pytest.fail), state)
+    assert identities == [IDENTITY]
     devices = checkpoints.load_devices(4, {3, 99}, Layouts(), layers)
     assert list(devices) == [3]
     expected = device_states(layers)[3]
@@ -133,9 +137,9 @@ def test_an_unfinished_checkpoint_does_not_count(checkpoints):
     save(checkpoints, run_state(1))
     checkpoints.begin(2)
     checkpoints.save_devices(2, 1, device_states(), Layouts(), (1, 3))
-    assert checkpoints.newest(Layouts(), pytest.fail)[0].server.round == 1
+    assert newest(checkpoints).server.round == 1
     save(checkpoints, run_state(2))
-    assert checkpoints.newest(Layouts(), pytest.fail)[0].server.round == 2
+    assert newest(checkpoints).server.round == 2
 
 
 def damage_byte(path):
@@ -168,17 +172,40 @@ def test_damage_is_reported_and_the_generation_before_is_used(checkpoints, damag
     save(checkpoints, run_state(2, seed=5))
     damage(checkpoints.path(2))
     reports = []
-    found, _ = checkpoints.newest(Layouts(), reports.append)
-    assert_same(found, state)
+    assert_same(newest(checkpoints, reports.append), state)
     assert len(reports) == 1
     assert str(checkpoints.path(2)) in reports[0]
     damage(checkpoints.path(1))
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
-        checkpoints.newest(Layouts(), reports.append)
+        newest(checkpoints, reports.append)
+
+
+def test_going_on_from_behind_broken_checkpoints_keeps_the_whole_ones(checkpoints):
+    for round_index in (2, 4, 6):
+        save(checkpoints, run_state(round_index), keep=3)
+    for broken in (4, 6):
+        DAMAGES["flipped bit"](checkpoints.path(broken))
+    save(checkpoints, run_state(3), keep=2)
+    assert checkpoints.rounds() == [3, 2]
+    assert newest(checkpoints).server.round == 3
+
+
+def test_another_run_is_told_apart_before_its_tensors_are_read(checkpoints):
+    save(checkpoints, run_state(1, layers=(0, 1, 2)))
+
+    class OtherLayouts(Layouts):
+        def exchanged(self, layers):
+            return Layout({"prompts": (len(layers), 2, 99, 2)})
+
+    def refuse(identity):
+        raise ConfigError(f"not {identity['seed']}")
+
+    with pytest.raises(ConfigError, match="not 1"):
+        checkpoints.newest(OtherLayouts(), check=refuse, report=pytest.fail)
 
 
 def test_no_checkpoint_is_no_error(checkpoints):
-    assert checkpoints.newest(Layouts(), pytest.fail) is None
+    assert newest(checkpoints) is None
 
 
 @pytest.mark.parametrize(
@@ -192,4 +219,4 @@ def test_files_of_another_format(checkpoints, attribute, value, words):
     with h5py.File(path, "a") as file:
         file.attrs[attribute] = value
     with pytest.raises(CheckpointError, match=words):
-        read_server_state(path, Layouts())
+        read_server_state(path, Layouts(), lambda identity: None)

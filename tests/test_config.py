@@ -89,6 +89,10 @@ def test_a_circle_of_bases_ends(write):
         ("trace=maybe", ["trace", "bool"]),
         ("model=x", ["model", "'x'"]),
         ("seed.x=1", ["seed", "'x': 1"]),
+        ("seed=9223372036854775808", ["seed", "less than"]),
+        ("run_dir=''", ["run_dir", "at least 1 character"]),
+        ("seed=2024-13-45", ["--set seed=2024-13-45", "not valid YAML"]),
+        ("device={epochs: 1, epochs: 2}", ["--set", "not valid YAML"]),
         ("nonsense", ["--set nonsense", "key.sub=value"]),
     ],
 )
@@ -97,6 +101,19 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
     assert "1 problem(s)" in message
     for word in words:
         assert word in message
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "device: {epochs: 1}\nseed: 1\ndevice: {batch_size: 2}\n")
+    assert "key 'device' stands twice" in problems(path)
+
+
+def test_an_empty_section_keeps_its_defaults_and_home_folders_are_found(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(write(**{**MINIMAL, "run_dir": "~/runs", "server": None}))
+    assert config.server.momentum == 0.5
+    assert config.run_dir == "/home/someone/runs"
 
 
 def test_a_missing_section_is_named(write):

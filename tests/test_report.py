@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from fedhpc.report import Progress, human_bytes, log, log_to_file, start_log
+from fedhpc.report import Progress, RunFiles, human_bytes, log, log_to_file, start_log
 
 
 def record(round_index, **values):
@@ -41,6 +41,17 @@ def test_a_terminal_gets_a_bar():
 )
 def test_human_bytes(count, text):
     assert human_bytes(count) == text
+
+
+def test_metrics_survive_an_interruption(tmp_path):
+    files = RunFiles(tmp_path)
+    assert files.read_metrics() == []
+    files.append_metrics({"round": 0, "loss": 1})
+    files.append_metrics({"round": 1, "loss": 2})
+    with files.metrics.open("a") as file:
+        file.write('{"round": 2, "lo')
+    files.append_metrics({"round": 1, "loss": 3})
+    assert files.read_metrics() == [{"round": 0, "loss": 1}, {"round": 1, "loss": 3}]
 
 
 def test_records_carry_time_rank_and_host_and_only_rank_0_writes_the_log(tmp_path, capfd):

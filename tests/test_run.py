@@ -120,6 +120,24 @@ def test_an_automatic_ratio_narrows_the_exchange_after_the_warm_up(fedhpc, run_c
     assert final_prompts(whole).tobytes() == final_prompts(parts).tobytes()
 
 
+def test_moments_kept_on_a_device_outlive_the_warm_up(fedhpc, run_config):
+    config = run_config(
+        selection__ratio="auto",
+        selection__warmup_rounds=1,
+        device__reset_moments=False,
+        federation__rounds=1,
+    )
+    assert fedhpc("run", config)[0] == 0
+    with h5py.File(Checkpoints(run_dir(config)).path(1) / "devices_0001.h5") as file:
+        assert sorted(map(int, file["devices"])) == sorted(metrics(config)[0]["devices"])
+        assert all("prompts.exp_avg" in entry["optimizer"] for entry in file["devices"].values())
+
+
+def test_a_warm_up_that_outlasts_the_run_is_noticed(fedhpc, run_config):
+    _, _, err = fedhpc("run", run_config(selection__ratio="auto", selection__warmup_rounds=10))
+    assert "all layers are exchanged to the end" in err
+
+
 def test_rerunning_a_finished_run_changes_nothing(fedhpc, run_config):
     config = run_config()
     assert fedhpc("run", config)[0] == 0
@@ -239,6 +257,37 @@ class TestBadInput:
         assert fedhpc("run", config)[0] == 0
         message = refused("device.epochs: 1 in the checkpoint, 2 now", config=run_config(device__epochs=2, seed=1))
         assert "seed: 42 in the checkpoint, 1 now" in message
+
+    def test_resume_with_other_shapes(self, refused, fedhpc, run_config):
+        assert fedhpc("run", run_config())[0] == 0
+        refused("tuning.num_tokens: 3 in the checkpoint, 4 now", config=run_config(tuning__num_tokens=4))
+
+    def test_resume_with_data_of_other_class_words(self, refused, fedhpc, run_config, world, tmp_path):
+        assert fedhpc("run", run_config())[0] == 0
+        source = shutil.copytree(world.parent / "source", tmp_path / "source")
+        task = (source / "task.yaml").read_text()
+        (source / "task.yaml").write_text(
+            task.replace("great", "WORD").replace("terrible", "great").replace("WORD", "terrible")
+        )
+        arguments = ["--task", source / "task.yaml", "--source", source, "--model", world.parent / "backbone"]
+        prepare = tiny.load_script("prepare")
+        assert prepare.main([*map(str, arguments), "--out", str(tmp_path / "prepared")]) == 0
+        refused("data:", config=run_config(data__path=str(tmp_path / "prepared")))
+
+    @pytest.mark.parametrize("change", [{"word_ids": [[10], [9], [11]]}, {"splits": {}}, {"pad_id": -5}])
+    def test_a_description_changed_by_hand(self, refused, world, tmp_path, change):
+        prepared = shutil.copytree(world.parent / "prepared", tmp_path / "prepared")
+        path = prepared / "description.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        refused(path, "altered", data__path=str(prepared))
+
+    @pytest.mark.parametrize("name", ["checkpoints", "log.txt"])
+    def test_something_else_in_the_place_of_a_run_file(self, refused, run_config, name):
+        config = run_config()
+        run_dir(config).mkdir()
+        path = run_dir(config) / name
+        path.mkdir() if name == "log.txt" else path.write_text("")
+        refused(path, "in the way", config=config)
 
     def test_resume_required_or_forbidden(self, refused, fedhpc, run_config):
         config = run_config()

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.config import ServerConfig
 from fedhpc.methods.base import Method, ServerState, f32, weighted_mean
 from fedhpc.updates import RoundUploads, Vector
 
@@ -17,7 +18,17 @@ SERVER_LEARNING_RATE_DECAY = 0.99
 SERVER_LEARNING_RATE_FLOOR = 1e-4
 
 
-class DriftCorrected(Method):
+class FedPepTAO(Method):
+    """What both variants share: eta_s and beta, which the configuration fills in."""
+
+    def __init__(self, config: ServerConfig, *, num_devices: int, sample_rate: float) -> None:
+        super().__init__(config, num_devices=num_devices, sample_rate=sample_rate)
+        assert config.learning_rate is not None
+        assert config.momentum is not None
+        self.learning_rate, self.momentum = config.learning_rate, config.momentum
+
+
+class DriftCorrected(FedPepTAO):
     """The paper's ingredients with consistent units: everything is a mean step direction, (P^t - P_i) / (K_i eta)."""
 
     def init(self, params: Vector) -> ServerState:
@@ -31,7 +42,7 @@ class DriftCorrected(Method):
     def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round; the numbers are those of the steps in the design's section 5, `drift_corrected`."""
         uploads = uploads.in_device_order()
-        beta, eta = float(self.config.momentum or 0.0), uploads.device_learning_rate
+        beta, eta = self.momentum, uploads.device_learning_rate
         params = state.params.astype(np.float64)
         c = state.vectors["control_global"].astype(np.float64)
         momentum = np.zeros_like(params)
@@ -47,7 +58,7 @@ class DriftCorrected(Method):
             control[device] = f32(direction)
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
-        step = float(self.config.learning_rate or 1.0) * mean_steps * eta
+        step = self.learning_rate * mean_steps * eta
         return replace(
             state,
             round=state.round + 1,
@@ -57,7 +68,7 @@ class DriftCorrected(Method):
         )
 
 
-class Released(Method):
+class Released(FedPepTAO):
     """The published code's arithmetic, quirks included: sampled order, mixed units, a decaying server learning rate.
 
     Control variates carry 1 / (K_i eta): at a device learning rate of 5e-3 the run diverges, at the published 4e-2 it
@@ -70,7 +81,7 @@ class Released(Method):
             round=0,
             params=params,
             vectors={name: np.zeros_like(params) for name in ("momentum", "previous_delta", "control_global")},
-            scalars={"server_learning_rate": float(self.config.learning_rate or 0.05)},
+            scalars={"server_learning_rate": self.learning_rate},
         )
 
     def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
@@ -87,9 +98,8 @@ class Released(Method):
             gradient = state.vectors["previous_delta"] - delta
             v = momentum.astype(np.float64)
             mean_v = np.zeros_like(params)
-            beta = float(self.config.momentum or 0.0)
             for weight, device in zip(uploads.weights, uploads.device_ids, strict=True):
-                v = beta * v + (1 - beta) * gradient + c - control[int(device)]
+                v = self.momentum * v + (1 - self.momentum) * gradient + c - control[int(device)]
                 mean_v += weight * v
             new_params = mean - server_learning_rate * mean_v
             momentum = f32(mean_v)

@@ -13,7 +13,7 @@ import yaml
 from launch import MPIRUN, mpirun
 
 from fedhpc import cli
-from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint import Checkpoints, verify
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
@@ -137,7 +137,24 @@ def test_a_rank_that_raises_ends_all_of_them(run_config):
     raised = time.mktime(time.strptime(re.search(r"(\S+ \S+),\d+ CRITICAL", log)[1], "%Y-%m-%d %H:%M:%S"))
     assert ended - raised < 10 + 1  # log times are cut to the second
     assert Checkpoints(folder).rounds() == [1]
-    Checkpoints(folder).verify(1)
+    verify(Checkpoints(folder).path(1))
+
+
+@pytest.mark.parametrize("fault", ["restore", "vanished run directory"])
+def test_no_rank_waits_for_one_that_is_gone(run_config, fault):
+    """Neither when a rank's own checkpoint file is the fault, nor when the log that would tell of it is gone."""
+    config = run_config()
+    assert cli.main(["run", str(config), "--set", "federation.rounds=1"]) == 0
+    done = mpirun(3, Path(__file__).parent / "fault.py", fault, "run", config, timeout_s=90)
+    assert done.returncode not in (0, 2)
+    assert "rank 2/3" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_processes_that_do_not_find_each_other_are_refused(run_config, monkeypatch, capfd):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert cli.main(["run", str(run_config())]) == 2
+    assert "started 4 processes (OMPI_COMM_WORLD_SIZE), but MPI sees 1" in capfd.readouterr().err
 
 
 def test_bad_input_is_told_once(run_config):

@@ -1,0 +1,33 @@
+"""fedhpc, but a fault strikes rank 2: `fault.py FAULT run CONFIG`."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from fedhpc import cli, device
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.errors import CheckpointError
+
+FAULT = sys.argv.pop(1)
+RUN_DIR = Path(yaml.safe_load(Path(sys.argv[2]).read_text())["run_dir"])
+IS_RANK_2 = "2" in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK"))
+local_update = device.local_update
+
+
+def unreadable(*arguments):
+    raise CheckpointError("unreadable")
+
+
+def update_in_a_vanished_folder(*arguments, **named):
+    shutil.rmtree(RUN_DIR)
+    raise RuntimeError("the run directory is gone")
+
+
+if IS_RANK_2 and FAULT == "restore":
+    Checkpoints.load_devices = unreadable
+elif IS_RANK_2:
+    device.local_update = update_in_a_vanished_folder
+sys.exit(cli.main())
