@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.errors import CheckpointError
+from fedhpc.files import fsync
 from fedhpc.local_update import DeviceState
 from fedhpc.state_file import (
     Layouts,
     RunState,
-    fsync,
     read_device_states,
     read_server_state,
     write_device_states,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fedhpc.errors import DataError
+from fedhpc.files import fsync
 
 FORMAT = "fedhpc-prepared"
 VERSION = 1
@@ -262,11 +263,11 @@ def _replacing(path: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
-        _sync_directory(new)
+        fsync(new)
         if path.exists():
             path.rename(old)
         new.rename(path)
-        _sync_directory(path.parent)
+        fsync(path.parent)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -274,14 +275,6 @@ def _replacing(path: Path) -> Iterator[Path]:
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -1,7 +1,6 @@
 """The run's state as HDF5: every tensor a checksummed dataset under the name that its layout gives it, no pickle."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 
 import fedhpc
 from fedhpc.errors import CheckpointError, UserError
+from fedhpc.files import fsync
 from fedhpc.local_update import DeviceState
 from fedhpc.methods import ServerState
 from fedhpc.updates import Layout
@@ -166,15 +166,6 @@ def _create(path: Path) -> Iterator[h5py.File]:
     with h5py.File(path, "w") as file:
         yield file
     fsync(path)
-
-
-def fsync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _dataset(folder: str, tensor: str) -> str:

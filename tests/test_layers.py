@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FLOORS = [
-    {"__init__", "errors", "seeding"},
+    {"__init__", "errors", "files", "seeding"},
     {"config"},
     {"data", "tasks", "partition", "metrics", "updates", "federation"},
     {"methods", "messages", "answers", "attention"},

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import pickle
@@ -8,20 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_tasks import bert_like, gpt_like, llama_like
+from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 
 ROOT = Path(__file__).parent.parent
-
-
-def load_script(name):
-    """A script of data_prep under a name of its own: it is no package."""
-    spec = importlib.util.spec_from_file_location(f"data_prep_{name}", ROOT / "data_prep" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 prepare = load_script("prepare")

@@ -31,29 +31,28 @@ def metrics(config):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def config_in(folder, world):
+    """The world's configuration with a run directory in a folder of its own."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(world.read_text()), "run_dir": str(folder / "run")}))
+    return path
+
+
 @pytest.fixture(scope="module")
 def serial(world, tmp_path_factory):
     """The run of one process that every other must equal."""
-    config = yaml.safe_load(world.read_text())
-    folder = tmp_path_factory.mktemp("serial")
-    config["run_dir"] = str(folder / "run")
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    assert cli.main(["run", str(path)]) == 0
-    return path
+    config = config_in(tmp_path_factory.mktemp("serial"), world)
+    assert cli.main(["run", str(config)]) == 0
+    return config
 
 
 @pytest.fixture(scope="module")
 def seventeen(world, tmp_path_factory):
     """A traced run on 17 ranks, four of them without a device."""
-    config = yaml.safe_load(world.read_text())
-    folder = tmp_path_factory.mktemp("seventeen")
-    config["run_dir"] = str(folder / "run")
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    done = mpirun(17, "-m", "fedhpc", "run", path)
+    config = config_in(tmp_path_factory.mktemp("seventeen"), world)
+    done = mpirun(17, "-m", "fedhpc", "run", config)
     assert done.returncode == 0, done.stderr
-    return path, done
+    return config, done
 
 
 def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
