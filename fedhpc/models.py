@@ -4,6 +4,7 @@ Shapes: b examples, s positions, L layers, T prompt tokens per layer, D key widt
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,17 +235,26 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
         attn_implementation=config.attention,
         **extra,
     )
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
-        headless = head == "verbalizer" and not any(key.startswith(model.base_model_prefix) for key in missing)
-        advice = "; it has no language-model head: use tuning.head: linear" if headless else ""
-        raise ModelError(f"model.name: {config.name} lacks weights for {', '.join(missing[:3])}{advice}")
+    _check_weights(config.name, model, info, head=head)
     outside = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if outside and torch_device.type != "cpu":
         raise ModelError(f"model.name: {config.name} does not fit on the GPUs that this rank sees; use more of them")
     model.requires_grad_(False)
     model.eval()
     return model if config.device_map == "auto" else model.to(torch_device)
+
+
+def _check_weights(name: str, model: Any, info: Any, *, head: str) -> None:
+    """Refuse weights that the configuration does not describe: what they lack would be random."""
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        headless = head == "verbalizer" and not any(key.startswith(model.base_model_prefix) for key in missing)
+        advice = "; it has no language-model head: use tuning.head: linear" if headless else ""
+        raise ModelError(f"model.name: {name} lacks weights for {', '.join(missing[:3])}{advice}")
+    layers = model.config.num_hidden_layers
+    for key in sorted(info["unexpected_keys"]):
+        if any(int(number) >= layers for number in re.findall(r"\.(\d+)\.", key)):
+            raise ModelError(f"model.name: {name} has weights beyond the {layers} layers of its configuration: {key}")
 
 
 def _check_attention(

@@ -1,3 +1,4 @@
+import json
 import logging
 from types import SimpleNamespace
 
@@ -373,6 +374,14 @@ def test_missing_weights_are_refused(tmp_path, head):
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks weights for [a-z.]*layers\.1\.mlp\.up_proj\.weight$"):
         load_backbone(path, "llama", head=head)
+
+
+def test_weights_beyond_the_configuration_are_refused(tmp_path):
+    path = save_backbone(tmp_path, "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(ModelError, match=r"weights beyond the 1 layers of its configuration: model\.layers\.1"):
+        load_backbone(path, "llama")
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
