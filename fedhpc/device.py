@@ -59,7 +59,7 @@ class Worker:
     def handle(self, command: Command) -> np.ndarray:
         """Do what the server asks; the records to reply with."""
         if command.op == Op.STOP:
-            return np.empty(0, messages.NO_RECORD)
+            return messages.NO_RECORD.zeros(0)
         actions = {
             Op.SCORE: self.score,
             Op.SELECT: self.select,
@@ -74,8 +74,9 @@ class Worker:
     def train_devices(self, command: Command) -> np.ndarray:
         """Local updates of the sampled devices that live here."""
         devices = self._sampled(command.round)
-        records = np.zeros(len(devices), messages.upload_record(command.payload.size))
-        for record, device in zip(records, devices, strict=True):
+        records = messages.upload_record(command.payload.size).zeros(len(devices))
+        headers, params = messages.upload_parts(records)
+        for header, vector, device in zip(headers, params, devices, strict=True):
             start = time.perf_counter()
             update = local_update(
                 self.config,
@@ -90,15 +91,16 @@ class Worker:
                 device=device,
             )
             self.states[device] = update.state
-            record["device"], record["loss"] = device, update.loss
-            record["num_examples"], record["num_steps"] = update.num_examples, update.num_steps
-            record["params"], record["seconds"] = update.params, time.perf_counter() - start
+            vector[:] = update.params
+            header["device"], header["loss"] = device, update.loss
+            header["num_examples"], header["num_steps"] = update.num_examples, update.num_steps
+            header["seconds"] = time.perf_counter() - start
         return records
 
     def score(self, command: Command) -> np.ndarray:
         """Layer scores of every device here, on one batch each."""
         selection = self.config.selection
-        records = np.zeros(len(self.devices), messages.score_record(self.tuning.shape.num_layers))
+        records = messages.score_record(self.tuning.shape.num_layers).zeros(len(self.devices))
         self.backbone.training_mode(False)
         for record, device in zip(records, self.devices, strict=True):
             examples = self._one_batch(device, "score batch", selection.batch_size)
@@ -111,7 +113,7 @@ class Worker:
     def ratio(self, command: Command) -> np.ndarray:
         """Lossless ratio of the sampled devices that live here, from the Hessian's spectrum on one batch each."""
         devices = self._sampled(command.round)
-        records = np.zeros(len(devices), messages.ratio_record())
+        records = messages.ratio_record().zeros(len(devices))
         self.backbone.training_mode(False)
         for record, device in zip(records, devices, strict=True):
             examples = self._one_batch(device, "hessian batch", self.config.device.batch_size)
@@ -128,11 +130,11 @@ class Worker:
         """Take over the selected layers; every device goes on from the same local tensors."""
         self.unseen = DeviceState(local=command.payload.copy())
         self.states = {device: replace(state, local=self.unseen.local) for device, state in self.states.items()}
-        return np.empty(0, messages.NO_RECORD)
+        return messages.NO_RECORD.zeros(0)
 
     def evaluate(self, command: Command) -> np.ndarray:
         """Confusion matrices: each device's own share with its own local tensors, and a part of the whole split."""
-        record = np.zeros(1, messages.evaluation_record(self.num_classes))
+        record = messages.evaluation_record(self.num_classes).zeros(1)
         size = self.config.evaluate.batch_size
         # Interleaved batches give every worker short and long texts alike.
         everything = evaluation_batches(self.validation, np.arange(len(self.validation)), size)
@@ -151,7 +153,7 @@ class Worker:
 
     def save(self, command: Command) -> np.ndarray:
         """Write this rank's device states into the checkpoint under way."""
-        record = np.zeros(1, messages.saved_record())
+        record = messages.saved_record().zeros(1)
         digest = self.checkpoints.save_devices(command.round, self.index + 1, self.states, self.tuning, command.layers)
         record[0] = (self.index + 1, digest)
         return record
@@ -159,7 +161,7 @@ class Worker:
     def restore(self, command: Command) -> np.ndarray:
         """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
         self.states = self.checkpoints.load_devices(command.round, set(self.devices), self.tuning, command.layers)
-        return np.empty(0, messages.NO_RECORD)
+        return messages.NO_RECORD.zeros(0)
 
     def _sampled(self, round_index: int) -> list[int]:
         mine = set(self.devices)

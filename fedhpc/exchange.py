@@ -4,6 +4,7 @@ The server calls :meth:`Exchange.request`; a command is broadcast and fixed-size
 buffer is contiguous, allocated once and used again.
 """
 
+import math
 import os
 import socket
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.errors import UserError
-from fedhpc.messages import HEADER, Command, Op
+from fedhpc.messages import HEADER, Command, Op, RecordType
 
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
@@ -23,6 +24,7 @@ LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
 PROBLEM_BYTES = 4096
 LONGEST_NAP_S = 0.005
 FLOAT_BYTES = 4
+PAYLOAD = RecordType(np.dtype(np.float32))
 
 Handler = Callable[[Command], np.ndarray]
 
@@ -52,12 +54,12 @@ class Exchange(ABC):
         """Of the latest request."""
 
     @abstractmethod
-    def request(self, command: Command, record: np.dtype, counts: Sequence[int]) -> np.ndarray:
+    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
         """Server: send a command to every worker, return their records, worker by worker.
 
         Args:
             command: what is asked; its payload is broadcast as one contiguous float32 buffer.
-            record: type of one reply record.
+            record: form of one reply record.
             counts: records that each worker will send.
 
         Returns:
@@ -81,7 +83,7 @@ class LocalExchange(Exchange):
         self.rank, self.size, self.local_rank, self.num_workers = 0, 1, 0, 1
         self.handler: Handler | None = None
 
-    def request(self, command: Command, record: np.dtype, counts: Sequence[int]) -> np.ndarray:
+    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
         """See :class:`Exchange`."""
         assert self.handler is not None
         start = time.perf_counter()
@@ -113,10 +115,10 @@ class MpiExchange(Exchange):
         host_comm = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank = host_comm.rank
         host_comm.Free()
-        self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+        self._buffers: dict[RecordType, np.ndarray] = {}
         self._types: dict[int, Any] = {}
 
-    def request(self, command: Command, record: np.dtype, counts: Sequence[int]) -> np.ndarray:
+    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
         """See :class:`Exchange`."""
         start = time.perf_counter()
         header = command.header()
@@ -126,14 +128,14 @@ class MpiExchange(Exchange):
             self._comm.Bcast([command.payload, 1, self._type(command.payload.nbytes)], root=0)
         sent = time.perf_counter()
         if command.op == Op.STOP:
-            return np.empty(0, record)
+            return record.zeros(0)
         self._meet()
         ready = time.perf_counter()
-        records = self._buffer("gather", record, sum(counts))
-        if record.itemsize:
+        records = self._buffer(record, sum(counts))
+        if record.nbytes:
             displacements = np.concatenate([[0, 0], np.cumsum(counts)[:-1]])
-            target = [records, ([0, *counts], displacements), self._type(record.itemsize)]
-            self._comm.Gatherv([None, 0, self._type(record.itemsize)], target, root=0)
+            target = [records, ([0, *counts], displacements), self._type(record.nbytes)]
+            self._comm.Gatherv([None, 0, self._type(record.nbytes)], target, root=0)
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * (header.nbytes + command.payload.nbytes),
@@ -147,7 +149,7 @@ class MpiExchange(Exchange):
         header = np.zeros(1, HEADER)
         self._meet()
         self._comm.Bcast([header, self._mpi.BYTE], root=0)
-        payload = self._buffer("payload", np.dtype(np.float32), int(header[0]["payload_size"]))
+        payload = self._buffer(PAYLOAD, int(header[0]["payload_size"]))
         if payload.size:
             self._comm.Bcast([payload, 1, self._type(payload.nbytes)], root=0)
         return Command.from_header(header, payload)
@@ -155,9 +157,9 @@ class MpiExchange(Exchange):
     def reply(self, records: np.ndarray) -> None:
         """Worker: send this worker's records."""
         self._meet()
-        if records.dtype.itemsize:
-            send = np.ascontiguousarray(records)
-            self._comm.Gatherv([send, len(send), self._type(records.dtype.itemsize)], None, root=0)
+        nbytes = records.dtype.itemsize * math.prod(records.shape[1:])
+        if nbytes:
+            self._comm.Gatherv([np.ascontiguousarray(records), len(records), self._type(nbytes)], None, root=0)
 
     def agree(self, problem: str | None) -> None:
         """See :class:`Exchange`."""
@@ -189,10 +191,10 @@ class MpiExchange(Exchange):
             self._types[nbytes] = self._mpi.FLOAT.Create_contiguous(nbytes // FLOAT_BYTES).Commit()
         return self._types[nbytes]
 
-    def _buffer(self, purpose: str, dtype: np.dtype, count: int) -> np.ndarray:
-        buffer = self._buffers.get((purpose, dtype))
+    def _buffer(self, record: RecordType, count: int) -> np.ndarray:
+        buffer = self._buffers.get(record)
         if buffer is None or len(buffer) < count:
-            buffer = self._buffers[purpose, dtype] = np.empty(count, dtype)
+            buffer = self._buffers[record] = record.zeros(count)
         return buffer[:count]
 
 

@@ -1,5 +1,6 @@
 """What crosses ranks: commands from the server, fixed records back. No pickle; every byte has a declared place."""
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -61,43 +62,65 @@ class Command:
         return cls(op=Op(int(op)), round=int(round_index), layers=layers, payload=payload)
 
 
-NO_RECORD = np.dtype([])
+@dataclass(frozen=True)
+class RecordType:
+    """The fixed form of a reply: a NumPy type, repeated over a shape (one type alone ends at 2 GiB)."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one record."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def zeros(self, count: int) -> np.ndarray:
+        """So many records, contiguous, filled with zeros."""
+        return np.zeros((count, *self.shape), self.dtype)
 
 
-def upload_record(size: int) -> np.dtype:
-    """A device's upload: 64 bytes of header, then its exchanged vector of ``size`` floats."""
-    return np.dtype(
-        [
-            ("device", "<i8"),
-            ("num_examples", "<i8"),
-            ("num_steps", "<i8"),
-            ("loss", "<f8"),
-            ("seconds", "<f8"),
-            ("unused", "<i8", (3,)),
-            ("params", "<f4", (size,)),
-        ]
-    )
+NO_RECORD = RecordType(np.dtype([]))
+
+UPLOAD_HEADER = np.dtype(
+    [
+        ("device", "<i8"),
+        ("num_examples", "<i8"),
+        ("num_steps", "<i8"),
+        ("loss", "<f8"),
+        ("seconds", "<f8"),
+        ("unused", "<i8", (3,)),
+    ]
+)
+"""The fixed part of an upload, 64 bytes."""
+UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // 4
 
 
-UPLOAD_HEADER_BYTES = upload_record(0).itemsize
+def upload_record(size: int) -> RecordType:
+    """A device's upload: a header, then its exchanged vector of ``size`` floats."""
+    return RecordType(np.dtype("<f4"), (UPLOAD_HEADER_FLOATS + size,))
 
 
-def score_record(num_layers: int) -> np.dtype:
+def upload_parts(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Headers [m] and vectors [m, size] inside upload records, sharing their memory."""
+    return records[:, :UPLOAD_HEADER_FLOATS].view(UPLOAD_HEADER)[:, 0], records[:, UPLOAD_HEADER_FLOATS:]
+
+
+def score_record(num_layers: int) -> RecordType:
     """A device's layer scores."""
-    return np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("scores", "<f8", (num_layers,))])
+    return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("scores", "<f8", (num_layers,))]))
 
 
-def ratio_record() -> np.dtype:
+def ratio_record() -> RecordType:
     """A device's lossless ratio."""
-    return np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("ratio", "<f8")])
+    return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("ratio", "<f8")]))
 
 
-def evaluation_record(num_classes: int) -> np.dtype:
+def evaluation_record(num_classes: int) -> RecordType:
     """A worker's sums of confusion matrices (rows true, columns predicted)."""
     matrix = (num_classes, num_classes)
-    return np.dtype([("personal", "<i8", matrix), ("global", "<i8", matrix)])
+    return RecordType(np.dtype([("personal", "<i8", matrix), ("global", "<i8", matrix)]))
 
 
-def saved_record() -> np.dtype:
+def saved_record() -> RecordType:
     """The device file that a worker wrote."""
-    return np.dtype([("rank", "<i8"), ("sha256", "S64")])
+    return RecordType(np.dtype([("rank", "<i8"), ("sha256", "S64")]))

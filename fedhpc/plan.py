@@ -7,7 +7,7 @@ import numpy as np
 from fedhpc.config import Config
 from fedhpc.federation import devices_of
 from fedhpc.job import Job, check_data, check_run_dir, load_job
-from fedhpc.messages import HEADER, UPLOAD_HEADER_BYTES
+from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import make_method
 from fedhpc.models import count_parameters
 from fedhpc.report import human_bytes
@@ -78,7 +78,7 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     yield "bytes per round        selected layers    all layers    full model"
     for direction, copies, header in (
         ("down, broadcast", ranks - 1, HEADER.itemsize),
-        ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER_BYTES),
+        ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize),
     ):
         sizes = [human_bytes(copies * (size + header)) for size in (exchanged, everything, model)]
         yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"

@@ -149,14 +149,15 @@ class Server:
         command = Command(op=Op.TRAIN, round=t, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record_type, counts)
         traffic = self.exchange.traffic
-        busy = [float(part["seconds"].sum()) for part in np.split(records, np.cumsum(counts)[:-1])]
-        place = {int(device): row for row, device in enumerate(records["device"])}
+        headers, params = messages.upload_parts(records)
+        busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
+        place = {int(device): row for row, device in enumerate(headers["device"])}
         order = [place[device] for device in devices]
         uploads = RoundUploads(
-            device_ids=records["device"][order],
-            num_examples=records["num_examples"][order],
-            num_steps=records["num_steps"][order],
-            params=records["params"][order],
+            device_ids=headers["device"][order],
+            num_examples=headers["num_examples"][order],
+            num_steps=headers["num_steps"][order],
+            params=params[order],
             device_learning_rate=learning_rate(self.config, t),
         )
         metrics = {
@@ -164,7 +165,7 @@ class Server:
             "devices": devices,
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
-            "loss": float(uploads.weights @ records["loss"][order]),
+            "loss": float(uploads.weights @ headers["loss"][order]),
             "accuracy": None,
             "accuracy_global": None,
             "device_learning_rate": uploads.device_learning_rate,

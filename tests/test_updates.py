@@ -1,6 +1,6 @@
 import numpy as np
 
-from fedhpc.messages import HEADER, UPLOAD_HEADER_BYTES, Command, Op, upload_record
+from fedhpc.messages import HEADER, UPLOAD_HEADER, Command, Op, upload_parts, upload_record
 from fedhpc.updates import Layout
 
 
@@ -32,7 +32,7 @@ def test_commands_cross_as_fixed_headers():
     payload = np.arange(3, dtype=np.float32)
     command = Command(op=Op.TRAIN, round=1 << 40, layers=(0, 31, 255), payload=payload)
     header = command.header()
-    assert header.nbytes == HEADER.itemsize == UPLOAD_HEADER_BYTES == 64
+    assert header.nbytes == HEADER.itemsize == UPLOAD_HEADER.itemsize == 64
     assert header[0]["payload_size"] == 3
     arrived = Command.from_header(np.frombuffer(header.tobytes(), HEADER), payload)
     assert (arrived.op, arrived.round, arrived.layers) == (Op.TRAIN, 1 << 40, (0, 31, 255))
@@ -40,4 +40,11 @@ def test_commands_cross_as_fixed_headers():
 
 def test_an_upload_is_its_header_and_its_floats():
     for size in (1, 2, 1001):
-        assert upload_record(size).itemsize == 64 + 4 * size
+        assert upload_record(size).nbytes == 64 + 4 * size
+    records = upload_record(3).zeros(2)
+    headers, vectors = upload_parts(records)
+    headers["device"] = [5, 1 << 40]
+    vectors[1] = [1, 2, 3]
+    arrived, floats = upload_parts(np.frombuffer(records.tobytes(), "<f4").reshape(2, -1))
+    assert arrived["device"].tolist() == [5, 1 << 40]
+    assert floats.tolist() == [[0, 0, 0], [1, 2, 3]]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedhpc.exchange import MpiExchange
-from fedhpc.messages import Command, Op, upload_record
+from fedhpc.messages import Command, Op, upload_parts, upload_record
 
 FLOATS = (1 << 29) + 1000
 assert 4 * FLOATS > 1 << 31
@@ -15,15 +15,17 @@ if exchange.rank == 0:
     payload = np.zeros(FLOATS, np.float32)
     payload[PLACES] = [1, 2, 3, 4, 5]
     records = exchange.request(Command(op=Op.TRAIN, round=9, layers=(0, 3), payload=payload), record_type, [1])
-    assert records[0]["params"][PLACES].tolist() == [2, 4, 6, 8, 10]
-    assert records[0]["device"] == 7
+    (header,), (params,) = upload_parts(records)
+    assert params[PLACES].tolist() == [2, 4, 6, 8, 10]
+    assert header["device"] == 7
     assert exchange.traffic.bytes_down == 64 + 4 * FLOATS
     assert exchange.traffic.bytes_up == 64 + 4 * FLOATS
     print("exchanged", exchange.traffic.bytes_up)
 else:
     command = exchange.receive()
     assert (command.op, command.round, command.layers) == (Op.TRAIN, 9, (0, 3))
-    reply = np.zeros(1, record_type)
-    reply[0]["device"] = 7
-    np.multiply(command.payload, 2, out=reply[0]["params"])
+    reply = record_type.zeros(1)
+    (header,), (params,) = upload_parts(reply)
+    header["device"] = 7
+    np.multiply(command.payload, 2, out=params)
     exchange.reply(reply)
