@@ -23,8 +23,10 @@ from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
 from fedhpc.updates import RoundUploads
 
-GROWTH_FACTOR = 10.0
-"""An update norm this many times that of round 0, which is plain averaging, is reported as growth without bound."""
+GROWTH_FACTOR = 2.0
+GROWTH_ROUNDS = 3
+"""Update norms so many times that of round 0, which is plain averaging, so many rounds on end are growth without bound.
+Measured with MiniLM on TREC: `released` at a device learning rate of 5e-3 passes 3, runs that learn stay below 1."""
 
 
 class Server:
@@ -252,13 +254,15 @@ class Server:
         self.exchange.request(command, messages.NO_RECORD, [0] * self.num_workers)
 
     def _warn_of_growth(self, norms: tuple[float, ...]) -> None:
-        limit = GROWTH_FACTOR * norms[0]
-        if norms[-1] > limit and not any(norm > limit for norm in norms[:-1]):
-            advice = "; variant released wants device.learning_rate near 0.04"
-            log.warning(
-                "the update norm grows without bound: %.3g now, %.3g in round 0; the run is likely to diverge. Lower "
-                "server.learning_rate%s",
-                norms[-1],
-                norms[0],
-                advice if self.config.server.variant == "released" else " or device.learning_rate",
-            )
+        above = [norm > GROWTH_FACTOR * norms[0] for norm in norms]
+        grown = [all(above[t : t + GROWTH_ROUNDS]) for t in range(len(norms) - GROWTH_ROUNDS + 1)]
+        if not grown or not grown[-1] or any(grown[:-1]):
+            return
+        advice = "; variant released wants device.learning_rate near 0.04"
+        log.warning(
+            "the update norm grows without bound: %.3g now, %.3g in round 0; the run is likely to diverge. Lower "
+            "server.learning_rate%s",
+            norms[-1],
+            norms[0],
+            advice if self.config.server.variant == "released" else " or device.learning_rate",
+        )

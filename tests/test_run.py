@@ -160,6 +160,10 @@ def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_is_used(fedhp
     assert final_prompts(config).tobytes() == final_prompts(whole).tobytes()
 
 
+def test_a_run_that_learns_is_not_warned_about(fedhpc, run_config):
+    assert "grows without bound" not in fedhpc("run", run_config(federation__rounds=10))[2]
+
+
 def test_a_run_that_grows_without_bound_is_warned_about(fedhpc, run_config):
     config = run_config(
         server__variant="released", device__learning_rate=0.0005, federation__rounds=10, selection__strategy="all"
