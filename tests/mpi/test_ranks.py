@@ -1,6 +1,5 @@
 """Real MPI ranks: the same bits on any number of them, counted bytes, recomputable traces, faults that end everyone."""
 
-import json
 import re
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import tiny
 import yaml
 from launch import MPIRUN, mpirun
+from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import cli
 from fedhpc.checkpoint import Checkpoints, verify
@@ -18,17 +18,6 @@ from fedhpc.checkpoint import Checkpoints, verify
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
 HEADER_BYTES = 64
-
-
-def final_prompts(config):
-    checkpoints = Checkpoints(yaml.safe_load(config.read_text())["run_dir"])
-    with h5py.File(checkpoints.path(checkpoints.rounds()[0]) / "server.h5") as file:
-        return file["prompts"][()].tobytes()
-
-
-def metrics(config):
-    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def config_in(folder, world):
@@ -111,7 +100,7 @@ def recompute(trace, state, *, beta, server_learning_rate, num_devices):
 
 def test_a_trace_can_be_recomputed_from_outside(seventeen):
     config, _ = seventeen
-    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
+    folder = run_dir(config)
     state = {"t": 0, "m": 0.0, "c": 0.0, "c_i": {}}
     previous = None
     for t in range(3):
@@ -127,7 +116,7 @@ def test_a_rank_that_raises_ends_all_of_them(run_config):
     done = mpirun(17, Path(__file__).parent / "raise_in_round.py", "run", config)
     ended = time.time()
     assert done.returncode not in (0, 2)
-    folder = Path(yaml.safe_load(config.read_text())["run_dir"])
+    folder = run_dir(config)
     log = (folder / "log.txt").read_text()
     for text in (done.stderr, log):
         assert re.search(r"CRITICAL rank 3/17 \S+: RuntimeError: the cosmic ray", text)
