@@ -1,30 +1,66 @@
 """Checkpoints: written whole or not at all, verified before they are trusted.
 
-A checkpoint is a folder `checkpoints/round_XXXXXX` with server.h5, one devices_RRRR.h5 per device rank, and SHA256SUMS
-over all of them (`sha256sum -c` reads it). It is written under a temporary name and renamed once everything is on disk.
+A checkpoint is a folder `checkpoints/round_XXXXXX`, or `round_XXXXXX_part_GGGGGG` within a round. It has the server's
+file and, within a round, one progress file per device rank. What is kept for each device has files of its own under
+`control/` and `local/`, written anew only for devices that took part since the checkpoint before; all that belongs to
+a checkpoint is listed with its SHA-256 in SHA256SUMS (`sha256sum -c` reads it), which COMPLETE seals.
 """
 
 import hashlib
-import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedhpc.errors import CheckpointError
-from fedhpc.files import fsync
+from fedhpc.files import fsync, write_whole
 from fedhpc.local_update import DeviceState
+from fedhpc.messages import Kind, Note
 from fedhpc.state_file import (
     Layouts,
+    RoundProgress,
     RunState,
-    read_device_states,
-    read_server_state,
-    write_device_states,
-    write_server_state,
+    local_file,
+    progress_file,
+    read_local_file,
+    read_progress_file,
+    read_server_file,
 )
+from fedhpc.updates import Vector
 
 SUMS = "SHA256SUMS"
+SEAL = "COMPLETE"
 SERVER_FILE = "server.h5"
+CONTROL, LOCAL = "control", "local"
+DEVICE_FILE = re.compile(rf"\.\./(({CONTROL}|{LOCAL})/\d{{6,}})_\d{{6,}}\.h5")
+Sums = dict[str, str]
+"""File name, relative to the checkpoint's folder -> SHA-256."""
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where in a run a checkpoint stands."""
+
+    round: int
+    """Rounds completed."""
+    part: int = 0
+    """Within a round: the checkpoint's generation."""
+
+    def __str__(self) -> str:
+        return f"round_{self.round:06d}" + (f"_part_{self.part:06d}" if self.part else "")
+
+    @classmethod
+    def parse(cls, name: str) -> "Position | None":
+        """The position that a folder's name gives."""
+        match = re.fullmatch(r"round_(\d{6,})(?:_part_(\d{6,}))?", name)
+        return cls(int(match[1]), int(match[2] or 0)) if match else None
+
+    @classmethod
+    def of(cls, state: RunState) -> "Position":
+        """The position of a run's state."""
+        return cls(state.server.round, state.part)
 
 
 class Checkpoints:
@@ -33,51 +69,77 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "checkpoints"
 
-    def rounds(self) -> list[int]:
-        """Rounds that have a checkpoint, whole or not, newest first."""
-        names = [path.name.removeprefix("round_") for path in self.folder.glob("round_*")]
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    def positions(self) -> list[Position]:
+        """Of all checkpoints, whole or not, newest first."""
+        found = (Position.parse(path.name) for path in self.folder.glob("round_*"))
+        return sorted((position for position in found if position), reverse=True)
 
-    def path(self, round_index: int) -> Path:
-        """Where the checkpoint of a round is, or would be."""
-        return self.folder / f"round_{round_index:06d}"
+    def path(self, position: Position) -> Path:
+        """Where a checkpoint is, or would be."""
+        return self.folder / str(position)
 
-    def begin(self, round_index: int) -> None:
+    @property
+    def partial(self) -> Path:
+        """Where a checkpoint is written before it gets its name."""
+        return self.folder / "partial"
+
+    def begin(self) -> None:
         """Server: make room for a checkpoint; nothing of it counts before :meth:`commit`."""
-        partial = _partial(self.path(round_index))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for folder in (self.partial, self.folder / CONTROL, self.folder / LOCAL):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def save_devices(
-        self, round_index: int, rank: int, states: Mapping[int, DeviceState], layouts: Layouts, layers: tuple[int, ...]
-    ) -> str:
-        """Device rank: write its file into the checkpoint under way; its SHA-256."""
-        path = _partial(self.path(round_index)) / device_file(rank)
-        write_device_states(path, round_index, states, layouts.local(layers))
-        return file_sha256(path)
-
-    def commit(
-        self, state: RunState, layouts: Layouts, identity: Mapping[str, Any], device_sums: Mapping[str, str], keep: int
+        self,
+        states: Mapping[int, DeviceState],
+        progress: RoundProgress | None,
+        *,
+        generation: int,
+        round_index: int,
+        rank: int,
+        layers: tuple[int, ...],
+        layouts: Layouts,
+        post: Callable[[Note], None],
     ) -> None:
-        """Server: write server.h5 and the checksums, put the checkpoint in place, drop the oldest generations.
+        """Device rank: write what its devices need, a note to the server for every file."""
+        for device, state in states.items():
+            data = local_file(state, round_index, layers, layouts)
+            name, sha256 = self.write_device_file(LOCAL, device, generation, data)
+            post(Note(kind=Kind.SAVED, text=name, sha256=sha256))
+        fsync(self.folder / LOCAL)
+        if progress:
+            name = f"progress_{rank:04d}.h5"
+            data = progress_file(progress, layers, layouts)
+            write_whole(self.partial / name, data)
+            post(Note(kind=Kind.SAVED, text=name, sha256=sha256_of(data)))
+        post(Note(kind=Kind.ALL_SAVED))
+
+    def write_device_file(self, kind: str, device: int, generation: int, data: bytes) -> tuple[str, str]:
+        """Write a file of control/ or local/; its name as in the checkpoint's list, and SHA-256."""
+        name = f"{kind}/{device:06d}_{generation:06d}.h5"
+        write_whole(self.folder / name, data)
+        return f"../{name}", sha256_of(data)
+
+    def commit(self, position: Position, server: bytes, sums: Sums, keep: int) -> None:
+        """Server: put the checkpoint in place once all its other files are on disk; drop the oldest generations.
 
         LATEST is for people and scripts; what counts when a run resumes is :meth:`newest`.
         """
-        final = self.path(state.server.round)
-        partial = _partial(final)
-        write_server_state(partial / SERVER_FILE, state, layouts, identity)
-        sums = {**device_sums, SERVER_FILE: file_sha256(partial / SERVER_FILE)}
-        _write_text(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+        final, partial = self.path(position), self.partial
+        write_whole(partial / SERVER_FILE, server)
+        text = "".join(f"{sha}  {name}\n" for name, sha in sorted({**sums, SERVER_FILE: sha256_of(server)}.items()))
+        write_whole(partial / SUMS, text.encode())
+        write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {SUMS}\n".encode())
+        fsync(self.folder / CONTROL)
         fsync(partial)
         # The run went on from the newest whole checkpoint, so what is as new as this one is broken.
-        for broken in (found for found in self.rounds() if found >= state.server.round):
+        for broken in (found for found in self.positions() if found >= position):
             shutil.rmtree(self.path(broken))
         partial.rename(final)
         fsync(self.folder)
-        _write_text(self.folder / "LATEST", f"{final.name}\n")
+        write_whole(self.folder / "LATEST", f"{final.name}\n".encode())
         fsync(self.folder)
-        for old in self.rounds()[keep:]:
-            shutil.rmtree(self.path(old))
+        self._drop(self.positions()[keep:])
 
     def newest(
         self, layouts: Layouts, *, check: Callable[[dict[str, Any]], None], report: Callable[[str], None]
@@ -93,11 +155,16 @@ class Checkpoints:
             CheckpointError: if there are checkpoints but none is whole.
         """
         problems = []
-        for round_index in self.rounds():
+        for position in self.positions():
+            folder = self.path(position)
             try:
-                verify(self.path(round_index))
-                return read_server_state(self.path(round_index) / SERVER_FILE, layouts, check)
-            except CheckpointError as error:
+                verify(folder)
+                path = folder / SERVER_FILE
+                state = read_server_file(path.read_bytes(), str(path), layouts, check)
+                if Position.of(state) != position:
+                    raise CheckpointError(f"{folder}: holds the state of {Position.of(state)}, not what its name says")
+                return state
+            except (CheckpointError, OSError) as error:
                 problems.append(str(error))
                 report(f"checkpoint not used: {error}")
         if problems:
@@ -108,51 +175,98 @@ class Checkpoints:
         return None
 
     def load_devices(
-        self, round_index: int, wanted: set[int], layouts: Layouts, layers: tuple[int, ...]
-    ) -> dict[int, DeviceState]:
-        """Device rank: the states of its devices, whichever ranks wrote them."""
+        self, position: Position, wanted: set[int], layouts: Layouts, layers: tuple[int, ...], unseen_local: Vector
+    ) -> tuple[dict[int, DeviceState], RoundProgress]:
+        """Device rank: the states of its devices and what they have done of a round under way."""
+        folder = self.path(position)
         states: dict[int, DeviceState] = {}
-        for path in sorted(self.path(round_index).glob("devices_*.h5")):
-            states |= read_device_states(path, wanted, layouts.local(layers))
-        return states
+        progress = RoundProgress(round=position.round)
+        for name, sha256 in read_sums(folder).items():
+            if name.startswith(f"../{LOCAL}/"):
+                device = device_of(name)
+                if device in wanted:
+                    data = read_verified(folder / name, sha256)
+                    states[device] = read_local_file(data, name, layers, layouts, unseen_local)
+            elif name != SERVER_FILE and not DEVICE_FILE.fullmatch(name):
+                found = read_progress_file(read_verified(folder / name, sha256), name, layers, layouts)
+                progress.finished.update((d, record) for d, record in found.finished.items() if d in wanted)
+                progress.unfinished.update((d, update) for d, update in found.unfinished.items() if d in wanted)
+        return states, progress
+
+    def device_files(self, position: Position) -> Sums:
+        """The files of control/ and local/ that belong to a checkpoint."""
+        return device_sums(read_sums(self.path(position)))
+
+    def _drop(self, positions: list[Position]) -> None:
+        """Remove checkpoints, and the device files that no other one lists."""
+        for position in positions:
+            shutil.rmtree(self.path(position))
+        kept: set[str] = set()
+        for position in self.positions():
+            kept |= self.device_files(position).keys()
+        for kind in (CONTROL, LOCAL):
+            for path in (self.folder / kind).iterdir():
+                if f"../{kind}/{path.name}" not in kept:
+                    path.unlink()
+
+
+def newer(sums: Sums, over: Sums) -> Sums:
+    """The files of a checkpoint's devices with those that have been written since in the place of older ones."""
+    written = {stem_of(name) for name in over}
+    return {**{name: sha256 for name, sha256 in sums.items() if stem_of(name) not in written}, **over}
+
+
+def device_sums(sums: Sums) -> Sums:
+    """Those of control/ and local/ among a checkpoint's files."""
+    return {name: sha256 for name, sha256 in sums.items() if DEVICE_FILE.fullmatch(name)}
+
+
+def device_of(name: str) -> int:
+    """The device whose file this is."""
+    return int(stem_of(name).split("/")[1])
+
+
+def stem_of(name: str) -> str:
+    """`control/DEVICE` or `local/DEVICE` of a device's file; other files' own names."""
+    match = DEVICE_FILE.fullmatch(name)
+    return match[1] if match else name
 
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of a checkpoint is whole and unaltered."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: is not complete: {SUMS} cannot be read ({error})") from None
-    found = {path.name for path in folder.iterdir()} - {SUMS}
-    if SERVER_FILE not in sums or found != set(sums):
-        odd = ", ".join(sorted(found ^ {*sums, SERVER_FILE}))
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: is a link, not a folder")
+    sums = read_sums(folder)
+    own = {name for name in sums if not DEVICE_FILE.fullmatch(name)}
+    found = {path.name for path in folder.iterdir()} - {SUMS, SEAL}
+    if SERVER_FILE not in own or found != own:
+        odd = ", ".join(sorted(found ^ {*own, SERVER_FILE}))
         raise CheckpointError(f"{folder}: its files are not those that {SUMS} names: {odd}")
-    for name, digest in sums.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path}: is not a plain file")
-        if file_sha256(path) != digest:
-            raise CheckpointError(f"{path}: is truncated or altered: its SHA-256 is not the one in {SUMS}")
+    for name, sha256 in sums.items():
+        read_verified(folder / name, sha256)
 
 
-def device_file(rank: int) -> str:
-    """Name of a device rank's file."""
-    return f"devices_{rank:04d}.h5"
+def read_sums(folder: Path) -> Sums:
+    """The files of a checkpoint, or CheckpointError if the list is not whole."""
+    try:
+        text, seal = (folder / SUMS).read_text(encoding="ascii"), (folder / SEAL).read_text(encoding="ascii")
+        if seal != f"{sha256_of(text.encode())}  {SUMS}\n":
+            raise ValueError(f"it is not what {SEAL} seals")
+        return {name: sha256 for sha256, name in (line.split("  ", 1) for line in text.splitlines())}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: is not complete: {SUMS} cannot be used: {error}") from None
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_verified(path: Path, sha256: str) -> bytes:
+    """A file's content, or CheckpointError unless it is a plain file with this SHA-256."""
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: is {'missing' if not path.exists() else 'not a plain file'}")
+    data = path.read_bytes()
+    if sha256_of(data) != sha256:
+        raise CheckpointError(f"{path}: is truncated or altered: its SHA-256 is not the one in {SUMS}")
+    return data
 
 
-def _partial(path: Path) -> Path:
-    return path.with_suffix(".partial")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="ascii")
-    fsync(temporary)
-    os.replace(temporary, path)
+def sha256_of(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()

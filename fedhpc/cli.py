@@ -6,15 +6,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import fedhpc
 from fedhpc.config import load_config
-from fedhpc.errors import EXIT_USER_ERROR, UserError
+from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, RanksLost, UserError
 from fedhpc.exchange import Exchange, LocalExchange, MpiExchange, connect
+from fedhpc.jobenv import JobEnvironment
+from fedhpc.lock import RunLock
+from fedhpc.messages import Op
 from fedhpc.report import RunFiles, log, log_to_file, start_log
+from fedhpc.stopping import StopRequest
 
-EPILOG = "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; anything else is a failure"
+EPILOG = (
+    "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; 75 stopped on request with a valid "
+    "checkpoint, run again to go on; anything else is a failure"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,22 +40,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """`fedhpc run`: the whole job, in the role of this process's rank."""
-    exchange = connect()
-    start_log(exchange.rank, exchange.size, exchange.host)
+    stop, job = StopRequest(), JobEnvironment()
+    stop.listen()
     try:
-        with faults_end_every_rank(exchange, but_for=UserError):
-            role = set_up(arguments, exchange)
+        exchange = connect(stop, job)
     except UserError:
-        if exchange.rank > 0:  # rank 0 says it
+        if not job.is_first_task:
             return EXIT_USER_ERROR
         raise
+    start_log(exchange.rank, exchange.size, exchange.host)
+    with ExitStack() as held:
+        try:
+            with faults_end_every_rank(exchange, but_for=UserError):
+                role = set_up(arguments, exchange, job, held)
+        except UserError:
+            if exchange.rank > 0:  # rank 0 says it
+                return EXIT_USER_ERROR
+            raise
+        with faults_end_every_rank(exchange):
+            status = EXIT_STOPPED if role() == Op.SUSPEND else 0
     with faults_end_every_rank(exchange):
-        role()
-    return 0
+        exchange.part(status)
+    return status
 
 
-def set_up(arguments: argparse.Namespace, exchange: Exchange) -> Callable[[], None]:
+def set_up(
+    arguments: argparse.Namespace, exchange: Exchange, environment: JobEnvironment, held: ExitStack
+) -> Callable[[], Op]:
     """Check everything, load what this rank needs; what the rank then does until the job ends.
+
+    Args:
+        held: takes what is to be released at the end, the run directory's lock.
 
     Raises:
         UserError: on every rank with the same message, whichever rank found the problem.
@@ -60,6 +82,7 @@ def set_up(arguments: argparse.Namespace, exchange: Exchange) -> Callable[[], No
     def load() -> jobs.Job:
         config = load_config(arguments.config, arguments.set)
         jobs.limit_threads(config.device.threads)
+        exchange.timeout_s = config.exchange.timeout_s
         return jobs.load_job(config)
 
     is_server, has_devices = exchange.rank == 0, exchange.rank > 0 or isinstance(exchange, LocalExchange)
@@ -69,23 +92,43 @@ def set_up(arguments: argparse.Namespace, exchange: Exchange) -> Callable[[], No
             job = load()
             jobs.check_data(job)
             jobs.check_run_dir(job.config)
+            lock = held.enter_context(RunLock(job.config.run_dir, environment))
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
+            if lock.notice:
+                log.warning("%s", lock.notice)
             state = jobs.load_state(job, arguments.resume)
             jobs.log_notices(job, exchange.num_workers)
+            jobs.stop_before_end(job.config, environment, exchange.stop)
     with all_ranks_or_none(exchange):
         if not is_server:
             job = load()
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
         if has_devices:
-            index = max(0, exchange.rank - 1)
-            worker = jobs.make_worker(
-                job, index=index, num_workers=exchange.num_workers, local_rank=exchange.local_rank
-            )
-    if isinstance(exchange, MpiExchange) and has_devices:
-        return lambda: serve(exchange, worker)
+            worker = jobs.make_worker(job, exchange, environment)
     if isinstance(exchange, LocalExchange):
         exchange.handler = worker.handle
-    return lambda: Server(job, exchange).run(state)
+
+    def play() -> Op:
+        if isinstance(exchange, MpiExchange) and has_devices:
+            return serve(exchange, worker)
+        return Server(job, exchange).run(state)
+
+    def play_on() -> Op:
+        nonlocal state
+        while True:
+            try:
+                return play()
+            except RanksLost as loss:
+                if job.config.exchange.on_rank_failure == "stop":
+                    raise
+                exchange.repair()
+                if has_devices:
+                    worker.start_over()
+                    continue
+                log.warning("%s; going on from the last checkpoint with %d ranks", loss, exchange.size)
+                state = jobs.load_state(job, "auto")
+
+    return play_on
 
 
 def plan(arguments: argparse.Namespace) -> int:

@@ -153,6 +153,8 @@ class ServerConfig(Section):
     """eta_s of fedpeptao; 1.5 for drift_corrected, 0.05 for released unless given."""
     momentum: Probability | None = None
     """beta of fedpeptao; 0.5 for drift_corrected, 0.9 for released unless given."""
+    max_rejected: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The run ends when a larger share of a round's uploads than this is NaN, infinite or absurdly large."""
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +173,10 @@ class ExchangeConfig(Section):
     """What crosses the network."""
 
     dtype: Literal["float32"] = "float32"
+    timeout_s: PositiveFloat = 1800.0
+    """The job ends when a rank has not been heard of for so long; longer than the longest single local step."""
+    on_rank_failure: Literal["stop", "continue"] = "stop"
+    """`continue`, under an MPI with ULFM: the surviving ranks go on from the last checkpoint."""
 
 
 class CheckpointConfig(Section):
@@ -180,6 +186,8 @@ class CheckpointConfig(Section):
     """Rounds between checkpoints; the last round always writes one."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Generations kept; at least two, so that a broken newest one costs little."""
+    stop_before_end_s: NonNegativeFloat = 60.0
+    """A batch job stops itself, with a checkpoint and exit status 75, so long before its time limit; 0: it does not."""
 
 
 class EvaluateConfig(Section):
@@ -247,10 +255,11 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of everything that determines the run's numbers.
 
-        Left out: where files are, how often to save or evaluate, and the number of rounds unless a schedule depends
-        on it. Those may change when a run is resumed.
+        Left out: where files are, how often to save or evaluate, what to do about faults, and the number of rounds
+        unless a schedule depends on it. Those may change when a run is resumed.
         """
         free = ["run_dir", "trace", "data.path", "checkpoint.", "evaluate."]
+        free += ["exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"]
         if self.device.schedule == "constant":
             free.append("federation.rounds")
         return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))}

@@ -4,6 +4,8 @@ Whatever derives from :class:`UserError` ends the command with its message, no t
 """
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""Stopped on request with a valid checkpoint: EX_TEMPFAIL of sysexits.h, run again to continue."""
 
 
 class UserError(ValueError):
@@ -24,3 +26,11 @@ class ModelError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or run directory is at fault."""
+
+
+class Halt(Exception):  # noqa: N818 - not an error
+    """A stop was requested: what is under way ends here, kept for the checkpoint."""
+
+
+class RanksLost(Exception):  # noqa: N818 - a fault of the machine, named for what happened
+    """A rank does not answer any more."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints, verify
+from fedhpc.checkpoint import SERVER_FILE, Checkpoints, read_sums, verify
 from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles, human_bytes
 from fedhpc.state_file import open_state
@@ -45,7 +45,7 @@ def _run(path: Path) -> tuple[str, bool]:
                 f"global {last['accuracy_global']:.4f}"
             )
     checkpoints = Checkpoints(path)
-    parts = [_checkpoint(checkpoints.path(round_index)) for round_index in checkpoints.rounds()]
+    parts = [_checkpoint(checkpoints.path(position)) for position in checkpoints.positions()]
     if not parts:
         lines.append("no checkpoint")
     return "\n".join([*lines, *(text for text, _ in parts)]), any(valid for _, valid in parts)
@@ -57,21 +57,24 @@ def _checkpoint(folder: Path) -> tuple[str, bool]:
         lines = [f"checkpoint {folder}: valid", *(f"  {line}" for line in _state(folder / SERVER_FILE))]
     except CheckpointError as error:
         return f"checkpoint {folder}: NOT VALID: {error}", False
-    files = sorted(folder.glob("*.h5"))
+    files = [folder / name for name in read_sums(folder)]
     size = sum(file.stat().st_size for file in files)
     return "\n".join([*lines, f"  {len(files)} files, {human_bytes(size)}"]), True
 
 
 def _state(path: Path) -> Iterator[str]:
-    with open_state(path) as file:
-        if "devices" in file:
-            yield f"devices' states after round {file.attrs['round']}"
-            for name, entry in sorted(file["devices"].items(), key=lambda item: int(item[0])):
-                yield f"device {name}: {entry.attrs['steps_taken']} steps taken"
-            return
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    with open_state(data, str(path)) as file:
         attributes = file.attrs
+        if "selection/layers" not in file:
+            yield from _device_file(file)
+            return
         method = f"{attributes['method']} {attributes['variant']}".strip()
-        yield f"round {attributes['round']} completed, {method}, seed {attributes['seed']}"
+        within = ", and a part of the next one" if attributes["part"] else ""
+        yield f"round {attributes['round']} completed{within}, {method}, seed {attributes['seed']}"
         yield f"written {attributes['created']} by fedhpc {attributes['fedhpc_version']}"
         layers = file["selection/layers"]
         yield f"exchanged layers {layers[:].tolist()} (ratio {layers.attrs['ratio']:.3g})"
@@ -79,8 +82,20 @@ def _state(path: Path) -> Iterator[str]:
             scores = file["selection/scores"][:]
             yield "layer scores " + " ".join(f"{layer}:{score:.4g}" for layer, score in enumerate(scores))
         yield from _tensors(file)
-        seen = len(file["control/device_ids"]) if "control/device_ids" in file else 0
-        yield f"control variates of {seen} devices"
+        yield f"control variates of {len(file['control/device_ids'])} devices"
+
+
+def _device_file(file: h5py.File) -> Iterator[str]:
+    """A file of control/, local/, or of a round under way."""
+    yield f"after round {file.attrs['round']}"
+    if "steps_taken" in file.attrs:
+        yield f"a device's own state: {file.attrs['steps_taken']} steps taken"
+    elif "control" in file:
+        yield "a device's control variate"
+    for name, entry in file.get("finished", {}).items():
+        yield f"device {name}: finished, {entry.attrs['num_steps']} steps"
+    for name, entry in file.get("unfinished", {}).items():
+        yield f"device {name}: {len(entry['losses'])} steps taken, unfinished"
 
 
 def _tensors(file: h5py.File) -> Iterator[str]:

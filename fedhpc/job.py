@@ -16,11 +16,14 @@ from fedhpc.config import Config
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 from fedhpc.device import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
+from fedhpc.exchange import Exchange
+from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone, BackboneShape, load_tokenizer, read_shape
 from fedhpc.partition import Partition, make_partition
 from fedhpc.report import log
 from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState
+from fedhpc.stopping import StopRequest
 from fedhpc.tuning import Tuning, make_tuning
 
 MISSING = "<not set>"
@@ -122,7 +125,7 @@ def load_state(job: Job, resume: str) -> RunState | None:
     """
     checkpoints = Checkpoints(job.config.run_dir)
     if resume == "never":
-        if checkpoints.rounds():
+        if checkpoints.positions():
             raise CheckpointError(
                 f"--resume never: {checkpoints.folder} has checkpoints, which a new run would replace; choose another "
                 "run_dir or remove them"
@@ -148,20 +151,44 @@ def load_state(job: Job, resume: str) -> RunState | None:
     return state
 
 
-def make_worker(job: Job, *, index: int, num_workers: int, local_rank: int) -> Worker:
+def stop_before_end(config: Config, environment: JobEnvironment, stop: StopRequest) -> None:
+    """Ask for a stop `checkpoint.stop_before_end_s` before the batch job's time limit, if there is one.
+
+    Raises:
+        ConfigError: the limit is nearer than that already.
+    """
+    margin = config.checkpoint.stop_before_end_s
+    left = environment.seconds_left() if margin else None
+    if left is None:
+        return
+    if left <= margin:
+        raise ConfigError(
+            f"checkpoint.stop_before_end_s: {margin:g}, but the job's time limit leaves {left:.0f} s; ask for more "
+            "time (sbatch --time) or set a smaller value"
+        )
+    stop.ask_in(left - margin)
+    log.info("the job's time limit leaves %.0f s; a stop %g s before it is requested by itself", left, margin)
+
+
+def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Worker:
     """Load the backbone and set up one rank's devices."""
-    torch_device = choose_torch_device(local_rank)
+    torch_device = choose_torch_device(exchange.local_rank, environment)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
-    return Worker(job.config, job.data, job.partition, backbone, job.tuning, index=index, num_workers=num_workers)
+    return Worker(job.config, job.data, job.partition, backbone, job.tuning, exchange)
 
 
-def choose_torch_device(local_rank: int) -> torch.device:
+def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.device:
     """A GPU of its own for each rank of a host while there are enough, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if not environment.gpus_allotted:
+        log.warning(
+            "this job was given no GPU, so the CPU is used; ask for one, for example by sbatch --gpus-per-task=1"
+        )
+        return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cuda", environment.gpu_index(local_rank, torch.cuda.device_count()))
 
 
 def _partition(config: Config, data: PreparedData) -> Partition:

@@ -1,7 +1,8 @@
 """One device's local epochs: from the broadcast parameters to a DeviceUpdate."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedhpc.config import Config
 from fedhpc.data import Split
+from fedhpc.errors import Halt
 from fedhpc.models import Backbone
 from fedhpc.seeding import derive_seed, generator
 from fedhpc.tuning import Tuning
@@ -41,6 +43,17 @@ class DeviceUpdate:
     state: DeviceState
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedUpdate:
+    """A local update that was stopped between two steps, with all that it takes to go on to the same bits."""
+
+    tensors: dict[str, NDArray[np.float32]]
+    """All trainable tensors, whole."""
+    moments: Moments
+    losses: NDArray[np.float32]
+    """One for each step taken; shape [k]."""
+
+
 def learning_rate(config: Config, round_index: int) -> float:
     """eta of a round; `linear` falls to zero over the whole run, in steps of one round."""
     if config.device.schedule == "constant":
@@ -60,18 +73,34 @@ def local_update(
     examples: NDArray[np.int64],
     round_index: int,
     device: int,
-) -> DeviceUpdate:
-    """E epochs of AdamW over a device's shard (design, section 4), from P^t and the device's own p_i."""
-    params = as_parameters(tuning.merge(start, state.local, layers), backbone.torch_device)
+    begun: UnfinishedUpdate | None = None,
+    beat: Callable[[str], None] = lambda activity: None,
+) -> DeviceUpdate | UnfinishedUpdate:
+    """E epochs of AdamW over a device's shard (design, section 4), from P^t and the device's own p_i.
+
+    Args:
+        begun: go on with this update instead of beginning at P^t.
+        beat: called with words on what happens before every step; its Halt ends the update unfinished.
+    """
+    tensors = begun.tensors if begun else tuning.merge(start, state.local, layers)
+    params = as_parameters(tensors, backbone.torch_device)
     optimizer = torch.optim.AdamW(
         params.values(), lr=learning_rate(config, round_index), weight_decay=config.device.weight_decay
     )
-    if state.moments is not None:
-        _load_moments(optimizer, params, state.moments)
-    losses: list[torch.Tensor] = []
-    sizes: list[int] = []
+    if (moments := begun.moments if begun else state.moments) is not None:
+        _load_moments(optimizer, params, moments)
+    losses = list(torch.from_numpy(begun.losses).to(backbone.torch_device)) if begun else []
+    plan = list(batches(config, examples, round_index=round_index, device=device))
     backbone.training_mode(True)
-    for batch_examples in batches(config, examples, round_index=round_index, device=device):
+    for batch_examples in islice(plan, len(losses), None):
+        try:
+            beat(f"training device {device} in round {round_index}, step {len(losses) + 1} of {len(plan)}")
+        except Halt:
+            return UnfinishedUpdate(
+                tensors={name: p.detach().cpu().numpy() for name, p in params.items()},
+                moments=_save_moments(optimizer, params),
+                losses=np.array([loss.item() for loss in losses], np.float32),
+            )
         if config.model.backbone_dropout or config.tuning.dropout:
             torch.manual_seed(
                 derive_seed(config.seed, purpose=f"dropout {len(losses)}", round_index=round_index, device=device)
@@ -83,14 +112,13 @@ def local_update(
         torch.nn.utils.clip_grad_norm_(params.values(), config.device.max_grad_norm)
         optimizer.step()
         losses.append(loss.detach())
-        sizes.append(len(batch_examples))
     uploaded, local = tuning.split({name: p.detach().cpu().numpy() for name, p in params.items()}, layers)
     moments = None if config.device.reset_moments else _save_moments(optimizer, params)
     return DeviceUpdate(
         params=uploaded,
         num_examples=len(examples),
         num_steps=len(losses),
-        loss=float(np.average(torch.stack(losses).double().cpu().numpy(), weights=sizes)),
+        loss=float(np.average(torch.stack(losses).double().cpu().numpy(), weights=[len(batch) for batch in plan])),
         state=DeviceState(local=local, steps_taken=state.steps_taken + len(losses), moments=moments),
     )
 

@@ -28,11 +28,13 @@ class Op(IntEnum):
     EVALUATE = 6
     """Evaluate the payload P^t; reply `evaluation_record`."""
     SAVE = 7
-    """Write the device states of this round's checkpoint; reply `saved_record`."""
+    """Begin to write checkpoint `generation`; a `SAVED` note follows for every file, and `ALL_SAVED`."""
+    SUSPEND = 8
+    """End, to be started again."""
 
 
 HEADER = np.dtype(
-    [("op", "<i8"), ("round", "<i8"), ("payload_size", "<i8"), ("num_layers", "<i8"), ("layers", "u1", (32,))]
+    [("op", "<i8"), ("round", "<i8"), ("payload_size", "<i8"), ("generation", "<i8"), ("layers", "u1", (32,))]
 )
 """The fixed part of a command, 64 bytes; `layers` is a bit mask."""
 
@@ -43,6 +45,7 @@ class Command:
 
     op: Op
     round: int = 0
+    generation: int = 0
     layers: tuple[int, ...] = ()
     payload: Vector = field(default_factory=lambda: np.empty(0, np.float32))
 
@@ -51,15 +54,15 @@ class Command:
         mask = np.zeros(MAX_LAYERS, np.uint8)
         mask[list(self.layers)] = 1
         header = np.zeros(1, HEADER)
-        header[0] = (self.op, self.round, self.payload.size, len(self.layers), np.packbits(mask))
+        header[0] = (self.op, self.round, self.payload.size, self.generation, np.packbits(mask))
         return header
 
     @classmethod
     def from_header(cls, header: np.ndarray, payload: Vector) -> "Command":
         """The command whose header and payload have arrived."""
-        (op, round_index, _, _, mask) = header[0]
+        (op, round_index, _, generation, mask) = header[0]
         layers = tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask)))
-        return cls(op=Op(int(op)), round=int(round_index), layers=layers, payload=payload)
+        return cls(op=Op(int(op)), round=int(round_index), generation=int(generation), layers=layers, payload=payload)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,42 @@ def evaluation_record(num_classes: int) -> RecordType:
     return RecordType(np.dtype([("personal", "<i8", matrix), ("global", "<i8", matrix)]))
 
 
-def saved_record() -> RecordType:
-    """The device file that a worker wrote."""
-    return RecordType(np.dtype([("rank", "<i8"), ("sha256", "S64")]))
+class Kind(IntEnum):
+    """What a note is about."""
+
+    BEAT = 0
+    """From any rank: alive; the text says what it is doing."""
+    STOP = 1
+    """To the server: a stop was requested at this rank `seconds` ago, for the reason in the text."""
+    HALT = 2
+    """To the workers: end what is under way at the next local step."""
+    SAVED = 3
+    """To the server: this file of the checkpoint is on disk, with this SHA-256."""
+    ALL_SAVED = 4
+    """To the server: all files of this rank are."""
+
+
+NOTE = np.dtype([("kind", "<i8"), ("seconds", "<f8"), ("text", "S176"), ("sha256", "S64")])
+"""A small message beside the commands, at any time; 256 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A word between ranks outside the order of the commands."""
+
+    kind: Kind
+    text: str = ""
+    seconds: float = 0.0
+    sha256: str = ""
+
+    def packed(self) -> np.ndarray:
+        """As one NOTE, shape [1]."""
+        return np.array([(self.kind, self.seconds, self.text.encode(), self.sha256.encode())], NOTE)
+
+    @classmethod
+    def unpacked(cls, packed: np.ndarray) -> "Note":
+        """The note that has arrived."""
+        kind, seconds, text, sha256 = packed[0]
+        return cls(
+            kind=Kind(int(kind)), seconds=float(seconds), text=text.decode(errors="replace"), sha256=sha256.decode()
+        )

@@ -43,6 +43,10 @@ class RunFiles:
                 records[record["round"]] = record
         return [records[round_index] for round_index in sorted(records)]
 
+    def rounds_recorded(self) -> set[int]:
+        """The rounds that have a line."""
+        return {record["round"] for record in self.read_metrics()}
+
 
 def start_log(rank: int, size: int, host: str) -> None:
     """Records of this process go to stderr with time, rank and host."""

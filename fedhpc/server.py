@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedhpc import messages
-from fedhpc.checkpoint import Checkpoints, device_file
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.errors import Halt, RanksLost
 from fedhpc.exchange import Exchange
 from fedhpc.federation import counts_per_worker, sample_devices
 from fedhpc.job import Job
@@ -18,10 +19,11 @@ from fedhpc.messages import Command, Op
 from fedhpc.methods import make_method
 from fedhpc.metrics import score
 from fedhpc.report import Progress, RunFiles, human_bytes, log
+from fedhpc.saving import CheckpointWriter
 from fedhpc.selection import choose_layers, global_scores
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
-from fedhpc.updates import RoundUploads
+from fedhpc.updates import RoundUploads, fault_of
 
 GROWTH_FACTOR = 2.0
 GROWTH_ROUNDS = 3
@@ -42,31 +44,31 @@ class Server:
         self.num_workers = exchange.num_workers
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
+        self.saving = CheckpointWriter(job, exchange, self.checkpoints)
         federation = job.config.federation
         self.method = make_method(
             job.config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate
         )
+        self.state: RunState | None = None
+        """The run between two steps of the main loop; what a stop saves."""
+        self.in_round = False
+        """Whether devices are at work on the round after the state's."""
 
-    def run(self, found: RunState | None) -> None:
-        """The whole job, from the start or from a checkpoint's state."""
+    def run(self, found: RunState | None) -> Op:
+        """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
         self.files.config.write_text(self.config.to_yaml(), encoding="utf-8")
-        state = self.initial_state() if found is None else self.resumed_state(found)
-        rounds = self.config.federation.rounds
-        if state.server.round >= rounds:
-            log.info("nothing left to train: %d rounds are done, federation.rounds is %d", state.server.round, rounds)
-        log.info(
-            "%s round %d of %d: %d devices, %d a round, %d ranks; exchanging layers %s, %s per device and direction",
-            "starting at" if found is None else "resuming after",
-            state.server.round,
-            rounds,
-            self.config.federation.num_devices,
-            self.config.federation.devices_per_round,
-            self.exchange.size,
-            list(state.layers),
-            human_bytes(state.server.params.nbytes),
-        )
-        state = self.run_rounds(state)
-        self.stop()
+        try:
+            self.state = self.initial_state() if found is None else self.resumed_state(found)
+            self._log_start(self.state, resumed=found is not None)
+            state = self.run_rounds(self.state)
+        except Halt:
+            self.suspend()
+            return Op.SUSPEND
+        except RanksLost:
+            self.saving.abandon()
+            raise
+        self.saving.wait()
+        self._command(Command(op=Op.STOP))
         digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
         log.info(
             "done after round %d; results in %s; final prompts sha256 %s",
@@ -74,16 +76,22 @@ class Server:
             self.files.run_dir,
             digest,
         )
+        return Op.STOP
 
     def run_rounds(self, state: RunState) -> RunState:
         """The main loop; returns the state after the last round."""
         rounds = self.config.federation.rounds
-        progress = Progress(state.server.round, rounds)
-        for t in range(state.server.round, rounds):
-            start = time.perf_counter()
-            # 1. Sample devices, broadcast P^t, let them update locally, gather their P_i.
+        unfinished = state.record is not None and state.record["round"] not in self.files.rounds_recorded()
+        progress = Progress(state.server.round - unfinished, rounds)
+        if unfinished:  # its server update was done when the run was stopped
+            state = self.finish_round(state, progress)
+        while (t := state.server.round) < rounds:
+            # 1. After the warm-up of an automatic ratio: narrow the exchange to the selected layers.
+            if not state.selected and t == self.config.selection.warmup_rounds:
+                state = self.narrow(state)
+            # 2. Sample devices, broadcast P^t, let them update locally, gather their P_i.
             uploads, record = self.train(state, t)
-            # 2. Server update: P^{t+1}.
+            # 3. Server update: P^{t+1}.
             before, state = state, self.update(state, uploads, record)
             if self.config.trace:
                 write_trace(
@@ -94,21 +102,44 @@ class Server:
                     uploads=uploads,
                     result=state.server.params,
                 )
-            # 3. After the warm-up of an automatic ratio: narrow the exchange to the selected layers.
-            if not state.selected and t + 1 == self.config.selection.warmup_rounds:
-                state = self.narrow(state, t)
-            # 4. Evaluate.
-            last = t + 1 == rounds
-            if last or (t + 1) % self.config.evaluate.every == 0:
-                record |= self.evaluate(state, record["seconds"])
-            # 5. Checkpoint.
-            if last or (t + 1) % self.config.checkpoint.every == 0:
-                self.save(state, record["seconds"])
-            record["seconds"]["round"] = time.perf_counter() - start
-            self.files.append_metrics(record)
-            progress.update(record)
+            # 4. Evaluate and checkpoint, when due; metrics.
+            state = self.finish_round(state, progress)
         progress.close()
         return state
+
+    def finish_round(self, state: RunState, progress: Progress) -> RunState:
+        """What follows the server update; all of it, or after a stop all of it again."""
+        assert state.record
+        self.state = state
+        record: dict[str, Any] = {**state.record, "seconds": dict(state.record["seconds"])}
+        done, config = state.server.round, self.config
+        last = done == config.federation.rounds
+        if record["accuracy"] is None and (last or done % config.evaluate.every == 0):
+            record |= self.evaluate(state, record["seconds"])
+        self.state = state = replace(state, record=record)
+        if last or done % config.checkpoint.every == 0:
+            start = time.perf_counter()
+            self.state = state = self.saving.save(state)
+            record["seconds"]["checkpoint"] = time.perf_counter() - start
+        record["seconds"]["round"] = sum(record["seconds"].values()) - record["seconds"]["idle"]
+        self.files.append_metrics(record)
+        progress.update(record)
+        return state
+
+    def suspend(self) -> None:
+        """Save what it takes to go on from here, within the round too, and tell every worker to end."""
+        stop, written = self.exchange.stop, 0
+        if self.state is None:
+            log.info("stopping before round 0; nothing to save")
+        else:
+            written = self.saving.save_at_stop(self.state, in_round=self.in_round)
+        self._command(Command(op=Op.SUSPEND))
+        log.info(
+            "stopped on request (%s), %s written; %.1f s since the request; the same command goes on from here",
+            stop.reason,
+            human_bytes(written),
+            time.monotonic() - stop.since,
+        )
 
     def initial_state(self) -> RunState:
         """Before round 0: layers scored and selected, prompts drawn, every worker told."""
@@ -131,8 +162,9 @@ class Server:
 
     def resumed_state(self, state: RunState) -> RunState:
         """Tell every worker where a checkpoint left off."""
+        self.saving.go_on_from(state)
         self._announce_layers(state)
-        self._command(Command(op=Op.RESTORE, round=state.server.round, layers=state.layers))
+        self._command(Command(op=Op.RESTORE, round=state.server.round, generation=state.part, layers=state.layers))
         return state
 
     def score_layers(self) -> np.ndarray:
@@ -149,7 +181,10 @@ class Server:
         record_type = messages.upload_record(state.server.params.size)
         counts = counts_per_worker(devices, self.num_workers)
         command = Command(op=Op.TRAIN, round=t, layers=state.layers, payload=state.server.params)
+        self.saving.control.prefetch(devices, state.layers)
+        self.state, self.in_round = state, True
         records = self.exchange.request(command, record_type, counts)
+        self.in_round = False
         traffic = self.exchange.traffic
         headers, params = messages.upload_parts(records)
         busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
@@ -162,26 +197,59 @@ class Server:
             params=params[order],
             device_learning_rate=learning_rate(self.config, t),
         )
+        kept, rejected = self.sift(uploads, state)
+        uploads = uploads.only(kept)
         metrics = {
             "round": t,
             "devices": devices,
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
-            "loss": float(uploads.weights @ headers["loss"][order]),
+            "loss": float(uploads.weights @ headers["loss"][order][kept]),
             "accuracy": None,
             "accuracy_global": None,
             "device_learning_rate": uploads.device_learning_rate,
             "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up,
             "seconds": {**traffic.seconds, "idle": traffic.seconds["local"] - float(np.mean(busy))},
-            "rejected": [],
+            "rejected": rejected,
         }
         return uploads, metrics
+
+    def sift(self, uploads: RoundUploads, state: RunState) -> tuple[list[int], list[dict[str, Any]]]:
+        """Places of the uploads to use; the others, with the reason.
+
+        Raises:
+            FloatingPointError: more than `server.max_rejected` of them are bad.
+        """
+        kept, rejected = [], []
+        for place, device in enumerate(uploads.device_ids.tolist()):
+            fault = fault_of(
+                uploads.params[place],
+                state.server.params,
+                num_steps=int(uploads.num_steps[place]),
+                learning_rate=uploads.device_learning_rate,
+            )
+            if fault is None:
+                kept.append(place)
+                continue
+            norm, reason = fault
+            log.warning("round %d: upload of device %d rejected: %s", state.server.round, device, reason)
+            rejected.append({"device": device, "norm": norm if np.isfinite(norm) else None, "reason": reason})
+        if len(rejected) > self.config.server.max_rejected * len(uploads.device_ids):
+            raise FloatingPointError(
+                f"round {state.server.round}: {len(rejected)} of {len(uploads.device_ids)} uploads are bad, more than "
+                f"server.max_rejected: {self.config.server.max_rejected} allows; the last checkpoint is intact. Bad: "
+                + "; ".join(f"device {bad['device']}: {bad['reason']}" for bad in rejected[:5])
+                + ". Try a smaller device.learning_rate or server.learning_rate"
+            )
+        return kept, rejected
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
         """The method's server step, watched for growth without bound."""
         start = time.perf_counter()
-        server = self.method.update(state.server, uploads)
+        control = self.saving.control
+        server = self.method.update(replace(state.server, control=control.fetched()), uploads)
+        control.update({device: server.control[device] for device in uploads.device_ids.tolist() if server.control})
         norm = float(np.linalg.norm(server.params.astype(np.float64) - state.server.params))
         if not np.isfinite(server.params).all():
             raise FloatingPointError(
@@ -193,12 +261,13 @@ class Server:
         record["update_norm"] = norm
         record["server_learning_rate"] = server.scalars.get("server_learning_rate", self.config.server.learning_rate)
         record["seconds"]["server"] = time.perf_counter() - start
-        return replace(state, server=server, update_norms=norms)
+        return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
 
-    def narrow(self, state: RunState, t: int) -> RunState:
+    def narrow(self, state: RunState) -> RunState:
         """End of the warm-up: the lossless ratio decides how many layers stay in the exchange (design, section 3)."""
-        devices = sample_devices(self.config, t)
-        command = Command(op=Op.RATIO, round=t, layers=state.layers, payload=state.server.params)
+        last = state.server.round - 1
+        devices = sample_devices(self.config, last)
+        command = Command(op=Op.RATIO, round=last, layers=state.layers, payload=state.server.params)
         counts = counts_per_worker(devices, self.num_workers)
         records = self.exchange.request(command, messages.ratio_record(), counts)
         records = records[np.argsort(records["device"])]
@@ -206,9 +275,11 @@ class Server:
         layers = self._choose(max(ratio, 1 / self.num_layers), state.scores)
         tensors = self.tuning.merge(state.server.params, state.unseen_local, state.layers)
         log.info("lossless ratio %.3f (%s): exchanging layers %s", ratio, self.config.selection.auto_by, list(layers))
+        kept = self.tuning.kept_elements(layers)
+        self.saving.control.restrict(kept)
         state = replace(
             state,
-            server=state.server.restrict(self.tuning.kept_elements(layers)),
+            server=state.server.restrict(kept),
             layers=layers,
             selected=True,
             ratio=ratio,
@@ -228,23 +299,25 @@ class Server:
         seconds["evaluate"] = time.perf_counter() - start
         return {**personal, **{f"{name}_global": value for name, value in overall.items()}}
 
-    def save(self, state: RunState, seconds: dict[str, float]) -> None:
-        """Write a checkpoint: every device rank its file, the server the rest."""
-        start = time.perf_counter()
-        self.checkpoints.begin(state.server.round)
-        command = Command(op=Op.SAVE, round=state.server.round, layers=state.layers)
-        records = self.exchange.request(command, messages.saved_record(), [1] * self.num_workers)
-        sums = {device_file(int(record["rank"])): record["sha256"].decode() for record in records}
-        self.checkpoints.commit(state, self.tuning, self.identity, sums, self.config.checkpoint.keep)
-        seconds["checkpoint"] = time.perf_counter() - start
-
-    def stop(self) -> None:
-        """End every worker's serve()."""
-        self._command(Command(op=Op.STOP))
-
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
         return choose_layers(
             self.config.selection, ratio=ratio, num_layers=self.num_layers, seed=self.config.seed, scores=scores
+        )
+
+    def _log_start(self, state: RunState, *, resumed: bool) -> None:
+        done, rounds = state.server.round, self.config.federation.rounds
+        if done >= rounds:
+            log.info("nothing left to train: %d rounds are done, federation.rounds is %d", done, rounds)
+        log.info(
+            "%s round %d of %d: %d devices, %d a round, %d ranks; exchanging layers %s, %s per device and direction",
+            "starting at" if not resumed else "resuming within" if state.part else "resuming after",
+            done,
+            rounds,
+            self.config.federation.num_devices,
+            self.config.federation.devices_per_round,
+            self.exchange.size,
+            list(state.layers),
+            human_bytes(state.server.params.nbytes),
         )
 
     def _announce_layers(self, state: RunState) -> None:

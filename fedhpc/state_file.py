@@ -1,25 +1,27 @@
-"""The run's state as HDF5: every tensor a checksummed dataset under the name that its layout gives it, no pickle."""
+"""The run's state as HDF5: every tensor a checksummed dataset under the name that its layout gives it, no pickle.
+
+Files are made and read in memory, so that what is written, hashed and parsed are the same bytes.
+"""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import h5py
 import numpy as np
 
 import fedhpc
+from fedhpc import messages
 from fedhpc.errors import CheckpointError, UserError
-from fedhpc.files import fsync
-from fedhpc.local_update import DeviceState
+from fedhpc.local_update import DeviceState, UnfinishedUpdate
 from fedhpc.methods import ServerState
-from fedhpc.updates import Layout
+from fedhpc.updates import Layout, Vector
 
 FORMAT = "fedhpc-checkpoint"
-VERSION = 1
+VERSION = 2
 CHUNK_ELEMENTS = 1 << 20
 FOLDERS = {"params": "", "control_global": "control/global"}
 """Where a server vector is stored, if not under its own name; the parameters are `prompts` and `params/...`."""
@@ -28,16 +30,16 @@ FOLDERS = {"params": "", "control_global": "control/global"}
 class Layouts(Protocol):
     """What a reader must know of the tuning."""
 
-    def exchanged(self, layers: tuple[int, ...]) -> Layout:
+    def exchanged(self, layers: Sequence[int]) -> Layout:
         """Layout of what crosses the network."""
 
-    def local(self, layers: tuple[int, ...]) -> Layout:
+    def local(self, layers: Sequence[int]) -> Layout:
         """Layout of what stays on a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """All that the server needs to go on."""
+    """All that the server needs to go on, but for the devices' control variates, which have files of their own."""
 
     server: ServerState
     layers: tuple[int, ...]
@@ -51,16 +53,36 @@ class RunState:
     """Local vector of a device before its first round."""
     update_norms: tuple[float, ...] = field(default=())
     """|P^{t+1} - P^t| of every round so far."""
+    record: Mapping[str, Any] | None = None
+    """Metrics of the latest round; not evaluated yet where the run was stopped before."""
+    generation: int = 0
+    """Checkpoints written before and with this state."""
+    part: int = 0
+    """0 between two rounds; within a round, the generation of the checkpoint that the state is from."""
 
 
-def write_server_state(path: Path, state: RunState, layouts: Layouts, identity: Mapping[str, Any]) -> None:
-    """Write server.h5; ``identity`` is the configuration that determines the run's numbers."""
+@dataclass(frozen=True, kw_only=True)
+class RoundProgress:
+    """What a worker has done of the round under way."""
+
+    round: int
+    finished: dict[int, np.ndarray] = field(default_factory=dict)
+    """Device -> its upload record."""
+    unfinished: dict[int, UnfinishedUpdate] = field(default_factory=dict)
+
+
+def server_file(state: RunState, layouts: Layouts, identity: Mapping[str, Any], devices: Sequence[int]) -> bytes:
+    """server.h5.
+
+    Args:
+        identity: the configuration that determines the run's numbers.
+        devices: those with a control variate.
+    """
     server, exchanged = state.server, layouts.exchanged(state.layers)
-    with _create(path) as file:
+    with _create(state.server.round) as file:
         file.attrs.update(
-            format=FORMAT,
-            version=VERSION,
-            round=server.round,
+            part=state.part,
+            generation=state.generation,
             seed=identity["seed"],
             method=identity["server.method"],
             variant=identity["server.variant"] or "",
@@ -74,10 +96,7 @@ def write_server_state(path: Path, state: RunState, layouts: Layouts, identity: 
         )
         for name, vector in {"params": server.params, **server.vectors}.items():
             write_vector(file, FOLDERS.get(name, name), vector, exchanged)
-        if server.control:
-            devices = sorted(server.control)
-            write_vector(file, "control/devices", np.stack([server.control[d] for d in devices]), exchanged)
-            _write(file, "control/device_ids", np.array(devices, np.int64))
+        _write(file, "control/device_ids", np.array(devices, np.int64))
         write_vector(file, "unseen_local", state.unseen_local, layouts.local(state.layers))
         _write(file, "selection/layers", np.array(state.layers, np.int64)).attrs["ratio"] = state.ratio
         if state.scores is not None:
@@ -85,18 +104,17 @@ def write_server_state(path: Path, state: RunState, layouts: Layouts, identity: 
         if "prompts" in file:
             file["prompts"].attrs["layers"] = state.layers
         _write(file, "history/update_norm", np.array(state.update_norms, np.float64))
+        if state.record is not None:
+            _write(file, "history/record", np.frombuffer(json.dumps(dict(state.record)).encode(), np.uint8))
+        return _image(file)
 
 
-def read_server_state(path: Path, layouts: Layouts, check: Callable[[dict[str, Any]], None]) -> RunState:
-    """The run's state, after ``check`` has seen the identity of the run that wrote it."""
-    with open_state(path) as file:
+def read_server_file(data: bytes, name: str, layouts: Layouts, check: Callable[[dict[str, Any]], None]) -> RunState:
+    """The run's state, after ``check`` has seen the identity of the run that wrote it; ``name`` is for messages."""
+    with open_state(data, name) as file:
         check(json.loads(file.attrs["config"]))
         layers = tuple(int(layer) for layer in file["selection/layers"][:])
         exchanged = layouts.exchanged(layers)
-        control: dict[int, np.ndarray] = {}
-        if "control/device_ids" in file:
-            ids = file["control/device_ids"][:].tolist()
-            control = dict(zip(ids, _read_vector(file, "control/devices", exchanged, (len(ids),)), strict=True))
         vectors = {
             name: _read_vector(file, FOLDERS.get(name, name), exchanged) for name in json.loads(file.attrs["vectors"])
         }
@@ -105,7 +123,6 @@ def read_server_state(path: Path, layouts: Layouts, check: Callable[[dict[str, A
                 round=int(file.attrs["round"]),
                 params=_read_vector(file, FOLDERS["params"], exchanged),
                 vectors=vectors,
-                control=control,
                 scalars=json.loads(file.attrs["scalars"]),
             ),
             layers=layers,
@@ -114,58 +131,122 @@ def read_server_state(path: Path, layouts: Layouts, check: Callable[[dict[str, A
             scores=file["selection/scores"][:] if "selection/scores" in file else None,
             unseen_local=_read_vector(file, "unseen_local", layouts.local(layers)),
             update_norms=tuple(file["history/update_norm"][:].tolist()),
+            record=json.loads(file["history/record"][:].tobytes()) if "history/record" in file else None,
+            generation=int(file.attrs["generation"]),
+            part=int(file.attrs["part"]),
         )
 
 
-def write_device_states(path: Path, round_index: int, states: Mapping[int, DeviceState], local: Layout) -> None:
-    """Write one rank's device states: group `devices/<id>` for each device that has taken a step."""
-    with _create(path) as file:
-        file.attrs.update(format=FORMAT, version=VERSION, round=round_index)
-        group = file.create_group("devices")
-        for device, state in sorted(states.items()):
-            entry = group.create_group(str(device))
-            entry.attrs["steps_taken"] = state.steps_taken
-            write_vector(entry, "local", state.local, local)
-            for name, moment in (state.moments or {}).items():
-                _write(entry, f"optimizer/{name}", moment)
+def control_file(vector: Vector, round_index: int, layers: Sequence[int], layouts: Layouts) -> bytes:
+    """The control variate of one device."""
+    with _create(round_index) as file:
+        file.attrs["layers"] = layers
+        write_vector(file, "control", vector, layouts.exchanged(layers))
+        return _image(file)
 
 
-def read_device_states(path: Path, wanted: set[int], local: Layout) -> dict[int, DeviceState]:
-    """The wanted devices' states among those in a file."""
-    with open_state(path) as file:
-        states = {}
-        for name, entry in file["devices"].items():
-            if int(name) in wanted:
-                moments = {key: np.asarray(entry["optimizer"][key][()]) for key in entry.get("optimizer", ())}
-                states[int(name)] = DeviceState(
-                    local=_read_vector(entry, "local", local),
-                    steps_taken=int(entry.attrs["steps_taken"]),
-                    moments=moments or None,
-                )
-        return states
+def read_control_file(data: bytes, name: str, layouts: Layouts) -> tuple[Vector, tuple[int, ...]]:
+    """A device's control variate and the layers that were exchanged when it was written."""
+    with open_state(data, name) as file:
+        layers = tuple(int(layer) for layer in file.attrs["layers"])
+        return _read_vector(file, "control", layouts.exchanged(layers)), layers
+
+
+def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layouts: Layouts) -> bytes:
+    """What one device keeps between its rounds."""
+    with _create(round_index) as file:
+        file.attrs.update(layers=layers, steps_taken=state.steps_taken)
+        write_vector(file, "local", state.local, layouts.local(layers))
+        _write_tensors(file, "optimizer", state.moments or {})
+        return _image(file)
+
+
+def read_local_file(
+    data: bytes, name: str, layers: tuple[int, ...], layouts: Layouts, unseen_local: Vector
+) -> DeviceState:
+    """A device's state; it starts with ``unseen_local`` if other layers were exchanged when it was written."""
+    with open_state(data, name) as file:
+        same = tuple(int(layer) for layer in file.attrs["layers"]) == layers
+        return DeviceState(
+            local=_read_vector(file, "local", layouts.local(layers)) if same else unseen_local,
+            steps_taken=int(file.attrs["steps_taken"]),
+            moments=_read_tensors(file, "optimizer") or None,
+        )
+
+
+def progress_file(progress: RoundProgress, layers: Sequence[int], layouts: Layouts) -> bytes:
+    """One worker's part of a round under way: finished uploads and local updates between two of their steps."""
+    with _create(progress.round) as file:
+        finished, unfinished = file.create_group("finished"), file.create_group("unfinished")
+        for device, record in progress.finished.items():
+            entry = finished.create_group(str(device))
+            headers, params = messages.upload_parts(record[None])
+            for key in ("num_examples", "num_steps", "loss", "seconds"):
+                entry.attrs[key] = headers[0][key]
+            write_vector(entry, "upload", params[0], layouts.exchanged(layers))
+        for device, update in progress.unfinished.items():
+            entry = unfinished.create_group(str(device))
+            _write(entry, "losses", update.losses)
+            _write_tensors(entry, "params", update.tensors)
+            _write_tensors(entry, "optimizer", update.moments)
+        return _image(file)
+
+
+def read_progress_file(data: bytes, name: str, layers: Sequence[int], layouts: Layouts) -> RoundProgress:
+    """See :func:`progress_file`."""
+    exchanged = layouts.exchanged(layers)
+    with open_state(data, name) as file:
+        progress = RoundProgress(round=int(file.attrs["round"]))
+        for device, entry in file["finished"].items():
+            record = messages.upload_record(exchanged.size).zeros(1)
+            headers, params = messages.upload_parts(record)
+            headers["device"] = int(device)
+            for key in ("num_examples", "num_steps", "loss", "seconds"):
+                headers[key] = entry.attrs[key]
+            params[0] = _read_vector(entry, "upload", exchanged)
+            progress.finished[int(device)] = record[0]
+        for device, entry in file["unfinished"].items():
+            progress.unfinished[int(device)] = UnfinishedUpdate(
+                tensors=_read_tensors(entry, "params"),
+                moments=_read_tensors(entry, "optimizer"),
+                losses=entry["losses"][()],
+            )
+        return progress
 
 
 @contextmanager
-def open_state(path: Path) -> Iterator[h5py.File]:
-    """A state file for reading; whatever is wrong with it becomes one CheckpointError."""
+def open_state(data: bytes, name: str) -> Iterator[h5py.File]:
+    """A state file's content for reading; whatever is wrong with it becomes one CheckpointError."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File.in_memory(data) as file:
             if file.attrs.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: is HDF5, but not a fedhpc checkpoint")
-            if (version := int(file.attrs.get("version", 0))) > VERSION:
-                raise CheckpointError(f"{path}: has format version {version}; this fedhpc reads up to {VERSION}")
+                raise CheckpointError(f"{name}: is HDF5, but not a fedhpc checkpoint")
+            if (version := int(file.attrs.get("version", 0))) != VERSION:
+                raise CheckpointError(f"{name}: has format version {version}; this fedhpc reads version {VERSION}")
             yield file
     except UserError:
         raise
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from None
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: cannot be read as a checkpoint: {error}") from None
+
+
+def write_vector(group: h5py.Group, folder: str, vector: np.ndarray, layout: Layout) -> None:
+    """Write the tensors of a vector [..., n] as datasets named after ``folder``."""
+    for tensor, view in layout.views(vector).items():
+        _write(group, _dataset(folder, tensor), view)
 
 
 @contextmanager
-def _create(path: Path) -> Iterator[h5py.File]:
-    with h5py.File(path, "w") as file:
+def _create(round_index: int) -> Iterator[h5py.File]:
+    with h5py.File.in_memory() as file:
+        file.attrs.update(format=FORMAT, version=VERSION, round=round_index)
         yield file
-    fsync(path)
+
+
+def _image(file: h5py.File) -> bytes:
+    file.flush()
+    image: bytes = file.id.get_file_image()
+    return image
 
 
 def _dataset(folder: str, tensor: str) -> str:
@@ -175,20 +256,23 @@ def _dataset(folder: str, tensor: str) -> str:
     return f"{folder}_params/{tensor}".removeprefix("_")
 
 
-def write_vector(group: h5py.Group, folder: str, vector: np.ndarray, layout: Layout) -> None:
-    """Write the tensors of a vector [..., n] as datasets named after ``folder``."""
-    for tensor, view in layout.views(vector).items():
-        _write(group, _dataset(folder, tensor), view)
-
-
-def _read_vector(group: h5py.Group, folder: str, layout: Layout, lead: tuple[int, ...] = ()) -> np.ndarray:
-    vector = np.empty((*lead, layout.size), np.float32)
+def _read_vector(group: h5py.Group, folder: str, layout: Layout) -> Vector:
+    vector = np.empty(layout.size, np.float32)
     for tensor, view in layout.views(vector).items():
         dataset = group[_dataset(folder, tensor)]
         if dataset.shape != view.shape:
-            raise CheckpointError(f"{group.file.filename}: {dataset.name} has shape {dataset.shape}, not {view.shape}")
+            raise ValueError(f"{dataset.name} has shape {dataset.shape}, not {view.shape}")
         view[...] = dataset[()]
     return vector
+
+
+def _write_tensors(group: h5py.Group, folder: str, tensors: Mapping[str, np.ndarray]) -> None:
+    for name, tensor in tensors.items():
+        _write(group, f"{folder}/{name}", tensor)
+
+
+def _read_tensors(group: h5py.Group, folder: str) -> dict[str, np.ndarray]:
+    return {name: np.asarray(group[folder][name][()]) for name in group.get(folder, ())}
 
 
 def _write(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset:

@@ -1,7 +1,7 @@
 """Named tensors in one contiguous float32 vector: the wire format, and the unit in which the server computes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 """Shape [n]: all exchanged tensors, one behind the other."""
+
+ADAM_STEP = 10.0
+"""Most that one Adam step can move a parameter, in units of the learning rate: (1 - beta1) / sqrt(1 - beta2) = 3.2 with
+PyTorch's defaults (Kingma and Ba, ICLR 2015, section 2.1), and three times that for rounding and weight decay."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,27 @@ class RoundUploads:
         """w_i = n_i / sum of n_j over the round's devices, shape [m]."""
         return self.num_examples / self.num_examples.sum()
 
+    def only(self, kept: list[int]) -> "RoundUploads":
+        """The uploads at these places."""
+        return replace(
+            self,
+            device_ids=self.device_ids[kept],
+            num_examples=self.num_examples[kept],
+            num_steps=self.num_steps[kept],
+            params=self.params[kept],
+        )
+
     def in_device_order(self) -> "RoundUploads":
         """The same uploads by ascending device id, so that sums do not depend on the sampling order."""
-        order = np.argsort(self.device_ids, kind="stable")
-        return RoundUploads(
-            device_ids=self.device_ids[order],
-            num_examples=self.num_examples[order],
-            num_steps=self.num_steps[order],
-            params=self.params[order],
-            device_learning_rate=self.device_learning_rate,
-        )
+        return self.only(np.argsort(self.device_ids, kind="stable").tolist())
+
+
+def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: float) -> tuple[float, str] | None:
+    """What makes a vector [n] unfit as the outcome of a local update from ``start``: its norm and the reason."""
+    moved = params.astype(np.float64) - start
+    norm = float(np.linalg.norm(moved))
+    if not np.isfinite(params).all():
+        return norm, "NaN" if np.isnan(params).any() else "infinite"
+    # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
+    limit = num_steps * learning_rate * ADAM_STEP * np.sqrt(params.size) + np.linalg.norm(start.astype(np.float64))
+    return (norm, f"larger than {num_steps} steps can be ({limit:.3g})") if norm > limit else None

@@ -118,5 +118,5 @@ def metrics(config):
 def final_prompts(config):
     """The bytes of the prompts in a run's newest checkpoint."""
     checkpoints = Checkpoints(run_dir(config))
-    with h5py.File(checkpoints.path(checkpoints.rounds()[0]) / SERVER_FILE) as file:
+    with h5py.File(checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE) as file:
         return file["prompts"][()].tobytes()

@@ -1,0 +1,36 @@
+"""The network between server and workers: real MPI ranks, or the serial twin."""
+
+import os
+
+from fedhpc.errors import UserError
+from fedhpc.exchange.base import Exchange, Traffic
+from fedhpc.exchange.local import LocalExchange
+from fedhpc.exchange.mpi import MpiExchange
+from fedhpc.jobenv import JobEnvironment
+from fedhpc.stopping import StopRequest
+
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
+"""Set by mpirun or srun in every process that they start as an MPI rank."""
+
+
+def connect(stop: StopRequest, job: JobEnvironment) -> Exchange:
+    """The network this process was started into: MPI under a launcher, else the serial twin.
+
+    Raises:
+        UserError: the processes that were started together do not find each other.
+    """
+    launched_as_rank = any(variable in os.environ for variable in LAUNCHER_VARIABLES)
+    exchange = MpiExchange(stop) if launched_as_rank else LocalExchange(stop)
+    for variable in SIZE_VARIABLES:
+        if (launched := int(os.environ.get(variable, exchange.size))) != exchange.size:
+            raise UserError(
+                f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the "
+                "MPI library that mpi4py loads are not of the same installation"
+            )
+    if problem := job.launch_problem(exchange.size, launched_as_rank):
+        raise UserError(problem)
+    return exchange if exchange.size > 1 else LocalExchange(stop)
+
+
+__all__ = ["Exchange", "LocalExchange", "MpiExchange", "Traffic", "connect"]

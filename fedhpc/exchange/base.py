@@ -1,0 +1,115 @@
+"""The network as the server and the workers see it."""
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedhpc.errors import Halt
+from fedhpc.messages import Command, Kind, Note, Op, RecordType
+from fedhpc.stopping import StopRequest
+
+INTERRUPTIBLE = (Op.SCORE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
+DEFAULT_TIMEOUT_S = 1800.0
+
+
+@dataclass
+class Traffic:
+    """What one request moved between ranks, and how long each part took."""
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By part: broadcast, local (until the last worker was done), gather."""
+
+
+class Exchange(ABC):
+    """One rank's end of the network."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Among the ranks of this host."""
+    num_workers: int
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.host = socket.gethostname()
+        self.stop = stop
+        self.timeout_s = DEFAULT_TIMEOUT_S
+        self.traffic = Traffic()
+        """Of the latest request."""
+        self.on_saved: Callable[[Note], None] = lambda note: None
+        """Server: takes the workers' notes about checkpoint files."""
+        self._failure: BaseException | None = None
+
+    @abstractmethod
+    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
+        """Server: send a command to every worker, return their records, worker by worker.
+
+        Args:
+            command: what is asked; its payload is broadcast as one contiguous float32 buffer.
+            record: form of one reply record.
+            counts: records that each worker will send.
+
+        Returns:
+            Records [sum(counts)], valid until the next request with the same record type.
+
+        Raises:
+            Halt: a stop was requested before all workers were done with a command that can be interrupted.
+        """
+
+    @abstractmethod
+    def beat(self, activity: str) -> None:
+        """Say what this rank is about to do, and read the mail; between any two local steps.
+
+        Raises:
+            Halt: worker: a stop was requested.
+        """
+
+    @abstractmethod
+    def attend(self) -> None:
+        """One look at the mail, while waiting for something other than a command or a reply."""
+
+    @abstractmethod
+    def post(self, note: Note) -> None:
+        """Worker: a note to the server; from any thread."""
+
+    def fail(self, error: BaseException) -> None:
+        """From a thread beside the main one: this error is to be raised there, at its next look at the mail."""
+        self._failure = error
+
+    @abstractmethod
+    def agree(self, problem: str | None) -> None:
+        """All ranks: raise UserError everywhere, with one and the same message, if any rank has a problem."""
+
+    @abstractmethod
+    def repair(self) -> None:
+        """After RanksLost: go on with the ranks that are left, under new numbers.
+
+        Raises:
+            RanksLost: the server is lost, or the MPI cannot do it.
+        """
+
+    @abstractmethod
+    def part(self, status: int) -> None:
+        """All ranks: wait for each other for the last time, so that no exit status ends a rank that still works."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End every rank of the job, non-zero, now."""
+
+    def _look_for_failure(self) -> None:
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            raise error
+
+    def _refuse_when_stopped(self, command: Command) -> None:
+        if command.op in INTERRUPTIBLE and self.stop:
+            raise Halt
+
+    def _deliver(self, note: Note) -> None:
+        """Server: a note about a checkpoint has arrived."""
+        assert note.kind in (Kind.SAVED, Kind.ALL_SAVED)
+        self.on_saved(note)

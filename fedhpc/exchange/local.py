@@ -1,0 +1,62 @@
+"""The serial twin: one process is server and worker."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedhpc.errors import Halt, UserError
+from fedhpc.exchange.base import Exchange, Traffic
+from fedhpc.messages import Command, Note, RecordType
+from fedhpc.stopping import StopRequest
+
+
+class LocalExchange(Exchange):
+    """One process: the server's commands go straight to the worker."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__(stop)
+        self.rank, self.size, self.local_rank, self.num_workers = 0, 1, 0, 1
+        self.handler: Callable[[Command], np.ndarray | None] | None = None
+
+    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
+        """See :class:`Exchange`."""
+        assert self.handler is not None
+        self.attend()
+        self._refuse_when_stopped(command)
+        start = time.perf_counter()
+        records = self.handler(command)
+        if records is None:
+            raise Halt
+        self.traffic = Traffic(seconds={"broadcast": 0.0, "local": time.perf_counter() - start, "gather": 0.0})
+        return records
+
+    def beat(self, activity: str) -> None:
+        """See :class:`Exchange`."""
+        self.attend()
+        if self.stop:
+            raise Halt
+
+    def attend(self) -> None:
+        """See :class:`Exchange`."""
+        self._look_for_failure()
+
+    def post(self, note: Note) -> None:
+        """See :class:`Exchange`."""
+        self._deliver(note)
+
+    def agree(self, problem: str | None) -> None:
+        """See :class:`Exchange`."""
+        if problem is not None:
+            raise UserError(problem)
+
+    def repair(self) -> None:
+        """See :class:`Exchange`."""
+        raise AssertionError("there is no other rank to lose")
+
+    def part(self, status: int) -> None:
+        """See :class:`Exchange`."""
+
+    def abort(self) -> None:
+        """See :class:`Exchange`."""
+        raise SystemExit(1)

@@ -1,0 +1,278 @@
+"""Real ranks: the only import of mpi4py.
+
+The server calls :meth:`MpiExchange.request`; a command is broadcast and fixed-size records come back by one gatherv.
+Every buffer is contiguous, allocated once and used again. Beside that order, small notes pass at any time: every rank
+says what it is doing, a rank that was asked to stop tells the server, the server tells all.
+"""
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from fedhpc.errors import Halt, RanksLost, UserError
+from fedhpc.exchange.base import Exchange, Traffic
+from fedhpc.exchange.watchdog import ABORT_S, Watchdog
+from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
+from fedhpc.stopping import StopRequest
+
+PROBLEM_BYTES = 4096
+LONGEST_NAP_S = 0.005
+LONGEST_GAP_S = 1.0
+"""Between two looks at the mail, at most this counts as silence of others: a suspended job finds no rank late."""
+BEAT_S = 5.0
+BEATS_PER_TIMEOUT = 5
+PARTING_S = 0.2
+FLOAT_BYTES = 4
+PAYLOAD = RecordType(np.dtype(np.float32))
+
+
+class MpiExchange(Exchange):
+    """Rank 0 is the server, ranks 1 to size - 1 are the workers. Uses a private communicator."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__(stop)
+        from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
+
+        self._mpi: Any = MPI
+        self._watchdog = Watchdog()
+        self._outbox: deque[Note] = deque()
+        self._buffers: dict[RecordType, np.ndarray] = {}
+        self._types: dict[int, Any] = {}
+        self._repaired = False
+        self._join(MPI.COMM_WORLD.Dup())
+
+    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
+        """See :class:`Exchange`."""
+        self._activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
+        self.attend()
+        self._refuse_when_stopped(command)
+        start = time.perf_counter()
+        header = command.header()
+        self._meet()
+        with self._inside("the broadcast"):
+            self._comm.Bcast([header, self._mpi.BYTE], root=0)
+            if command.payload.size:
+                self._comm.Bcast([command.payload, 1, self._type(command.payload.nbytes)], root=0)
+        sent = time.perf_counter()
+        if command.op in (Op.STOP, Op.SUSPEND):
+            return record.zeros(0)
+        if self._meet():
+            raise Halt
+        ready = time.perf_counter()
+        records = self._buffer(record, sum(counts))
+        if record.nbytes:
+            displacements = np.concatenate([[0, 0], np.cumsum(counts)[:-1]])
+            target = [records, ([0, *counts], displacements), self._type(record.nbytes)]
+            with self._inside("the gather"):
+                self._comm.Gatherv([None, 0, self._type(record.nbytes)], target, root=0)
+        end = time.perf_counter()
+        self.traffic = Traffic(
+            bytes_down=self.num_workers * (header.nbytes + command.payload.nbytes),
+            bytes_up=records.nbytes,
+            seconds={"broadcast": sent - start, "local": ready - sent, "gather": end - ready},
+        )
+        return records
+
+    def receive(self) -> Command:
+        """Worker: the server's next command; its payload is valid until the next one arrives."""
+        header = np.zeros(1, HEADER)
+        self._activity = "waiting for the server"
+        self._meet()
+        with self._inside("the broadcast"):
+            self._comm.Bcast([header, self._mpi.BYTE], root=0)
+            payload = self._buffer(PAYLOAD, int(header[0]["payload_size"]))
+            if payload.size:
+                self._comm.Bcast([payload, 1, self._type(payload.nbytes)], root=0)
+        return Command.from_header(header, payload)
+
+    def reply(self, records: np.ndarray | None) -> None:
+        """Worker: send this worker's records; None if it was halted."""
+        self._activity = "waiting for the other ranks"
+        if self._meet(halted=records is None):
+            return
+        assert records is not None
+        nbytes = records.dtype.itemsize * math.prod(records.shape[1:])
+        if nbytes:
+            with self._inside("the gather"):
+                self._comm.Gatherv([np.ascontiguousarray(records), len(records), self._type(nbytes)], None, root=0)
+
+    def beat(self, activity: str) -> None:
+        """See :class:`Exchange`."""
+        self._activity = activity
+        self.attend()
+        if self._halted:
+            raise Halt
+
+    def post(self, note: Note) -> None:
+        """See :class:`Exchange`."""
+        self._outbox.append(note)
+
+    def agree(self, problem: str | None) -> None:
+        """See :class:`Exchange`."""
+        mine = np.zeros(PROBLEM_BYTES, np.uint8)
+        text = (problem or "").encode()[:PROBLEM_BYTES]
+        mine[: len(text)] = np.frombuffer(text, np.uint8)
+        everyone = np.zeros((self.size, PROBLEM_BYTES), np.uint8)
+        self._activity = "set-up done, waiting for the other ranks"
+        self._meet()
+        with self._inside("an exchange of set-up results"):
+            self._comm.Allgather([mine, self._mpi.BYTE], [everyone, self._mpi.BYTE])
+        problems = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
+        for rank, found in enumerate(problems):
+            if found:
+                raise UserError(found if rank == 0 else f"rank {rank}: {found}")
+
+    def repair(self) -> None:
+        """See :class:`Exchange`; by ULFM's revoke and shrink."""
+        if "OMPI_MCA_mpi_ft_enable" not in os.environ:
+            raise RanksLost("exchange.on_rank_failure: continue needs an MPI with ULFM: mpirun --with-ft ulfm")
+        old_rank = self.rank
+        with self._losses():
+            self._comm.Revoke()
+            self._join(self._comm.Shrink())
+            first = np.array([old_rank], np.int64)
+            self._comm.Bcast(first, root=0)
+        if first[0] != 0:
+            raise RanksLost("rank 0, the server, is lost")
+        if not self.num_workers:
+            raise RanksLost("no rank with devices is left")
+        self._repaired = True
+
+    def part(self, status: int) -> None:
+        """See :class:`Exchange`."""
+        with self._losses():
+            self._meet()
+        if self._repaired:  # MPI_Finalize can hang then
+            sys.stdout.flush()
+            sys.stderr.flush()
+            time.sleep(PARTING_S)
+            os._exit(status)
+
+    def abort(self) -> None:
+        """See :class:`Exchange`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with self._watchdog.over("MPI_Abort", ABORT_S):
+            self._comm.Abort(1)
+
+    def _join(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.num_workers = self.size - 1
+        host_comm = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+        self.local_rank = host_comm.rank
+        host_comm.Free()
+        hosts = np.zeros((self.size, 64), np.uint8)
+        name = self.host.encode()[:64]
+        hosts[self.rank, : len(name)] = np.frombuffer(name, np.uint8)
+        comm.Allgather(self._mpi.IN_PLACE, [hosts, self._mpi.BYTE])
+        self._hosts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in hosts]
+        self._activity = "setting up"
+        self._halted = self._stop_told = False
+        self._under_way: list[tuple[Any, np.ndarray]] = []
+        peers = range(1, self.size) if self.rank == 0 else [0]
+        self._silence = dict.fromkeys(peers, 0.0)
+        """Seconds of our own waking time since a peer was last heard."""
+        self._doing = dict.fromkeys(peers, "starting")
+        self._last_look = time.monotonic()
+        self._since_beat = 0.0
+
+    def _meet(self, *, halted: bool = False) -> bool:
+        """Wait for all ranks without spinning, so that waiters leave the cores alone; whether any was halted."""
+        mine, anyone, nap = np.array([halted], np.int64), np.zeros(1, np.int64), 1e-5
+        with self._losses():
+            request = self._comm.Iallreduce(mine, anyone, self._mpi.MAX)
+            while not request.Test():
+                self.attend()
+                time.sleep(nap)
+                nap = min(2 * nap, LONGEST_NAP_S)
+        return bool(anyone[0])
+
+    def attend(self) -> None:
+        """See :class:`Exchange`: send what is due, read what has come, notice who is silent."""
+        self._look_for_failure()
+        with self._losses():
+            self._exchange_notes()
+        for peer, silent in self._silence.items():
+            if silent > self.timeout_s:
+                raise TimeoutError(
+                    f"rank {peer} on {self._hosts[peer]} has not been heard of for {silent:.0f} s "
+                    f"(exchange.timeout_s: {self.timeout_s:g}); last known: {self._doing[peer]}"
+                )
+
+    def _exchange_notes(self) -> None:
+        now = time.monotonic()
+        passed, self._last_look = min(now - self._last_look, LONGEST_GAP_S), now
+        self._since_beat += passed
+        self._silence = {peer: silent + passed for peer, silent in self._silence.items()}
+        self._under_way = [(request, buffer) for request, buffer in self._under_way if not request.Test()]
+        self._read_notes()
+        if self.stop and not self._stop_told:
+            self._stop_told = True
+            self._send_all(
+                Note(kind=Kind.HALT)
+                if self.rank == 0
+                else Note(
+                    kind=Kind.STOP,
+                    text=f"{self.stop.reason} at rank {self.rank} ({self.host})",
+                    seconds=now - self.stop.since,
+                )
+            )
+        while self._outbox:
+            self._send_all(self._outbox.popleft())
+        if self._since_beat >= min(BEAT_S, self.timeout_s / BEATS_PER_TIMEOUT) and not self._under_way:
+            self._since_beat = 0.0
+            self._send_all(Note(kind=Kind.BEAT, text=self._activity))
+
+    def _read_notes(self) -> None:
+        status = self._mpi.Status()
+        while self._comm.Iprobe(source=self._mpi.ANY_SOURCE, tag=0, status=status):
+            packed = np.zeros(1, NOTE)
+            self._comm.Recv([packed, self._mpi.BYTE], source=status.source, tag=0)
+            note = Note.unpacked(packed)
+            self._silence[status.source] = 0.0
+            if note.kind == Kind.BEAT:
+                self._doing[status.source] = note.text
+            elif note.kind == Kind.STOP:
+                self.stop.ask(note.text, note.seconds)
+            elif note.kind == Kind.HALT:
+                self._halted = True
+            else:
+                self._deliver(note)
+
+    def _send_all(self, note: Note) -> None:
+        """To the server from a worker, to every worker from the server."""
+        packed = note.packed()
+        for peer in self._silence:
+            self._under_way.append((self._comm.Isend([packed, self._mpi.BYTE], dest=peer, tag=0), packed))
+
+    @contextmanager
+    def _inside(self, what: str) -> Iterator[None]:
+        with self._losses(), self._watchdog.over(what, self.timeout_s):
+            yield
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        try:
+            yield
+        except self._mpi.Exception as error:
+            raise RanksLost(f"another rank is lost: {error}") from error
+
+    def _type(self, nbytes: int) -> Any:
+        """An MPI type of one whole message or record: counts stay small, so messages may pass 2 GiB."""
+        if nbytes not in self._types:
+            self._types[nbytes] = self._mpi.FLOAT.Create_contiguous(nbytes // FLOAT_BYTES).Commit()
+        return self._types[nbytes]
+
+    def _buffer(self, record: RecordType, count: int) -> np.ndarray:
+        buffer = self._buffers.get(record)
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[record] = record.zeros(count)
+        return buffer[:count]

@@ -1,0 +1,44 @@
+"""Ends a rank that is stuck inside MPI, where no Python code of its main thread runs any more."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedhpc.report import log
+
+TICK_S = 0.5
+ABORT_S = 15.0
+"""After MPI_Abort; the launcher ends the ranks within this time if it can."""
+
+
+class Watchdog:
+    """A thread that counts how long the main thread has been inside one call.
+
+    It counts its own ticks: while a whole job is suspended, no time passes.
+    """
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._left_s = 0.0
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextmanager
+    def over(self, what: str, limit_s: float) -> Iterator[None]:
+        """End this process if the body takes longer."""
+        self._what, self._left_s = what, limit_s
+        try:
+            yield
+        finally:
+            self._what = ""
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(TICK_S)
+            self._left_s -= TICK_S
+            if self._what and self._left_s < 0:
+                log.critical(
+                    "no end of %s within exchange.timeout_s; ending this rank, and with it the job", self._what
+                )
+                os._exit(1)

@@ -1,0 +1,249 @@
+"""One run at a time in a run directory.
+
+A run holds flock on the file `lock`, and beats: it rewrites a counter in it. The kernel frees the lock of a dead
+process, but some file systems have no flock, or none that reaches other hosts. A lock file that another run left is
+therefore judged before it is taken over: by this machine's process table, by SLURM, or by watching the counter. No
+clock of day and no file time decides anything.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Self, get_type_hints
+
+from fedhpc.errors import ConfigError
+from fedhpc.jobenv import JobEnvironment, machine_id, start_ticks
+
+BEAT_S = 10.0
+WATCH_S = 35.0
+"""How long another run's counter must stand still: three beats, and the time to write one."""
+SETTLE_S = 1.0
+"""How long to look whether another run takes a left lock over at the same moment."""
+LOOKS = 20
+RECORD_BYTES = 1024
+NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The process that holds a lock, or held it."""
+
+    title: str
+    host: str
+    pid: int
+    start_ticks: int
+    """When it started: the next process of the same number has another."""
+    machine: str
+    uid: int
+    cluster: str | None
+    job_id: str | None
+    restarts: int
+    started: str
+    """For people; nothing is decided by it."""
+    beats: int = 0
+
+    @classmethod
+    def this_process(cls, job: JobEnvironment) -> Self:
+        """The owner that this process would be."""
+        return cls(
+            title=job.title,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            start_ticks=start_ticks(os.getpid()) or 0,
+            machine=machine_id(),
+            uid=os.getuid(),
+            cluster=job.cluster,
+            job_id=job.job_id,
+            restarts=job.restarts,
+            started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+
+    @classmethod
+    def parse(cls, record: bytes) -> Self | None:
+        """The owner that a lock file names, if it names one."""
+        try:
+            owner = cls(**json.loads(record))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return (
+            owner if all(isinstance(getattr(owner, name), kind) for name, kind in get_type_hints(cls).items()) else None
+        )
+
+    def record(self) -> bytes:
+        """What :meth:`parse` reads, of one size: between two beats only the counter's digits differ."""
+        return json.dumps(asdict(self)).encode().ljust(RECORD_BYTES - 1) + b"\n"
+
+
+class RunLock:
+    """The right to write in a run directory; a context manager."""
+
+    def __init__(
+        self, run_dir: str | Path, job: JobEnvironment, *, beat_s: float = BEAT_S, watch_s: float = WATCH_S
+    ) -> None:
+        self.path = Path(run_dir) / "lock"
+        self.notice: str | None = None
+        """Whose lock was taken over, and why."""
+        self.lost = False
+        """Another run has taken the lock over, because this process gave no sign of life: it must not write again."""
+        self._job, self._beat_s, self._watch_s = job, beat_s, watch_s
+        self._descriptor: int | None = None
+        self._stop = threading.Event()
+        os.register_at_fork(after_in_child=self._close)
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock, until :meth:`release` or the end of this process.
+
+        Raises:
+            ConfigError: another run has it, or it cannot be taken here.
+        """
+        self._me = Owner.this_process(self._job)
+        self._stop.clear()
+        try:
+            while self._descriptor is None:
+                self._descriptor = self._try()
+        except OSError as error:
+            raise ConfigError(f"run_dir: {self.path} cannot be locked: {error.strerror}") from None
+        self._thread = threading.Thread(target=self._beat, args=[self._descriptor], daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the lock back; without a lock, or in a forked child, nothing happens."""
+        if self._descriptor is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError):
+            if self._in_place(self._descriptor) and not self._taken_over():
+                self.path.unlink()
+        self._close()
+
+    def _try(self) -> int | None:
+        """The lock file, ours; None if another process changed it meanwhile."""
+        if (found := self._open()) is None:
+            return None
+        descriptor, is_new = found
+        with ExitStack() as undo:
+            undo.callback(os.close, descriptor)
+            self._flock(descriptor)
+            before = b"" if is_new else self._read()
+            alive, reason = (False, "") if is_new else self._judge(before)
+            now = self._read()
+            if not self._in_place(descriptor) or (now != before and not alive):
+                return None
+            if alive:
+                raise self._refusal(now, f", or remove {self.path} if that process is surely dead")
+            os.ftruncate(descriptor, RECORD_BYTES)
+            self._write(descriptor, self._me)
+            if not is_new:
+                time.sleep(SETTLE_S)  # without flock, several may take it over at once: who wrote last has it
+                if self._taken_over():
+                    raise self._refusal(self._read())
+                self.notice = f"took over the lock that {_name(before)} left in {self.path.parent}: {reason}"
+            undo.pop_all()
+        return descriptor
+
+    def _open(self) -> tuple[int, bool] | None:
+        """The file and whether it is new; None if it vanished meanwhile."""
+        with suppress(FileExistsError):
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise ConfigError(f"run_dir: {self.path} is in the way: it is not a plain file")
+        with suppress(FileNotFoundError):
+            return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW), False
+        return None
+
+    def _flock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                if Owner.parse(record := self._read()) is None:
+                    self._changes(record, 2 * SETTLE_S)  # it is locked, but not yet written
+                raise self._refusal(self._read()) from None
+            if error.errno not in NO_FLOCK:
+                raise
+
+    def _judge(self, record: bytes) -> tuple[bool, str]:
+        """Whether the owner of a left lock file may be alive, and if not, how we know."""
+        owner, me = Owner.parse(record), self._me
+        if owner is None:
+            return self._changes(record, SETTLE_S), "it names no process"
+        if (owner.machine, owner.uid) == (me.machine, me.uid):
+            return start_ticks(owner.pid) == owner.start_ticks, "that process has ended"
+        if owner.job_id is not None and (owner.cluster, owner.uid) == (me.cluster, me.uid):
+            if owner.job_id == me.job_id and owner.restarts != me.restarts:
+                return False, "that job was requeued"
+            if owner.job_id != me.job_id and (runs := self._job.job_runs(owner.job_id)) is not None:
+                return runs, "that job has ended"
+        return self._changes(record, self._watch_s), f"it gave no sign of life for {self._watch_s:g} s"
+
+    def _changes(self, record: bytes, seconds: float) -> bool:
+        # Counted looks, not elapsed time: while this process or the file system stands still, no time passes.
+        for _ in range(LOOKS):
+            time.sleep(seconds / LOOKS)
+            if self._read() != record:
+                return True
+        return False
+
+    def _refusal(self, record: bytes, remedy: str = "") -> ConfigError:
+        return ConfigError(
+            f"run_dir: {self.path.parent} is in use by {_name(record)}; only one run at a time may write there: wait "
+            f"for it, end it, or choose another run_dir{remedy}"
+        )
+
+    def _beat(self, descriptor: int) -> None:
+        beats = 0
+        while not self._stop.wait(self._beat_s):
+            beats += 1
+            # The run itself will say what is wrong with its directory.
+            with suppress(OSError):
+                if self._taken_over():
+                    self.lost = True
+                    return
+                self._write(descriptor, replace(self._me, beats=beats))
+
+    def _taken_over(self) -> bool:
+        owner = Owner.parse(self._read())
+        return owner is not None and replace(owner, beats=0) != self._me
+
+    def _read(self) -> bytes:
+        # By a new descriptor each time: only then do network file systems ask the server.
+        with suppress(OSError), self.path.open("rb", buffering=0) as file:
+            return file.read(4 * RECORD_BYTES)
+        return b""
+
+    @staticmethod
+    def _write(descriptor: int, owner: Owner) -> None:
+        os.pwrite(descriptor, owner.record(), 0)
+        os.fsync(descriptor)
+
+    def _in_place(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _name(record: bytes) -> str:
+    owner = Owner.parse(record)
+    return "an unknown process" if owner is None else f"{owner.title}, process {owner.pid} on {owner.host}"

@@ -1,0 +1,37 @@
+"""Requests to stop: signals, and the end of a batch job's time."""
+
+import signal
+import time
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether this process, or by way of the server any other, was asked to stop."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        """Empty until a stop is requested."""
+        self.since = 0.0
+        """When it was, by the monotonic clock."""
+        self._end: float | None = None
+
+    def __bool__(self) -> bool:
+        if self._end is not None and not self.reason and time.monotonic() >= self._end:
+            self.ask("the job's time limit is near")
+        return bool(self.reason)
+
+    def ask(self, reason: str, seconds_ago: float = 0.0) -> None:
+        """Request a stop; the first reason counts."""
+        if not self.reason:
+            self.reason, self.since = reason, time.monotonic() - seconds_ago
+
+    def listen(self) -> None:
+        """From now on the stop signals are requests; a launcher may have started this process with them blocked."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda received, _: self.ask(signal.Signals(received).name))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def ask_in(self, seconds: float) -> None:
+        """Request a stop in so many seconds, measured by a clock that nobody sets."""
+        self._end = time.monotonic() + seconds

@@ -1,0 +1,71 @@
+"""A run that is stopped on request and started again ends with the bits of one that never was."""
+
+import os
+import signal
+
+import pytest
+from tiny import final_prompts, metrics
+
+from fedhpc.errors import EXIT_STOPPED
+from fedhpc.exchange import LocalExchange
+
+VOLATILE = ("seconds", "bytes_down", "bytes_up")
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """From now on every start is stopped after so many local steps or batches, by a real signal."""
+    beat = LocalExchange.beat
+    left = 0
+
+    def counting_beat(exchange, activity):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        beat(exchange, activity)
+
+    def after(count):
+        nonlocal left
+        left = count
+
+    monkeypatch.setattr(LocalExchange, "beat", counting_beat)
+    yield after
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run_to_the_end(fedhpc, config, stop_after, counts):
+    """Stop after each of the counts, then let the run end; the exit statuses."""
+    statuses = []
+    for count in [*counts, 0]:
+        stop_after(count)
+        statuses.append(fedhpc("run", config)[0])
+    return statuses
+
+
+SETTINGS = {
+    "score, adam reset": {},
+    "moments kept, linear schedule": {"device__reset_moments": False, "device__schedule": "linear"},
+    "released": {"server__variant": "released"},
+    "dropout": {"tuning__dropout": 0.2},
+    "rare checkpoints": {"checkpoint__every": 100, "evaluate__every": 2},
+    "auto": {"selection__ratio": "auto", "selection__warmup_rounds": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_interruptions_leave_no_trace_in_the_results(run_config, fedhpc, stop_after, setting):
+    undisturbed = run_config("undisturbed", **SETTINGS[setting])
+    assert fedhpc("run", undisturbed)[0] == 0
+    config = run_config("disturbed", **SETTINGS[setting])
+    counts = [5, 20, 4, 1, 17, 9, 31]
+    statuses = run_to_the_end(fedhpc, config, stop_after, counts)
+    assert statuses[:3] == [EXIT_STOPPED] * 3
+    assert statuses[-1] == 0
+    assert final_prompts(config) == final_prompts(undisturbed)
+    ours, theirs = (
+        [{key: value for key, value in record.items() if key not in VOLATILE} for record in metrics(path)]
+        for path in (config, undisturbed)
+    )
+    assert ours == theirs
