@@ -3,7 +3,7 @@
 A run holds flock on the file `lock`, and beats: it rewrites a counter in it. The kernel frees the lock of a dead
 process, but some file systems have no flock, or none that reaches other hosts. A lock file that another run left is
 therefore judged before it is taken over: by this machine's process table, by SLURM, or by watching the counter. No
-clock of day and no file time decides anything.
+clock of day and no file time decides anything: `started` is for people.
 """
 
 import errno
@@ -47,7 +47,6 @@ class Owner:
     job_id: str | None
     restarts: int
     started: str
-    """For people; nothing is decided by it."""
     beats: int = 0
 
     @classmethod
@@ -77,9 +76,10 @@ class Owner:
             owner if all(isinstance(getattr(owner, name), kind) for name, kind in get_type_hints(cls).items()) else None
         )
 
-    def record(self) -> bytes:
-        """What :meth:`parse` reads, of one size: between two beats only the counter's digits differ."""
-        return json.dumps(asdict(self)).encode().ljust(RECORD_BYTES - 1) + b"\n"
+    def write(self, descriptor: int) -> None:
+        """Put on disk what :meth:`parse` reads, of one size: from beat to beat only the counter's digits change."""
+        os.pwrite(descriptor, json.dumps(asdict(self)).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+        os.fsync(descriptor)
 
 
 class RunLock:
@@ -95,7 +95,6 @@ class RunLock:
         """Another run has taken the lock over, because this process gave no sign of life: it must not write again."""
         self._job, self._beat_s, self._watch_s = job, beat_s, watch_s
         self._descriptor: int | None = None
-        self._stop = threading.Event()
         os.register_at_fork(after_in_child=self._close)
 
     def __enter__(self) -> Self:
@@ -112,7 +111,7 @@ class RunLock:
             ConfigError: another run has it, or it cannot be taken here.
         """
         self._me = Owner.this_process(self._job)
-        self._stop.clear()
+        self._stop = threading.Event()
         try:
             while self._descriptor is None:
                 self._descriptor = self._try()
@@ -139,7 +138,8 @@ class RunLock:
         descriptor, is_new = found
         with ExitStack() as undo:
             undo.callback(os.close, descriptor)
-            self._flock(descriptor)
+            if not self._flock(descriptor):
+                return None
             before = b"" if is_new else self._read()
             alive, reason = (False, "") if is_new else self._judge(before)
             now = self._read()
@@ -148,7 +148,7 @@ class RunLock:
             if alive:
                 raise self._refusal(now, f", or remove {self.path} if that process is surely dead")
             os.ftruncate(descriptor, RECORD_BYTES)
-            self._write(descriptor, self._me)
+            self._me.write(descriptor)
             if not is_new:
                 time.sleep(SETTLE_S)  # without flock, several may take it over at once: who wrote last has it
                 if self._taken_over():
@@ -167,16 +167,19 @@ class RunLock:
             return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW), False
         return None
 
-    def _flock(self, descriptor: int) -> None:
+    def _flock(self, descriptor: int) -> bool:
+        """Whether the file is still there to be locked: its owner removes it before letting go."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 if Owner.parse(record := self._read()) is None:
                     self._changes(record, 2 * SETTLE_S)  # it is locked, but not yet written
-                raise self._refusal(self._read()) from None
-            if error.errno not in NO_FLOCK:
+                if self._in_place(descriptor):
+                    raise self._refusal(self._read()) from None
+            elif error.errno not in NO_FLOCK:
                 raise
+        return self._in_place(descriptor)
 
     def _judge(self, record: bytes) -> tuple[bool, str]:
         """Whether the owner of a left lock file may be alive, and if not, how we know."""
@@ -215,7 +218,7 @@ class RunLock:
                 if self._taken_over():
                     self.lost = True
                     return
-                self._write(descriptor, replace(self._me, beats=beats))
+                replace(self._me, beats=beats).write(descriptor)
 
     def _taken_over(self) -> bool:
         owner = Owner.parse(self._read())
@@ -227,16 +230,10 @@ class RunLock:
             return file.read(4 * RECORD_BYTES)
         return b""
 
-    @staticmethod
-    def _write(descriptor: int, owner: Owner) -> None:
-        os.pwrite(descriptor, owner.record(), 0)
-        os.fsync(descriptor)
-
     def _in_place(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(descriptor))
-        except FileNotFoundError:
-            return False
+        with suppress(FileNotFoundError):
+            return os.path.samestat(self.path.lstat(), os.fstat(descriptor))
+        return False
 
     def _close(self) -> None:
         if self._descriptor is not None:

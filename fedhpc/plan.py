@@ -38,6 +38,7 @@ def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) 
         _overview(job, total),
         _traffic(job, ranks, total),
         _memory(job, ranks, total),
+        _stop(job, num_workers),
         _placement(job, ranks),
         _time(job, num_workers, examples_per_second),
         [f"note: {notice}" for notice in config.notices()],
@@ -88,12 +89,13 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     config, shape = job.config, job.shape
     n = 4 * job.tuning.exchanged(range(_selected(job))).size
     local = 4 * job.tuning.local(range(_selected(job))).size
-    state = make_method(config.server, num_devices=1, sample_rate=1.0).init(np.zeros(1, np.float32))
-    controls = config.federation.num_devices if config.server.method == "fedpeptao" else 0
+    vectors = _server_vectors(job)
+    # The sampled devices' own, and those that a checkpoint has not written yet.
+    controls = (1 + config.checkpoint.every) * config.federation.devices_per_round * _has_control(job)
     server = {
         "program": PROCESS_BYTES,
-        f"prompts and server state ({1 + len(state.vectors)} vectors)": n * (1 + len(state.vectors)),
-        f"control variates (up to {controls} devices)": n * controls,
+        f"prompts and server state ({vectors} vectors)": n * vectors,
+        f"control variates not on disk ({controls})": n * controls,
         f"gather buffer ({config.federation.devices_per_round} uploads)": 2 * n * config.federation.devices_per_round,
     }
     longest = max(split["longest"] for split in job.data.description.splits.values())
@@ -114,6 +116,33 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     for role, parts in roles.items():
         yield f"memory of {role}: {human_bytes(sum(parts.values()))}"
         yield from (f"  {human_bytes(size):>9}  {part}" for part, size in parts.items() if size)
+
+
+def _stop(job: Job, num_workers: int) -> Iterator[str]:
+    """What a stop within a round writes: at most, if it comes when all but the last step of each rank is done."""
+    config = job.config
+    n = 4 * job.tuning.exchanged(range(_selected(job))).size
+    local = 4 * job.tuning.local(range(_selected(job))).size
+    sampled = config.federation.devices_per_round
+    unwritten = config.checkpoint.every * sampled
+    moments = 0 if config.device.reset_moments else 2 * 4 * _trainable(job)
+    server = n * (_server_vectors(job) + unwritten * _has_control(job))
+    finished = n * sampled + unwritten * (local + moments)
+    unfinished = 3 * 4 * _trainable(job) * min(num_workers, sampled)
+    yield f"written at a stop: up to {human_bytes(server + finished + unfinished)} in the grace that the job is given"
+    yield f"  {human_bytes(server):>9}  server: its vectors, control variates since the last checkpoint"
+    yield f"  {human_bytes(finished):>9}  device ranks together: finished uploads, local states"
+    yield f"  {human_bytes(unfinished):>9}  device ranks together: half-done updates, prompts and Adam moments"
+
+
+def _server_vectors(job: Job) -> int:
+    """The parameters and the method's own vectors."""
+    state = make_method(job.config.server, num_devices=1, sample_rate=1.0).init(np.zeros(1, np.float32))
+    return 1 + len(state.vectors)
+
+
+def _has_control(job: Job) -> bool:
+    return job.config.server.method == "fedpeptao"
 
 
 def _placement(job: Job, ranks: int) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 
 import pytest
 from tiny import final_prompts, metrics
 
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange
+from fedhpc.jobenv import JobEnvironment
 
 VOLATILE = ("seconds", "bytes_down", "bytes_up")
 
@@ -69,3 +71,49 @@ def test_interruptions_leave_no_trace_in_the_results(run_config, fedhpc, stop_af
         for path in (config, undisturbed)
     )
     assert ours == theirs
+
+
+def in_a_job(monkeypatch, seconds_left):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + seconds_left)))
+
+
+def test_a_job_stops_itself_before_its_time_is_up(run_config, fedhpc, monkeypatch):
+    in_a_job(monkeypatch, 4)
+    config = run_config(federation__rounds=100000, checkpoint__stop_before_end_s=2.0, trace=False)
+    began = time.monotonic()
+    status, _, err = fedhpc("run", config)
+    assert status == EXIT_STOPPED
+    assert time.monotonic() - began < 4
+    assert "stopped on request (the job's time limit is near)" in err
+
+
+def test_a_job_too_short_for_its_own_guard_is_refused(run_config, fedhpc, monkeypatch):
+    in_a_job(monkeypatch, 50)
+    status, _, err = fedhpc("run", run_config())
+    assert status == 2
+    assert "checkpoint.stop_before_end_s: 60, but the job's time limit leaves" in err
+
+
+def test_a_clock_that_jumps_does_not_stop_a_job(run_config, fedhpc, monkeypatch):
+    in_a_job(monkeypatch, 3600)
+    now = time.time
+    config = run_config()
+    seconds_left = JobEnvironment.seconds_left
+
+    def then_jump(environment):
+        left = seconds_left(environment)
+        monkeypatch.setattr(time, "time", lambda: now() + 7200)
+        return left
+
+    monkeypatch.setattr(JobEnvironment, "seconds_left", then_jump)
+    assert fedhpc("run", config)[0] == 0
+
+
+def test_before_the_first_round_there_is_nothing_to_lose(run_config, fedhpc, stop_after):
+    config = run_config()
+    stop_after(1)
+    status, _, err = fedhpc("run", config)
+    assert status == EXIT_STOPPED
+    assert "nothing to save" in err
+    assert fedhpc("run", config)[0] == 0
