@@ -63,7 +63,7 @@ def run(task, name, overrides, prepared, arguments):
     subprocess.run([*command, *(word for setting in settings for word in ("--set", setting))], check=True)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     checkpoints = Checkpoints(folder)
-    with h5py.File(checkpoints.path(checkpoints.rounds()[0]) / SERVER_FILE) as file:
+    with h5py.File(checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE) as file:
         layers = file["selection/layers"][()].tolist()
     return {
         "layers": layers,

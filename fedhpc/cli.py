@@ -111,7 +111,7 @@ def set_up(
     def play() -> Op:
         if isinstance(exchange, MpiExchange) and has_devices:
             return serve(exchange, worker)
-        return Server(job, exchange).run(state)
+        return Server(job, exchange, lock).run(state)
 
     def play_on() -> Op:
         nonlocal state

@@ -183,7 +183,8 @@ def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.d
         return torch.device("cpu")
     if not environment.gpus_allotted:
         log.warning(
-            "this job was given no GPU, so the CPU is used; ask for one, for example by sbatch --gpus-per-task=1"
+            "this job was given no GPU, so the CPU is used; ask for one, for example by sbatch --gpus-per-task=1 "
+            "(where SLURM does not manage GPUs, set CUDA_VISIBLE_DEVICES in the job file)"
         )
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

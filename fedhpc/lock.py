@@ -72,9 +72,8 @@ class Owner:
             owner = cls(**json.loads(record))
         except (ValueError, TypeError, RecursionError):
             return None
-        return (
-            owner if all(isinstance(getattr(owner, name), kind) for name, kind in get_type_hints(cls).items()) else None
-        )
+        kinds = get_type_hints(cls).items()
+        return owner if all(isinstance(getattr(owner, name), kind) for name, kind in kinds) else None
 
     def write(self, descriptor: int) -> None:
         """Put on disk what :meth:`parse` reads, of one size: from beat to beat only the counter's digits change."""

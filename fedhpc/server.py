@@ -15,6 +15,7 @@ from fedhpc.exchange import Exchange
 from fedhpc.federation import counts_per_worker, sample_devices
 from fedhpc.job import Job
 from fedhpc.local_update import learning_rate
+from fedhpc.lock import RunLock
 from fedhpc.messages import Command, Op
 from fedhpc.methods import make_method
 from fedhpc.metrics import score
@@ -34,7 +35,8 @@ Measured with MiniLM on TREC: `released` at a device learning rate of 5e-3 passe
 class Server:
     """One run, seen from rank 0."""
 
-    def __init__(self, job: Job, exchange: Exchange) -> None:
+    def __init__(self, job: Job, exchange: Exchange, lock: RunLock) -> None:
+        self.lock = lock
         self.config = job.config
         self.description = job.data.description
         self.identity = job.identity
@@ -117,6 +119,8 @@ class Server:
         if record["accuracy"] is None and (last or done % config.evaluate.every == 0):
             record |= self.evaluate(state, record["seconds"])
         self.state = state = replace(state, record=record)
+        if self.lock.lost:
+            raise RuntimeError(f"another run has taken over {config.run_dir}, in the belief that this one was dead")
         if last or done % config.checkpoint.every == 0:
             start = time.perf_counter()
             self.state = state = self.saving.save(state)

@@ -22,14 +22,14 @@ def connect(stop: StopRequest, job: JobEnvironment) -> Exchange:
     """
     launched_as_rank = any(variable in os.environ for variable in LAUNCHER_VARIABLES)
     exchange = MpiExchange(stop) if launched_as_rank else LocalExchange(stop)
+    if problem := job.launch_problem(exchange.size, launched_as_rank):
+        raise UserError(problem)
     for variable in SIZE_VARIABLES:
         if (launched := int(os.environ.get(variable, exchange.size))) != exchange.size:
             raise UserError(
                 f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the "
                 "MPI library that mpi4py loads are not of the same installation"
             )
-    if problem := job.launch_problem(exchange.size, launched_as_rank):
-        raise UserError(problem)
     return exchange if exchange.size > 1 else LocalExchange(stop)
 
 

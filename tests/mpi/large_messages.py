@@ -4,12 +4,13 @@ import numpy as np
 
 from fedhpc.exchange import MpiExchange
 from fedhpc.messages import Command, Op, upload_parts, upload_record
+from fedhpc.stopping import StopRequest
 
 FLOATS = (1 << 29) + 1000
 assert 4 * FLOATS > 1 << 31
 PLACES = [0, 1, (1 << 29) - 1, 1 << 29, FLOATS - 1]
 
-exchange = MpiExchange()
+exchange = MpiExchange(StopRequest())
 record_type = upload_record(FLOATS)
 if exchange.rank == 0:
     payload = np.zeros(FLOATS, np.float32)

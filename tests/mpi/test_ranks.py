@@ -13,7 +13,7 @@ from launch import MPIRUN, mpirun
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import cli
-from fedhpc.checkpoint import Checkpoints, verify
+from fedhpc.checkpoint import Checkpoints, Position, verify
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
@@ -124,8 +124,8 @@ def test_a_rank_that_raises_ends_all_of_them(run_config):
         assert "raise_in_round.py" in text
     raised = time.mktime(time.strptime(re.search(r"(\S+ \S+),\d+ CRITICAL", log)[1], "%Y-%m-%d %H:%M:%S"))
     assert ended - raised < 10 + 1  # log times are cut to the second
-    assert Checkpoints(folder).rounds() == [1]
-    verify(Checkpoints(folder).path(1))
+    assert [str(position) for position in Checkpoints(folder).positions()] == ["round_000001"]
+    verify(Checkpoints(folder).path(Position(1)))
 
 
 @pytest.mark.parametrize("fault", ["restore", "vanished run directory"])
