@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import fedhpc
 from fedhpc.config import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, RanksLost, UserError
-from fedhpc.exchange import Exchange, LocalExchange, MpiExchange, connect
+from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.lock import RunLock
 from fedhpc.messages import Op
@@ -43,7 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     stop, job = StopRequest(), JobEnvironment()
     stop.listen()
     try:
-        exchange = connect(stop, job)
+        timeout_s = load_config(arguments.config, arguments.set).exchange.timeout_s
+    except UserError:  # rank 0 will say it
+        timeout_s = DEFAULT_TIMEOUT_S
+    try:
+        exchange = connect(stop, job, timeout_s)
     except UserError:
         if not job.is_first_task:
             return EXIT_USER_ERROR
@@ -82,7 +86,6 @@ def set_up(
     def load() -> jobs.Job:
         config = load_config(arguments.config, arguments.set)
         jobs.limit_threads(config.device.threads)
-        exchange.timeout_s = config.exchange.timeout_s
         return jobs.load_job(config)
 
     is_server, has_devices = exchange.rank == 0, exchange.rank > 0 or isinstance(exchange, LocalExchange)

@@ -3,7 +3,7 @@
 import os
 
 from fedhpc.errors import UserError
-from fedhpc.exchange.base import Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
 from fedhpc.jobenv import JobEnvironment
@@ -14,14 +14,14 @@ LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
 """Set by mpirun or srun in every process that they start as an MPI rank."""
 
 
-def connect(stop: StopRequest, job: JobEnvironment) -> Exchange:
+def connect(stop: StopRequest, job: JobEnvironment, timeout_s: float) -> Exchange:
     """The network this process was started into: MPI under a launcher, else the serial twin.
 
     Raises:
         UserError: the processes that were started together do not find each other.
     """
     launched_as_rank = any(variable in os.environ for variable in LAUNCHER_VARIABLES)
-    exchange = MpiExchange(stop) if launched_as_rank else LocalExchange(stop)
+    exchange = MpiExchange(stop, timeout_s) if launched_as_rank else LocalExchange(stop)
     if problem := job.launch_problem(exchange.size, launched_as_rank):
         raise UserError(problem)
     for variable in SIZE_VARIABLES:
@@ -33,4 +33,4 @@ def connect(stop: StopRequest, job: JobEnvironment) -> Exchange:
     return exchange if exchange.size > 1 else LocalExchange(stop)
 
 
-__all__ = ["Exchange", "LocalExchange", "MpiExchange", "Traffic", "connect"]
+__all__ = ["DEFAULT_TIMEOUT_S", "Exchange", "LocalExchange", "MpiExchange", "Traffic", "connect"]

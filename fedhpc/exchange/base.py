@@ -34,10 +34,10 @@ class Exchange(ABC):
     """Among the ranks of this host."""
     num_workers: int
 
-    def __init__(self, stop: StopRequest) -> None:
+    def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.host = socket.gethostname()
         self.stop = stop
-        self.timeout_s = DEFAULT_TIMEOUT_S
+        self.timeout_s = timeout_s
         self.traffic = Traffic()
         """Of the latest request."""
         self.on_saved: Callable[[Note], None] = lambda note: None

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedhpc.errors import Halt, RanksLost, UserError
-from fedhpc.exchange.base import Exchange, Traffic
-from fedhpc.exchange.watchdog import ABORT_S, Watchdog
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
+from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
 from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
 
@@ -36,9 +36,10 @@ PAYLOAD = RecordType(np.dtype(np.float32))
 class MpiExchange(Exchange):
     """Rank 0 is the server, ranks 1 to size - 1 are the workers. Uses a private communicator."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        super().__init__(stop)
-        from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
+    def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        super().__init__(stop, timeout_s)
+        with bounded(timeout_s):
+            from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
 
         self._mpi: Any = MPI
         self._watchdog = Watchdog()
@@ -46,7 +47,8 @@ class MpiExchange(Exchange):
         self._buffers: dict[RecordType, np.ndarray] = {}
         self._types: dict[int, Any] = {}
         self._repaired = False
-        self._join(MPI.COMM_WORLD.Dup())
+        with self._inside("the start of MPI"):
+            self._join(MPI.COMM_WORLD.Dup())
 
     def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
         """See :class:`Exchange`."""
@@ -154,6 +156,8 @@ class MpiExchange(Exchange):
             sys.stderr.flush()
             time.sleep(PARTING_S)
             os._exit(status)
+        with bounded(self.timeout_s):
+            self._mpi.Finalize()
 
     def abort(self) -> None:
         """See :class:`Exchange`."""

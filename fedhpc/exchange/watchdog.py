@@ -1,5 +1,6 @@
 """Ends a rank that is stuck inside MPI, where no Python code of its main thread runs any more."""
 
+import faulthandler
 import os
 import threading
 import time
@@ -11,6 +12,19 @@ from fedhpc.report import log
 TICK_S = 0.5
 ABORT_S = 15.0
 """After MPI_Abort; the launcher ends the ranks within this time if it can."""
+
+
+@contextmanager
+def bounded(limit_s: float) -> Iterator[None]:
+    """End this process, with the stack of every thread on stderr, if the body takes longer.
+
+    For MPI_Init and MPI_Finalize, in which no other Python thread runs either.
+    """
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Watchdog:
