@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         with faults_end_every_rank(exchange):
             status = EXIT_STOPPED if role() == Op.SUSPEND else 0
+            if exchange.rank == 0 and status == 0:
+                job.mark_finished()
     with faults_end_every_rank(exchange):
         exchange.part(status)
     return status

@@ -127,6 +127,11 @@ class JobEnvironment:
             "mpirun; if one process is to do everything, with srun --ntasks=1"
         )
 
+    def mark_finished(self) -> None:
+        """Make the file by which a job script tells a run that has ended from one that its launcher has lost."""
+        if name := self.environ.get("FEDHPC_FINISHED"):
+            Path(name).touch()
+
     def seconds_left(self) -> float | None:
         """Until the job's time limit; None without a limit or an answer.
 
