@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ class Position:
     @classmethod
     def parse(cls, name: str) -> "Position | None":
         """The position that a folder's name gives."""
-        match = re.fullmatch(r"round_(\d{6,})(?:_part_(\d{6,}))?", name)
-        return cls(int(match[1]), int(match[2] or 0)) if match else None
+        match = re.fullmatch(r"round_(\d{6,})(?:_part_(\d{6,}))?", name, re.ASCII)
+        position = cls(int(match[1]), int(match[2] or 0)) if match else None
+        return position if str(position) == name else None
 
     @classmethod
     def of(cls, state: RunState) -> "Position":
@@ -120,9 +122,10 @@ class Checkpoints:
         write_whole(self.folder / name, data)
         return f"../{name}", sha256_of(data)
 
-    def commit(self, position: Position, server: bytes, sums: Sums, keep: int) -> None:
+    def commit(self, position: Position, server: bytes, sums: Sums, *, after: Position | None, keep: int) -> None:
         """Server: put the checkpoint in place once all its other files are on disk; drop the oldest generations.
 
+        The run went on from the checkpoint ``after``, so any newer one is broken, and goes.
         LATEST is for people and scripts; what counts when a run resumes is :meth:`newest`.
         """
         final, partial = self.path(position), self.partial
@@ -132,9 +135,8 @@ class Checkpoints:
         write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {SUMS}\n".encode())
         fsync(self.folder / CONTROL)
         fsync(partial)
-        # The run went on from the newest whole checkpoint, so what is as new as this one is broken.
-        for broken in (found for found in self.positions() if found >= position):
-            shutil.rmtree(self.path(broken))
+        for broken in (found for found in self.positions() if after is None or found > after):
+            _remove(self.path(broken))
         partial.rename(final)
         fsync(self.folder)
         write_whole(self.folder / "LATEST", f"{final.name}\n".encode())
@@ -200,14 +202,15 @@ class Checkpoints:
     def _drop(self, positions: list[Position]) -> None:
         """Remove checkpoints, and the device files that no other one lists."""
         for position in positions:
-            shutil.rmtree(self.path(position))
+            _remove(self.path(position))
         kept: set[str] = set()
         for position in self.positions():
-            kept |= self.device_files(position).keys()
+            with suppress(CheckpointError):  # a broken one keeps nothing
+                kept |= self.device_files(position).keys()
         for kind in (CONTROL, LOCAL):
-            for path in (self.folder / kind).iterdir():
+            for path in (self.folder / kind).glob("*.h5*"):
                 if f"../{kind}/{path.name}" not in kept:
-                    path.unlink()
+                    _remove(path)
 
 
 def newer(sums: Sums, over: Sums) -> Sums:
@@ -270,3 +273,11 @@ def read_verified(path: Path, sha256: str) -> bytes:
 def sha256_of(data: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -6,6 +6,7 @@ devices ever seen.
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class ControlVariates:
         """Device -> name and SHA-256 of its file."""
         self.fresh: dict[int, Vector] = {}
         """Newer than the file, or without one."""
+        self._changing = Lock()
+        """A checkpoint's thread forgets what the main thread may be replacing."""
         self._reader = ThreadPoolExecutor(1)
         self._fetching: Future[dict[int, Vector]] = Future()
         self.note_files(files)
@@ -53,11 +56,13 @@ class ControlVariates:
 
     def update(self, control: Mapping[int, Vector]) -> None:
         """Take over the c_i that a round has changed."""
-        self.fresh |= control
+        with self._changing:
+            self.fresh |= control
 
     def restrict(self, kept: np.ndarray) -> None:
         """Layers leave the exchange; what is in files is restricted when it is read."""
-        self.fresh = {device: vector[kept] for device, vector in self.fresh.items()}
+        with self._changing:
+            self.fresh = {device: vector[kept] for device, vector in self.fresh.items()}
 
     def write(self, fresh: Mapping[int, Vector], *, generation: int, round_index: int, layers: tuple[int, ...]) -> Sums:
         """Write files for these c_i; their names and SHA-256."""
@@ -70,9 +75,10 @@ class ControlVariates:
 
     def forget(self, fresh: Mapping[int, Vector]) -> None:
         """These c_i are in files now; those that have not changed since leave memory."""
-        for device, vector in fresh.items():
-            if self.fresh.get(device) is vector:
-                del self.fresh[device]
+        with self._changing:
+            for device, vector in fresh.items():
+                if self.fresh.get(device) is vector:
+                    del self.fresh[device]
 
     def note_files(self, sums: Sums) -> None:
         """These files hold the devices' c_i from now on; others among them are left alone."""

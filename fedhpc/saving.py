@@ -49,12 +49,12 @@ class CheckpointWriter:
         position = Position.of(state)
         if position == self.newest:  # resumed from it, and nothing of it has changed
             return state
-        self.newest = position
+        after, self.newest = self.newest, position
         self.checkpoints.begin()
         command = Command(op=Op.SAVE, round=position.round, generation=self.generation, layers=state.layers)
         self.exchange.request(command, NO_RECORD, [0] * self.exchange.num_workers)
         fresh, devices = dict(self.control.fresh), self.control.devices()
-        self._writing.start(lambda: self._write(state, fresh, devices))
+        self._writing.start(lambda: self._write(state, fresh, devices, after))
         return state
 
     def save_at_stop(self, state: RunState, *, in_round: bool) -> int:
@@ -78,8 +78,8 @@ class CheckpointWriter:
         self._notes.put(Note(kind=Kind.STOP))
         self._writing.finish()
 
-    def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int]) -> None:
-        position, config = Position.of(state), self.job.config
+    def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int], after: Position | None) -> None:
+        position, keep = Position.of(state), self.job.config.checkpoint.keep
         sums = self.control.write(fresh, generation=state.generation, round_index=position.round, layers=state.layers)
         server = server_file(state, self.job.tuning, self.job.identity, devices)
         waiting_for = self.exchange.num_workers
@@ -95,5 +95,5 @@ class CheckpointWriter:
         self.control.note_files(written)
         self.bytes_written += len(server) + sum((self.checkpoints.partial / name).stat().st_size for name in sums)
         self._device_files = newer(self._device_files, written)
-        self.checkpoints.commit(position, server, {**sums, **self._device_files}, config.checkpoint.keep)
+        self.checkpoints.commit(position, server, {**sums, **self._device_files}, after=after, keep=keep)
         self.control.forget(fresh)

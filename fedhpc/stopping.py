@@ -32,6 +32,11 @@ class StopRequest:
             signal.signal(number, lambda received, _: self.ask(signal.Signals(received).name))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    @staticmethod
+    def close() -> None:
+        """The run has ended: from now on a stop signal waits in vain, instead of ending Python on its way out."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
     def ask_in(self, seconds: float) -> None:
         """Request a stop in so many seconds, measured by a clock that nobody sets."""
         self._end = time.monotonic() + seconds

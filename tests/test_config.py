@@ -39,6 +39,7 @@ def test_defaults_follow_the_method_and_variant(write):
         "variant": "drift_corrected",
         "learning_rate": 1.5,
         "momentum": 0.5,
+        "max_rejected": 0.2,
     }
     released = load_config(path, ["server.variant=released"]).server
     assert (released.learning_rate, released.momentum) == (0.05, 0.9)

@@ -4,7 +4,8 @@ import torch
 from backbones import NUM_TOKENS, VOCABULARY, load_backbone, make_config, read_tuning, save_backbone
 
 from fedhpc.data import Split
-from fedhpc.local_update import DeviceState, batches, learning_rate, local_update
+from fedhpc.errors import Halt
+from fedhpc.local_update import DeviceState, UnfinishedUpdate, batches, learning_rate, local_update
 from fedhpc.tuning.base import as_parameters
 
 LAYERS = (0, 2)
@@ -52,7 +53,7 @@ class Device:
         self.start, local = self.tuning.split(self.tensors, layers)
         self.state = DeviceState(local=local)
 
-    def update(self, *, round_index=0, device=4, examples=OURS):
+    def update(self, *, round_index=0, device=4, examples=OURS, **interruption):
         return local_update(
             self.config,
             self.backbone,
@@ -64,6 +65,7 @@ class Device:
             examples=examples,
             round_index=round_index,
             device=device,
+            **interruption,
         )
 
 
@@ -214,6 +216,15 @@ def test_prompt_dropout_follows_seed_round_and_device(folder, backbone):
     assert len(losses) == 4
 
 
+def test_every_step_drops_other_elements(folder, backbone):
+    one, four = (
+        Device(folder, backbone, tuning={"dropout": 0.5}, epochs=epochs, batch_size=5, learning_rate=1e-12).update()
+        for epochs in (1, 4)
+    )
+    # All examples in one batch, parameters that do not move: only dropout can make later losses differ.
+    assert abs(four.loss - one.loss) > 1e-3
+
+
 def test_backbone_dropout_follows_the_seed(folder, tmp_path):
     path = save_backbone(tmp_path, "gpt2")
     model = {"backbone_dropout": True}
@@ -233,3 +244,60 @@ def test_a_linear_head_is_trained_and_uploaded(folder):
     tensors = device.tuning.merge(update.params, update.state.local, LAYERS)
     assert all((tensors[name] != device.tensors[name]).any() for name in tensors)
     assert update.params.size == 2 * LAYER_SIZE + 3 * 32 + 3
+
+
+def halt_before(step):
+    """A stop that is requested while the steps before this one, counted from 1, are made."""
+    said = []
+
+    def beat(activity):
+        said.append(activity)
+        if len(said) == step:
+            raise Halt
+
+    return beat, said
+
+
+def test_an_update_says_before_every_step_what_it_is_about_to_do(folder, backbone):
+    beat, said = halt_before(None)
+    Device(folder, backbone).update(round_index=3, beat=beat)
+    assert said == [f"training device 4 in round 3, step {step} of 6" for step in range(1, 7)]
+
+
+INTERRUPTED = {
+    "plain": {},
+    "moments kept": {"reset_moments": False},
+    "dropout": {"tuning": {"dropout": 0.5}},
+    "linear schedule": {"schedule": "linear"},
+}
+
+
+@pytest.mark.parametrize("setting", INTERRUPTED)
+def test_an_update_stopped_between_two_steps_goes_on_to_the_same_bits(folder, backbone, setting):
+    device = Device(folder, backbone, **INTERRUPTED[setting])
+    device.start, device.state = (first := device.update()).params, first.state
+    whole_update = device.update(round_index=1)
+    for stops in ([2], [4], [6], [3, 2], [2, 1, 1, 2]):
+        begun, steps = None, 0
+        for stop in stops:
+            torch.rand(3)
+            begun = device.update(round_index=1, begun=begun, beat=halt_before(stop)[0])
+            steps += stop - 1
+            assert isinstance(begun, UnfinishedUpdate)
+            assert begun.losses.shape == (steps,)
+        update = device.update(round_index=1, begun=begun)
+        np.testing.assert_array_equal(update.params, whole_update.params)
+        np.testing.assert_array_equal(update.state.local, whole_update.state.local)
+        assert (update.loss, update.num_steps) == (whole_update.loss, whole_update.num_steps)
+        assert update.state.steps_taken == whole_update.state.steps_taken == 12
+        assert (update.state.moments is None) == (whole_update.state.moments is None)
+        for name, moment in (whole_update.state.moments or {}).items():
+            np.testing.assert_array_equal(update.state.moments[name], moment)
+
+
+def test_an_unfinished_update_is_not_changed_by_going_on_from_it(folder, backbone):
+    device = Device(folder, backbone)
+    begun = device.update(beat=halt_before(4)[0])
+    assert begun.moments["prompts.step"] == len(begun.losses) == 3
+    first, second = device.update(begun=begun), device.update(begun=begun)
+    np.testing.assert_array_equal(first.params, second.params)

@@ -4,6 +4,9 @@ import pytest
 import tiny
 import yaml
 
+from fedhpc.errors import EXIT_STOPPED
+from fedhpc.exchange import LocalExchange
+
 
 def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
     config = run_config(selection__ratio=0.5)
@@ -45,11 +48,39 @@ def test_inspect_tells_of_runs_checkpoints_and_files(fedhpc, run_config):
         assert words in out
     checkpoint = folder / "checkpoints/round_000003"
     assert "layer scores" in fedhpc("inspect", checkpoint)[1]
-    assert "steps taken" in fedhpc("inspect", checkpoint / "devices_0001.h5")[1]
+    (local, *_), (control, *_) = (sorted((folder / f"checkpoints/{kind}").iterdir()) for kind in ("local", "control"))
+    assert "steps taken" in fedhpc("inspect", local)[1]
+    assert "a device's control variate" in fedhpc("inspect", control)[1]
     (checkpoint / "server.h5").write_bytes(b"")
     status, out, _ = fedhpc("inspect", checkpoint)
     assert status == 2
     assert "NOT VALID" in out
+    status, out, _ = fedhpc("inspect", folder)
+    assert status == 0
+    assert out.index("round_000003: NOT VALID") < out.index("round_000002: valid")
+
+
+def test_inspect_tells_of_a_run_stopped_within_a_round(fedhpc, run_config, monkeypatch):
+    beat, said = LocalExchange.beat, []
+
+    def stop_in_round_1(exchange, activity):
+        said.append(activity)
+        if sum("in round 1" in words for words in said) == 6:
+            exchange.stop.ask("the test")
+        beat(exchange, activity)
+
+    monkeypatch.setattr(LocalExchange, "beat", stop_in_round_1)
+    config = run_config(federation__partition="iid")
+    assert fedhpc("run", config)[0] == EXIT_STOPPED
+    checkpoints = Path(yaml.safe_load(config.read_text())["run_dir"]) / "checkpoints"
+    (part,) = checkpoints.glob("round_000001_part_*")
+    status, out, _ = fedhpc("inspect", part)
+    assert status == 0
+    assert "round 1 completed, and a part of the next one" in out
+    # 12 devices share 240 examples: an epoch is 3 batches of 8, and the sixth step was not made.
+    out = fedhpc("inspect", part / "progress_0001.h5")[1]
+    assert "finished, 3 steps" in out
+    assert "2 steps taken, unfinished" in out
 
 
 @pytest.mark.parametrize("path", ["nowhere", "."])

@@ -1,7 +1,10 @@
 """One process, the whole job."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -9,7 +12,27 @@ import pytest
 import tiny
 from tiny import final_prompts, metrics, run_dir
 
-from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
+from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from fedhpc.report import RunFiles
+
+
+def device_files(config, kind, after_round=None):
+    """Device -> its file of control/ or local/ that belongs to a checkpoint, the newest by default."""
+    checkpoints = Checkpoints(run_dir(config))
+    position = checkpoints.positions()[0] if after_round is None else Position(after_round)
+    names = (name for name in checkpoints.device_files(position) if name.startswith(f"../{kind}/"))
+    return {device_of(name): checkpoints.path(position) / name for name in names}
+
+
+def arrays(path):
+    """Every array of an HDF5 file, as bytes."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: found.update({name: item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None
+        )
+    return found
 
 
 def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
@@ -26,7 +49,18 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
         "traces",
     }
     assert (folder / "checkpoints/LATEST").read_text() == "round_000010\n"
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"LATEST", "round_000009", "round_000010"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "LATEST",
+        "control",
+        "local",
+        "round_000009",
+        "round_000010",
+    }
+    # Where all layers are exchanged and moments are reset, a device keeps nothing.
+    assert set(read_sums(folder / "checkpoints/round_000010")) == {
+        "server.h5",
+        *(f"../control/{path.name}" for path in device_files(config, CONTROL).values()),
+    }
     assert "rank 0/1" in (folder / "log.txt").read_text()
     records = metrics(config)
     assert [record["round"] for record in records] == list(range(10))
@@ -42,19 +76,36 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
 def test_half_of_the_layers_are_exchanged_and_the_others_stay_on_the_device(fedhpc, run_config):
     config = run_config()
     assert fedhpc("run", config)[0] == 0
-    folder = Checkpoints(run_dir(config)).path(3)
-    with h5py.File(folder / "server.h5") as file:
+    seen = {device for record in metrics(config) for device in record["devices"]}
+    shape = (2, 2, tiny.NUM_TOKENS, tiny.KEY_WIDTH)
+    with h5py.File(Checkpoints(run_dir(config)).path(Position(3)) / "server.h5") as file:
         layers = file["prompts"].attrs["layers"].tolist()
         scores = file["selection/scores"][()]
-        assert file["prompts"].shape == (2, 2, tiny.NUM_TOKENS, tiny.KEY_WIDTH)
-        assert file["control/devices"].shape[1:] == file["prompts"].shape
+        assert file["prompts"].shape == shape
+        assert set(file["control/device_ids"][()]) == seen
     assert layers == sorted(np.argsort(-scores, kind="stable")[:2].tolist())
-    with h5py.File(folder / "devices_0001.h5") as file:
-        seen = sorted(map(int, file["devices"]))
-        local = [file[f"devices/{device}/local_prompts"][()] for device in seen]
-    assert seen == sorted({device for record in metrics(config) for device in record["devices"]})
-    assert local[0].shape == (2, 2, tiny.NUM_TOKENS, tiny.KEY_WIDTH)
-    assert not np.array_equal(local[0], local[1])
+    for kind, name in ((CONTROL, "control"), (LOCAL, "local_prompts")):
+        own = []
+        files = device_files(config, kind)
+        assert set(files) == seen
+        for path in files.values():
+            with h5py.File(path) as file:
+                own.append(file[name][()])
+        assert own[0].shape == shape
+        assert len({array.tobytes() for array in own}) == len(seen)
+
+
+def test_a_checkpoint_writes_files_only_for_the_devices_that_took_part_since_the_last_one(fedhpc, run_config):
+    config = run_config(checkpoint__keep=10, federation__rounds=4)
+    assert fedhpc("run", config)[0] == 0
+    sampled = [set(record["devices"]) for record in metrics(config)]
+    assert sampled[0] != sampled[1]
+    for kind in (CONTROL, LOCAL):
+        before = {}
+        for done in range(1, 5):
+            files = {device: path.name for device, path in device_files(config, kind, done).items()}
+            assert {device for device, name in files.items() if before.get(device) != name} == sampled[done - 1]
+            before = files
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedpeptao"])
@@ -67,11 +118,12 @@ def test_a_resumed_run_ends_with_the_same_bits(fedhpc, run_config, method):
     assert status == 0
     assert "resuming after round 1 of 3" in err
     assert final_prompts(whole) == final_prompts(parts)
-    local = []
-    for config in (whole, parts):
-        with h5py.File(Checkpoints(run_dir(config)).path(3) / "devices_0001.h5") as file:
-            local.append({name: entry["local_prompts"][()].tobytes() for name, entry in file["devices"].items()})
-    assert local[0] == local[1]
+    for kind in (CONTROL, LOCAL):
+        ours, theirs = (
+            {device: arrays(path) for device, path in device_files(config, kind).items()} for config in (parts, whole)
+        )
+        assert ours == theirs
+        assert bool(ours) == (kind == LOCAL or method == "fedpeptao")
     assert [r["accuracy"] for r in metrics(whole)] == [r["accuracy"] for r in metrics(parts)]
 
 
@@ -113,9 +165,9 @@ def test_moments_kept_on_a_device_outlive_the_warm_up(fedhpc, run_config):
         federation__rounds=1,
     )
     assert fedhpc("run", config)[0] == 0
-    with h5py.File(Checkpoints(run_dir(config)).path(1) / "devices_0001.h5") as file:
-        assert sorted(map(int, file["devices"])) == sorted(metrics(config)[0]["devices"])
-        assert all("prompts.exp_avg" in entry["optimizer"] for entry in file["devices"].values())
+    files = device_files(config, LOCAL)
+    assert sorted(files) == sorted(metrics(config)[0]["devices"])
+    assert all("optimizer/prompts.exp_avg" in arrays(path) for path in files.values())
 
 
 def test_a_warm_up_that_outlasts_the_run_is_noticed(fedhpc, run_config):
@@ -134,7 +186,7 @@ def test_rerunning_a_finished_run_changes_nothing(fedhpc, run_config):
 def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_is_used(fedhpc, run_config):
     config, whole = run_config(), run_config("whole")
     assert fedhpc("run", config)[0] == fedhpc("run", whole)[0] == 0
-    path = Checkpoints(run_dir(config)).path(3) / "server.h5"
+    path = Checkpoints(run_dir(config)).path(Position(3)) / "server.h5"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -143,6 +195,63 @@ def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_is_used(fedhp
     assert f"{path}: is truncated or altered" in err
     assert "resuming after round 2 of 3" in err
     assert final_prompts(config) == final_prompts(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of so many bytes at this path."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"no command mount: {error}")
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+        return path
+
+    yield mount
+    if os.path.ismount(path):
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_with_space_made_it_goes_on_to_the_same_bits(fedhpc, run_config, small_disk):
+    changes = {"federation__rounds": 6, "checkpoint__keep": 100, "trace": False}
+    undisturbed = run_config("undisturbed", **changes)
+    assert fedhpc("run", undisturbed)[0] == 0
+    needed = sum(512 * path.stat().st_blocks for path in run_dir(undisturbed).rglob("*"))
+    disk = small_disk(3 * needed)
+    config = run_config(**changes | {"run_dir": str(disk / "run")})
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(3 * needed - needed // 2))
+
+    run = subprocess.run(
+        [sys.executable, "-m", "fedhpc", "run", config],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
+    (message,) = (line for line in run.stderr.splitlines() if "CRITICAL" in line)
+    assert "No space left on device" in message
+    assert str(disk / "run" / "checkpoints") in message
+    assert "rank 0/1" in message
+    before = Checkpoints(disk / "run").positions()[0]
+    assert Position(0) < before < Position(6)
+
+    ballast.unlink()
+    status, _, err = fedhpc("run", config, "--resume", "require")
+    assert status == 0
+    assert "checkpoint not used" not in err
+    assert f"resuming after round {before.round} of 6" in err
+    assert final_prompts(config) == final_prompts(undisturbed)
+    assert [record["accuracy"] for record in RunFiles(disk / "run").read_metrics()] == [
+        r["accuracy"] for r in metrics(undisturbed)
+    ]
 
 
 def test_a_run_that_learns_is_not_warned_about(fedhpc, run_config):
@@ -289,8 +398,8 @@ class TestBadInput:
         config = run_config()
         assert fedhpc("run", config)[0] == 0
         checkpoints = Checkpoints(run_dir(config))
-        for round_index in checkpoints.rounds():
-            path = checkpoints.path(round_index) / "server.h5"
+        for position in checkpoints.positions():
+            path = checkpoints.path(position) / "server.h5"
             content = path.read_bytes()
             path.unlink()
             if damage != "missing":

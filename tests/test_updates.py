@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from fedhpc.messages import HEADER, UPLOAD_HEADER, Command, Op, upload_parts, upload_record
+from fedhpc.messages import HEADER, NOTE, UPLOAD_HEADER, Command, Kind, Note, Op, upload_parts, upload_record
 from fedhpc.updates import Layout
 
 
@@ -30,12 +31,27 @@ def test_an_empty_layout():
 
 def test_commands_cross_as_fixed_headers():
     payload = np.arange(3, dtype=np.float32)
-    command = Command(op=Op.TRAIN, round=1 << 40, layers=(0, 31, 255), payload=payload)
+    command = Command(op=Op.TRAIN, round=1 << 40, generation=1 << 41, layers=(0, 31, 255), payload=payload)
     header = command.header()
     assert header.nbytes == HEADER.itemsize == UPLOAD_HEADER.itemsize == 64
     assert header[0]["payload_size"] == 3
     arrived = Command.from_header(np.frombuffer(header.tobytes(), HEADER), payload)
-    assert (arrived.op, arrived.round, arrived.layers) == (Op.TRAIN, 1 << 40, (0, 31, 255))
+    assert (arrived.op, arrived.round, arrived.generation) == (Op.TRAIN, 1 << 40, 1 << 41)
+    assert arrived.layers == (0, 31, 255)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        Note(kind=Kind.HALT),
+        Note(kind=Kind.STOP, text="SIGUSR1 at rank 3 (node-7)", seconds=0.1 + 0.2),
+        Note(kind=Kind.SAVED, text="../control/000123_000007.h5", sha256="0123456789abcdef" * 4),
+    ],
+)
+def test_notes_cross_as_fixed_records(note):
+    packed = note.packed()
+    assert packed.nbytes == NOTE.itemsize == 256
+    assert Note.unpacked(np.frombuffer(packed.tobytes(), NOTE)) == note
 
 
 def test_an_upload_is_its_header_and_its_floats():

@@ -149,6 +149,7 @@ class MpiExchange(Exchange):
 
     def part(self, status: int) -> None:
         """See :class:`Exchange`."""
+        self.stop.close()
         with self._losses():
             self._meet()
         if self._repaired:  # MPI_Finalize can hang then
