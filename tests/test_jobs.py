@@ -1,6 +1,7 @@
-"""Every configuration file of jobs/ is what it says, and the configuration reference names every key."""
+"""Every file of jobs/ is what it says, and the configuration reference names every key."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 JOBS = ROOT / "jobs"
 REFERENCE = ROOT / "docs/configuration.md"
 FILES = sorted(JOBS.rglob("*.yaml"))
+SLURM_FILES = sorted(JOBS.glob("*.slurm"))
 PUBLISHED = {
     "roberta-large": ("FacebookAI/roberta-large", "float32", 20),
     "gpt2-large": ("openai-community/gpt2-large", "float32", 5),
@@ -93,3 +95,38 @@ def test_the_configuration_reference_has_every_key_with_its_default():
             assert key in flatten(required)
         elif not stated.startswith("by "):
             assert yaml.safe_load(stated.strip("`")) == defaults[key], key
+
+
+@pytest.mark.parametrize("path", [*SLURM_FILES, *sorted(JOBS.glob("*.sh"))], ids=name)
+def test_a_job_script_is_valid_shell(path):
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", SLURM_FILES, ids=name)
+def test_a_slurm_job_is_warned_of_its_end_and_run_again(path):
+    text = path.read_text()
+    options = re.findall(r"^#SBATCH (.+)$", text, re.MULTILINE)
+    assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append"} <= set(options)
+    # The folder of the output must exist, so it is the one the job is submitted from.
+    assert [option for option in options if option.startswith("--output=%x-") and "/" not in option]
+    tasks = [int(option.removeprefix("--ntasks=")) for option in options if option.startswith("--ntasks=")]
+    assert sum(tasks) == 17
+    assert (tasks == [1, 16]) == ("hetjob" in options)
+    assert [line for line in text.splitlines() if line][-1].startswith(". jobs/launch.sh ")
+
+
+def test_there_is_a_slurm_job_for_each_published_model():
+    configs = {
+        path.name: re.search(r"^\. .*(jobs/\S+\.yaml)", path.read_text(), re.MULTILINE)[1] for path in SLURM_FILES
+    }
+    assert configs.pop("sweep.slurm") == "jobs/$MODEL/$task.yaml"
+    assert all((ROOT / config).exists() for config in configs.values())
+    assert set(configs.values()) == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}
+
+
+def test_the_sweep_has_every_task():
+    text = (JOBS / "sweep.slurm").read_text()
+    tasks, seeds = (re.search(rf"^{name}=\((.+)\)", text, re.MULTILINE)[1].split() for name in ("TASKS", "SEEDS"))
+    assert sorted(tasks) == sorted(TASKS)
+    assert f"--array=0-{len(tasks) * len(seeds) - 1}%" in text

@@ -1,0 +1,107 @@
+# shellcheck shell=bash
+# Runs fedhpc on the ranks of this SLURM job, stops it in time, and lets SLURM run the job again while that is of use.
+# Job files source it from the checkout's top folder, with the arguments of `fedhpc run`:
+#   . jobs/launch.sh CONFIG [--set KEY.SUB=VALUE ...]
+#
+# From the environment, or set in the job file before that line:
+#   LAUNCH          what starts the ranks. Default: .venv/bin/mpirun -np $SLURM_NTASKS. Others:
+#                     srun --mpi=pmix --kill-on-bad-exit=1     Open MPI, where SLURM has that plug-in
+#                     srun --mpi=pmi2 --kill-on-bad-exit=1     MPICH and its relatives, the same
+#                     mpirun -np $SLURM_NTASKS                 a module's MPI, loaded before, and before `make`
+#   FEDHPC          the command. Default: .venv/bin/fedhpc
+#   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions and time limits do not count.
+#   FEDHPC_REQUEUE  no: SLURM does not run this job again, the next of a chain goes on (jobs/chain.sh).
+
+say() {
+    echo "fedhpc job: $*"
+}
+
+finish() { # STATUS MESSAGE
+    say "$2"
+    rm -f "$failures"
+    exit "$1"
+}
+
+run_again() { # STATUS MESSAGE
+    if [ "${FEDHPC_REQUEUE:-yes}" = no ]; then
+        finish "$1" "$2; the next job of the chain goes on"
+    elif ! scontrol requeue "$job"; then
+        finish "$1" "$2; SLURM does not requeue it: submit it again to go on, or several at once with jobs/chain.sh"
+    fi
+    say "$2; requeued"
+    exit "$1"
+}
+
+# shellcheck disable=SC2317 # called by the traps
+ask_to_stop() { # SIGNAL
+    say "SIG$1: asking the ranks to stop"
+    stops=$((stops + 1))
+    [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
+}
+
+unset "${!SQUEUE_@}" SLURM_CLUSTERS # the user's settings could hide the job from squeue
+# A task of an array has a number of its own, but by that of the last task SLURM would take the whole array.
+job=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%A %i' | sed -n "s/^$SLURM_JOB_ID \(.*_.*\)/\1/p")
+job=${job:-$SLURM_JOB_ID}
+failures=fedhpc-$job.failures
+export FEDHPC_FINISHED=$PWD/fedhpc-$job.finished # made by the run that reaches its end
+rm -f "$FEDHPC_FINISHED"
+
+# SLURM ends a job by SIGTERM to all its processes. Open MPI's mpirun and daemons would kill the ranks 0.2 s later, so
+# they must not see it. Nor must a rank die of a signal that comes while it starts: it stays pending until then.
+if env --block-signal=TERM true 2>/dev/null; then
+    deaf='env --block-signal=TERM'
+    patient='env --block-signal=TERM,USR1,USR2'
+    export PRTE_MCA_prte_launch_agent="${PRTE_MCA_prte_launch_agent:-$deaf prted}"
+else
+    deaf='' patient=''
+    say "this system's env cannot block signals: when SLURM ends the job, the ranks stop without a last checkpoint"
+fi
+LAUNCH=${LAUNCH:-.venv/bin/mpirun -np $SLURM_NTASKS}
+case $LAUNCH in
+srun*) export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" ;; # srun does not take it from the job by itself
+esac
+
+launcher='' stops=0 terminated=''
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop USR2' USR2
+trap 'terminated=yes; ask_to_stop TERM' TERM
+say "job $job, run $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T'), $LAUNCH: fedhpc run $*"
+# shellcheck disable=SC2086 # several words each
+$deaf $LAUNCH $patient ${FEDHPC:-.venv/bin/fedhpc} run "$@" &
+launcher=$!
+[ $stops = 0 ] || kill -USR1 "$launcher" 2>/dev/null
+while # a signal ends `wait` before the launcher ends
+    seen=$stops
+    wait "$launcher"
+    status=$?
+    [ "$stops" != "$seen" ]
+do :; done
+
+if [ $status = 0 ] && ! rm "$FEDHPC_FINISHED" 2>/dev/null; then
+    say 'the launcher lost the ranks' # Open MPI's mpirun ends with 0 when it loses a daemon on another node
+    status=1
+fi
+[ $status != 138 ] || [ "$stops" = 0 ] || status=75 # the signal came before the launcher was ready for it
+
+case $status in
+0) finish 0 'done' ;;
+2 | 126 | 127) finish $status "ended with $status, which another run would not mend" ;;
+esac
+if [ -n "$terminated" ]; then
+    case $(squeue --noheader --jobs="$job" --format=%T) in
+    RUNNING*) ;; # in the grace before a preemption: SLURM does not requeue what ends by itself in it
+    *)
+        say "ended by SLURM, with $status"
+        exit $status
+        ;;
+    esac
+fi
+[ $status != 75 ] || run_again 75 'stopped'
+
+count=$(($(cat "$failures" 2>/dev/null) + 1))
+if [ $count -gt "${MAX_FAILURES:-3}" ]; then
+    finish $status "failed with $status for the $count. time, not run again"
+fi
+echo $count >"$failures" || finish $status "failed with $status, and there is no room to count failures: not run again"
+run_again $status "failed with $status"

@@ -1,0 +1,181 @@
+"""A private SLURM of one node: munged, slurmctld and slurmd, all in one folder, ended by process id."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+NOT_INHERITED = ("SLURM", "SBATCH", "SRUN", "SCANCEL", "SQUEUE", "OMPI_", "PMIX_", "PRTE_", "PMI_")
+KILL_WAIT_S = 10
+"""Between SLURM's SIGTERM and SIGKILL; one that requeues a job waits as long again, see cred_expire."""
+
+# No job accounting, no cgroups. More CPUs than the host has, so that 17 tasks fit on any.
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={socket},cred_expire=10
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+GresTypes=gpu
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+ReturnToService=2
+KillWait={kill_wait}
+MailProg=/bin/true
+NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=100000
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing_program():
+    """The name of one that is not installed; None if all are."""
+    return next((name for name in PROGRAMS if shutil.which(name, path=PATH) is None), None)
+
+
+class Cluster:
+    """Usable after :meth:`start`; :meth:`stop` ends it in whatever state it is."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.conf = self.folder / "slurm.conf"
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)},
+            "PATH": PATH,
+            "SLURM_CONF": str(self.conf),
+        }
+        self.daemons = []
+
+    def start(self):
+        for name in ("state", "spool", "munge"):
+            (self.folder / name).mkdir(mode=0o755)
+        key, munge_socket = self.folder / "munge/key", self.folder / "munge/socket"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        # Named like the host, so that mpirun starts the ranks by itself instead of by srun.
+        host = socket.gethostname().partition(".")[0]
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        ports = free_ports(2)
+        self.conf.write_text(
+            CONF.format(
+                host=host, user=user, ports=ports, socket=munge_socket, folder=self.folder, kill_wait=KILL_WAIT_S
+            )
+        )
+        files = [f"--key-file={key}", f"--socket={munge_socket}"]
+        files += [f"--{name}-file={self.folder / 'munge' / name}" for name in ("pid", "log", "seed")]
+        self._spawn("munged", "--foreground", "--force", "--num-threads=2", *files)
+        self._wait_until(munge_socket.is_socket)
+        self._spawn("slurmctld", "-D", "-f", str(self.conf))
+        self._spawn("slurmd", "-D", "-N", host, "-f", str(self.conf))
+        self._wait_until(lambda: "idle" in self.run("sinfo", "--noheader", "--format=%T", check=False).stdout)
+
+    def stop(self):
+        if self.daemons:
+            self.run("scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name, check=False)
+            deadline = time.monotonic() + KILL_WAIT_S + 5
+            while self.run("squeue", "--noheader", check=False).stdout and time.monotonic() < deadline:
+                time.sleep(0.5)
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for pid in self.processes():
+            os.kill(pid, 9)
+
+    def run(self, *command, cwd=None, check=True, **variables):
+        """A command of this cluster; the completed process, outputs as text."""
+        environment = self.environment | {key: str(value) for key, value in variables.items()}
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+            cwd=cwd,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        return done
+
+    def submit(self, folder, *arguments, **variables):
+        """Sbatch in a folder; the job's number. The output goes to NUMBER.out there."""
+        return self.run("sbatch", "--parsable", "--output=%j.out", *arguments, cwd=folder, **variables).stdout.strip()
+
+    def job(self, number):
+        """What SLURM knows about a job."""
+        shown = self.run("scontrol", "show", "job", "--oneliner", number).stdout
+        return dict(field.partition("=")[::2] for field in shown.split())
+
+    def ended(self, number, timeout_s=300):
+        """Wait until a job has ended for good; what SLURM knows about it then."""
+        deadline = time.monotonic() + timeout_s
+        while (job := self.job(number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+            assert time.monotonic() < deadline, f"job {number} did not end: {job}"
+            time.sleep(0.5)
+        return job
+
+    def processes(self):
+        """Numbers of all processes that know this cluster: what it started, and what that started."""
+        mark = f"SLURM_CONF={self.conf}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:  # ended, or another user's
+                continue
+        return found
+
+    def _spawn(self, program, *arguments):
+        with (self.folder / f"{program}.out").open("w") as output:
+            daemon = subprocess.Popen(
+                # It ends with this process, also when that is killed.
+                ["setpriv", "--pdeathsig", "TERM", shutil.which(program, path=PATH), *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.daemons.append(daemon)
+
+    def _wait_until(self, ready, timeout_s=30):
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            logs = "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in self.folder.glob("*.out"))
+            assert time.monotonic() < deadline, f"the cluster did not come up\n{logs}"
+            time.sleep(0.1)
+
+
+def free_ports(count):
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

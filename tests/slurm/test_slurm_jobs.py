@@ -1,0 +1,212 @@
+"""The shipped job files under real SLURM daemons: they finish, or go on where they were, to the same bits."""
+
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from cluster import Cluster, missing_program
+
+ROOT = Path(__file__).parent.parent.parent
+MPIRUN = Path(sys.executable).parent / "mpirun"
+DONE = re.compile(r"done after round 20; .* final prompts sha256 ([0-9a-f]{64})$", re.MULTILINE)
+RANKS_TAKE_TURNS = {
+    "OMPI_MCA_mpi_yield_when_idle": 1,
+    "OMPI_MCA_threads_pthreads_yield_strategy": "nanosleep",
+    "OMPI_MCA_threads_pthreads_nanosleep_time": 100000,
+    "OPENBLAS_NUM_THREADS": 1,
+}
+"""The cluster has fewer cores than it claims."""
+SEED = 42
+DEMO_S = 600
+"""More than a run of the demo takes on two busy cores, most of it to start 17 ranks."""
+
+pytestmark = [
+    pytest.mark.skipif(missing_program() is not None, reason=f"SLURM: no {missing_program()} (tests/slurm/install.sh)"),
+    pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this Python"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    # Not in pytest's folder: the path of munge's socket may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="fedhpc-slurm-", dir="/tmp")
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A top folder to submit from, which jobs may write into."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "jobs").symlink_to(ROOT / "jobs")
+    return folder
+
+
+# The demo: 17 ranks, disturbed and undisturbed.
+
+
+@pytest.fixture(scope="module")
+def submit_demo(cluster, checkout):
+    """Submit demo.slurm with a run directory; the job's number."""
+    make_demo, prepare = tiny.load_script("make_demo"), tiny.load_script("prepare")
+    assert make_demo.make_demo(checkout / "backbone", make_demo.DemoSettings(pretraining_steps=20))
+    arguments = ["--task", ROOT / "data_prep/tasks/demo.yaml", "--source", checkout / "backbone/data"]
+    arguments += ["--model", checkout / "backbone/model", "--out", checkout / "prepared"]
+    assert prepare.main([str(argument) for argument in arguments]) == 0
+
+    def submit(run_dir):
+        changes = {"run_dir": run_dir, "model.name": "backbone/model", "data.path": "prepared"}
+        overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+        environment = {
+            **RANKS_TAKE_TURNS,
+            "LAUNCH": f"{MPIRUN} -np 17",
+            "FEDHPC": f"{sys.executable} -m fedhpc",
+            "PYTHONPATH": ROOT,
+        }
+        return cluster.submit(checkout, "jobs/demo.slurm", "jobs/demo.yaml", *overrides, **environment)
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, checkout, submit_demo):
+    """The SHA-256 of the final prompts of a job that nobody disturbs."""
+    number = submit_demo("undisturbed")
+    job = cluster.ended(number, DEMO_S)
+    output = (checkout / f"{number}.out").read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output
+    assert "rank 0/17" in output
+    assert output.splitlines()[-1] == "fedhpc job: done"
+    return DONE.search((checkout / "undisturbed/log.txt").read_text())[1]
+
+
+def latest_round(run_dir):
+    """The last line of a run's metrics; one of round -1 before the first."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1]) if lines else {"round": -1}
+
+
+def test_a_job_that_is_interrupted_again_and_again_ends_with_the_same_bits(cluster, checkout, submit_demo, undisturbed):
+    dice = random.Random(SEED)
+    requeue, signal = ["scontrol", "requeue"], ["scancel", "--signal=USR1", "--batch"]
+    interruptions = [requeue, signal, dice.choice([requeue, signal])]
+    dice.shuffle(interruptions)
+    run_dir = checkout / "disturbed"
+    number = submit_demo("disturbed")
+    output = checkout / f"{number}.out"
+    for index, command in enumerate(interruptions):
+        # In one of the rounds 1 to 14 of 20, after the run has come further than at the interruption before.
+        target = max(5 * index + dice.randrange(4), latest_round(run_dir)["round"] + 1)
+        deadline = time.monotonic() + DEMO_S
+        while (latest := latest_round(run_dir))["round"] < target:
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0, latest["seconds"]["round"]))
+        cluster.run(*command, number)
+        while (job := cluster.job(number))["JobState"] != "PENDING" or job["Restarts"] != str(index + 1):
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.5)
+    job = cluster.ended(number, DEMO_S)
+    text, log = output.read_text(), (run_dir / "log.txt").read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "3"), text
+    # After `scontrol requeue`, a machine that is too busy may not get so far before SIGKILL.
+    assert interruptions.count(signal) <= log.count("stopped on request") <= 3
+    assert DONE.search(log)[1] == undisturbed
+
+
+# What a job file does with each exit status. The ranks' place is taken by a script.
+
+CASES = {
+    # name: the exit statuses of its runs, SLURM's last word, restarts, what the output says
+    "a run that is stopped goes on": ("75 0", ("COMPLETED", "0:0"), 1, "stopped; requeued"),
+    "only failures are counted": ("75 1 1", ("FAILED", "1:0"), 2, "failed with 1 for the 2. time, not run again"),
+    "the user's fault is not repeated": ("2", ("FAILED", "2:0"), 0, "another run would not mend"),
+    "a missing command is not repeated": ("127", ("FAILED", "127:0"), 0, "another run would not mend"),
+    "a launcher that loses its ranks has failed": ("lost 0", ("COMPLETED", "0:0"), 1, "the launcher lost the ranks"),
+}
+STAND_IN = """\
+#!/bin/bash
+# Ends with the first exit status of the file $1, and removes it from there.
+read -r status rest <"$1"
+echo "$rest" >"$1"
+[ "$status" != lost ] || exit 0
+[ "$status" != 0 ] || touch "$FEDHPC_FINISHED"
+exit "$status"
+"""
+
+
+@pytest.fixture(scope="module")
+def submit_stand_in(cluster, checkout):
+    """Submit demo.slurm, or by a command such as chain.sh, with a script in place of fedhpc."""
+    script = checkout / "stand_in"
+    script.write_text(STAND_IN)
+    script.chmod(0o755)
+
+    def submit(name, statuses, *arguments, command=("sbatch", "--parsable"), **variables):
+        file = checkout / f"{name.replace(' ', '_')}.statuses"
+        file.write_text(statuses)
+        options = ["--ntasks=1", "--output=%j.out", *arguments, "jobs/demo.slurm"]
+        variables = {"LAUNCH": "env", "FEDHPC": f"{script} {file}", "MAX_FAILURES": 1, **variables}
+        return cluster.run(*command, *options, cwd=checkout, **variables).stdout.strip()
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def stand_ins(submit_stand_in):
+    """All cases at once: most of their time is SLURM's delay before it runs a job again."""
+    return {name: submit_stand_in(name, statuses) for name, (statuses, *_) in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_becomes_of_a_job(cluster, checkout, stand_ins, name):
+    _, (state, exit_code), restarts, message = CASES[name]
+    job = cluster.ended(stand_ins[name])
+    assert (job["JobState"], job["ExitCode"], int(job["Restarts"])) == (state, exit_code, restarts)
+    assert message in (checkout / f"{stand_ins[name]}.out").read_text()
+    assert not list(checkout.glob(f"fedhpc-{stand_ins[name]}.*"))
+
+
+def test_a_task_of_an_array_is_requeued_alone(cluster, submit_stand_in):
+    # The last one, whose number is also the array's.
+    number = submit_stand_in("array", "0 0 75 0", "--array=0-2%1")
+    tasks = [cluster.ended(f"{number}_{index}") for index in range(3)]
+    assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", n) for n in "001"]
+    assert tasks[2]["JobId"] == number
+
+
+def test_a_chain_goes_on_without_requeueing_and_ends_with_the_first_success(cluster, checkout, submit_stand_in):
+    said = submit_stand_in("chain", "75 0 0 0", command=("jobs/chain.sh", 4))
+    numbers = re.fullmatch(r"submitted; to cancel all: scancel((?: \d+){4})", said)[1].split()
+    jobs = [cluster.ended(number) for number in numbers]
+    assert [job["JobState"] for job in jobs] == ["FAILED", "COMPLETED", "CANCELLED", "CANCELLED"]
+    assert [(job["ExitCode"], job["Restarts"]) for job in jobs[:2]] == [("75:0", "0"), ("0:0", "0")]
+    assert "the next job of the chain goes on" in (checkout / f"{numbers[0]}.out").read_text()
+
+
+def test_tasks_that_do_not_find_each_other_are_refused(cluster, checkout):
+    command = ["srun", "--ntasks=3", "--mpi=none", sys.executable, "-m", "fedhpc", "run", "jobs/demo.yaml"]
+    done = cluster.run(*command, cwd=checkout, check=False, PYTHONPATH=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("srun started 3 tasks, but MPI sees 1 of them") == 1
+    assert "srun --mpi=pmix" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.slurm")), ids=lambda path: path.name)
+def test_slurm_understands_every_line_of_a_job_file(cluster, path):
+    done = cluster.run("sbatch", "--test-only", path, cwd=ROOT, check=False)
+    # The node has no GPU, which is found out after all options are read.
+    assert re.search(r"to start at|Requested node configuration is not available", done.stderr), done.stderr
