@@ -12,6 +12,7 @@ run with anything wrong the folder stays. Exit status 1 if there is one.
 import argparse
 import json
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -36,11 +37,11 @@ from launch import WITH_ULFM, has_ulfm  # noqa: E402
 from strike import CheckpointFiles, Job, catches  # noqa: E402
 
 ROUNDS = 60
-TIMEOUT_S = 8.0
+TIMEOUT_S = 10.0
+"""`exchange.timeout_s` where a rank will hang. On a busy machine the ranks' set-ups are nearly that far apart."""
 SETTINGS = {
     "federation": {"rounds": ROUNDS, "num_devices": tiny.NUM_DEVICES, "sample_rate": 0.5},
     "device": {"epochs": 1, "batch_size": 8, "learning_rate": 0.05, "reset_moments": False},
-    "exchange": {"timeout_s": TIMEOUT_S},
     "checkpoint": {"every": 1},
     "evaluate": {"every": 20},
     "trace": False,
@@ -81,6 +82,8 @@ class Strike:
     status: int | None = None
     ended_s: float | None = None
     """From the strike to the end of mpirun."""
+    blamed: list[str] | None = None
+    """The ranks that others called late."""
     lost_steps: int = 0
     """Local steps done again because of it."""
     recovery_s: float | None = None
@@ -177,6 +180,8 @@ class Trial:
         steps = self.folder / f"steps_{number}"
         steps.mkdir()
         settings = ["--set", "exchange.on_rank_failure=continue"] if ulfm else []
+        if kind == "SIGSTOP":
+            settings += ["--set", f"exchange.timeout_s={TIMEOUT_S}"]
         command = [ROOT / "tests/mpi/count_steps.py", steps, "run", self.config, *settings]
         output, options = self.folder / f"output_{number}.txt", WITH_ULFM if ulfm else ()
         with Job(ranks, *command, output=output, options=options) as job:
@@ -191,6 +196,7 @@ class Trial:
         self.statuses.append(status)
         if strike:
             strike.status, strike.ended_s = status, ended - strike.at_s
+            strike.blamed = sorted(set(re.findall(r"rank (\d+) on \S+ has not been heard of", job.text())))
             self.judge(strike)
         elif status == 0 and self.metrics.last_round() != ROUNDS - 1:
             self.wrong.append(f"start {number} ended with 0 after round {self.metrics.last_round() + 1}")
@@ -252,6 +258,9 @@ class Trial:
                 allowed = status != EXIT_USER_ERROR and (status != EXIT_STOPPED or strike.kind in STOPS)
             if not allowed:
                 self.wrong.append(f"status {status} {what}")
+        between_steps = strike.moment in ("rounds", "checkpoint") and strike.struck and status not in (0, None)
+        if strike.blamed != ([str(strike.rank)] if strike.kind == "SIGSTOP" else []) and between_steps:
+            self.wrong.append(f"{what} the late ranks were said to be {strike.blamed}")
         checkpoints = Checkpoints(self.files.run_dir)
         try:
             for position in checkpoints.positions()[:1]:

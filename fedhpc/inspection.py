@@ -55,7 +55,7 @@ def _checkpoint(folder: Path) -> tuple[str, bool]:
     try:
         verify(folder)
         lines = [f"checkpoint {folder}: valid", *(f"  {line}" for line in _state(folder / SERVER_FILE))]
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return f"checkpoint {folder}: NOT VALID: {error}", False
     files = [folder / name for name in read_sums(folder)]
     size = sum(file.stat().st_size for file in files)

@@ -226,7 +226,7 @@ def open_state(data: bytes, name: str) -> Iterator[h5py.File]:
             yield file
     except UserError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{name}: cannot be read as a checkpoint: {error}") from None
 
 

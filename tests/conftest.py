@@ -1,8 +1,11 @@
+import signal
+
 import pytest
 import tiny
 import yaml
 
 from fedhpc import cli
+from fedhpc.stopping import STOP_SIGNALS
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +41,6 @@ def fedhpc(capfd):
         out, err = capfd.readouterr()
         return status, out, err
 
-    return command
+    yield command
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)

@@ -32,9 +32,7 @@ def stop_after(monkeypatch):
         left = count
 
     monkeypatch.setattr(LocalExchange, "beat", counting_beat)
-    yield after
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    return after
 
 
 def run_to_the_end(fedhpc, config, stop_after, counts):

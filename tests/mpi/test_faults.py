@@ -16,13 +16,14 @@ from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
-ROUNDS, TIMEOUT_S = 40, 4.0
-START_UP_S, END_S = 120, 60
+ROUNDS, START_UP_S, END_S = 40, 120, 60
+TIMEOUT_S = 10
+"""For the runs with a hung rank. On a busy machine the ranks' set-ups are that far apart."""
 
 
 def write_config(world, folder):
     config = yaml.safe_load(world.read_text())
-    config |= {"run_dir": str(folder / "run"), "exchange": {"timeout_s": TIMEOUT_S}, "trace": False}
+    config |= {"run_dir": str(folder / "run"), "trace": False}
     config["federation"]["rounds"] = ROUNDS
     config["device"]["reset_moments"] = False
     config["evaluate"]["every"] = 20
@@ -95,14 +96,12 @@ def test_a_run_that_is_stopped_and_killed_goes_on_to_the_same_bits(start, config
 
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_rank_that_hangs_is_named_and_ends_the_job(start, config, rank):
-    job = start(3, config)
+    job = start(3, config, f"exchange.timeout_s={TIMEOUT_S}")
     status, seconds = strike_in_round(job, config, rank, signal.SIGSTOP, 4)
     assert status not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
     assert seconds < TIMEOUT_S + 20
-    words = r"rank (\d) on \S+ has not been heard of for \d+ s \(exchange.timeout_s: 4\); last known: \w+"
-    late = re.search(words, job.text())
-    assert late, job.text()
-    assert late[1] == str(rank)
+    words = r"rank (\d) on \S+ has not been heard of for \d+ s \(exchange.timeout_s: 10\); last known: \w+"
+    assert set(re.findall(words, job.text())) == {str(rank)}, job.text()
 
 
 def test_with_ulfm_the_surviving_ranks_go_on_to_the_same_bits(start, config, expected):

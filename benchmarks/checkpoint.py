@@ -1,0 +1,295 @@
+"""What checkpoints cost, at the size of RoBERTa large's prompts: 24 layers, 20 tokens, width 1024, 100 devices.
+
+    mpirun -np 11 python benchmarks/checkpoint.py --out runs/bench-checkpoint [--json FILE]
+
+The engine is real, the local work a stand-in of one second a device. Blocks of rounds with a checkpoint after each take
+turns with blocks without; the first round of a block is not counted, because it shares the block before's writing.
+Rank 0 then measures the rate at which the engine writes against plain HDF5, and the memory of a server that has seen
+10,000 devices (their files are links to one file, which the engine never changes in place).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+
+from fedhpc import device as device_module
+from fedhpc import server as server_module
+from fedhpc.checkpoint import CONTROL, Checkpoints, verify
+from fedhpc.config import Config, TuningConfig
+from fedhpc.device import Worker, serve
+from fedhpc.exchange import LocalExchange, MpiExchange
+from fedhpc.files import fsync
+from fedhpc.local_update import DeviceState, DeviceUpdate
+from fedhpc.messages import NO_RECORD, Kind, Note
+from fedhpc.methods import make_method
+from fedhpc.models import BackboneShape
+from fedhpc.report import start_log
+from fedhpc.saving import CheckpointWriter
+from fedhpc.server import Server
+from fedhpc.state_file import RunState, control_file
+from fedhpc.stopping import StopRequest
+from fedhpc.tuning import make_tuning
+from fedhpc.updates import RoundUploads
+
+NUM_DEVICES, SAMPLED, LOCAL_WORK_S = 100, 10, 1.0
+BLOCK, BLOCKS = 5, 6
+SEEN = 10_000
+STEPS, EXAMPLES = 10, 20
+
+
+def stand_in_update(config, backbone, tuning, layers, *, start, state, round_index, device, **_):
+    """One second of nothing, and parameters that differ."""
+    time.sleep(LOCAL_WORK_S)
+    params = start + np.float32(1e-4 * (device + 1))
+    local = state.local + np.float32(1e-4)
+    return DeviceUpdate(
+        params=params,
+        num_examples=EXAMPLES,
+        num_steps=STEPS,
+        loss=1.0,
+        state=DeviceState(local=local, steps_taken=state.steps_taken + STEPS),
+    )
+
+
+def one_device_for_each_rank(config, round_index):
+    """Ten devices of ten ranks: every round has the same work."""
+    return [(SAMPLED * round_index + place) % NUM_DEVICES for place in range(SAMPLED)]
+
+
+def make_job(run_dir, ratio, rounds):
+    selection = {"strategy": "all"} if ratio == 1 else {"strategy": "first", "ratio": ratio}
+    config = Config.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "model": {"name": "stand-in"},
+            "data": {"path": "stand-in"},
+            "federation": {"num_devices": NUM_DEVICES, "sample_rate": SAMPLED / NUM_DEVICES, "rounds": rounds},
+            "selection": selection,
+        }
+    )
+    shape = BackboneShape(
+        name="stand-in",
+        num_layers=24,
+        num_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+        hidden_size=1024,
+        initializer_range=0.02,
+        max_positions=512,
+    )
+    tuning = make_tuning(TuningConfig(num_tokens=20), shape, num_classes=2)
+    description = SimpleNamespace(class_names=["no", "yes"], metric="accuracy")
+    data = SimpleNamespace(description=description, split=lambda name: [])
+    partition = SimpleNamespace(train=[np.arange(EXAMPLES)] * NUM_DEVICES, validation=[np.arange(1)] * NUM_DEVICES)
+    identity = {**config.identity(), "sha256": config.sha256}
+    return SimpleNamespace(config=config, data=data, shape=shape, tuning=tuning, partition=partition, identity=identity)
+
+
+class TimedServer(Server):
+    """Notes when each round's local work begins; takes checkpoints in every second block only."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.began, self.begun, self.committed = [], {}, {}
+        save, commit = self.saving.save, self.checkpoints.commit
+
+        def save_in_turns(state, **named):
+            if not self.in_block_with(state.server.round):
+                return state
+            self.begun[state.server.round] = time.perf_counter()
+            return save(state, **named)
+
+        def timed_commit(position, *arguments, **named):
+            commit(position, *arguments, **named)
+            self.committed[position.round] = time.perf_counter()
+
+        self.saving.save, self.checkpoints.commit = save_in_turns, timed_commit
+
+    @staticmethod
+    def in_block_with(done):
+        return (done - 1) // BLOCK % 2 == 1
+
+    def train(self, state, t):
+        self.began.append(time.perf_counter())
+        return super().train(state, t)
+
+    def evaluate(self, state, seconds):
+        return {"accuracy": 0.0, "accuracy_global": 0.0}
+
+
+def measure_overhead(exchange, folder, ratio):
+    """Median seconds of a round with and without a checkpoint; what was written."""
+    rounds = 2 * BLOCK * (BLOCKS // 2) + 1
+    job = make_job(folder / f"ratio{ratio}", ratio, rounds)
+    if exchange.rank:
+        worker = Worker(job.config, job.data, job.partition, None, job.tuning, exchange)
+        serve(exchange, worker)
+        return None
+    Path(job.config.run_dir).mkdir(parents=True)
+    server = TimedServer(job, exchange, SimpleNamespace(lost=False))
+    server.run(None)
+    seconds = np.diff(server.began)
+    counted = [t for t in range(len(seconds)) if t % BLOCK]
+    with_one = [seconds[t] for t in counted if TimedServer.in_block_with(t + 1)]
+    without = [seconds[t] for t in counted if not TimedServer.in_block_with(t + 1)]
+    latency = [server.committed[t] - server.begun[t] for t in server.committed]
+    checkpoints = Checkpoints(job.config.run_dir)
+    newest = checkpoints.path(checkpoints.positions()[0])
+    began = time.perf_counter()
+    verify(newest)
+    verified = time.perf_counter() - began
+    on_disk = sum(path.stat().st_size for path in checkpoints.folder.rglob("*.h5"))
+    saves = len(server.committed)
+    result = {
+        "ratio": ratio,
+        "rounds": [len(with_one), len(without)],
+        "round_s_with": statistics.median(with_one),
+        "round_s_without": statistics.median(without),
+        "overhead": statistics.median(with_one) / statistics.median(without) - 1,
+        "begin_to_commit_s": statistics.median(latency),
+        "server_bytes_per_checkpoint": server.saving.bytes_written / saves,
+        "verify_s": verified,
+        "bytes_on_disk": on_disk,
+    }
+    shutil.rmtree(job.config.run_dir)
+    return result
+
+
+def measure_write_rate(folder):
+    """Seconds for ten control variates by the engine and by plain h5py with fsync, in turns; the ratio."""
+    job = make_job(folder, 1, 1)
+    vector = np.random.default_rng(0).standard_normal(job.tuning.exchanged(range(24)).size).astype(np.float32)
+    layers = tuple(range(24))
+    checkpoints = Checkpoints(folder / "rate")
+    checkpoints.begin()
+    engine, plain = [], []
+    for repeat in range(8):
+        began = time.perf_counter()
+        for device in range(SAMPLED):
+            data = control_file(vector, 1, layers, job.tuning)
+            checkpoints.write_device_file(CONTROL, device, repeat, data)
+        fsync(checkpoints.folder / CONTROL)
+        engine.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for device in range(SAMPLED):
+            path = checkpoints.folder / f"plain_{repeat}_{device}.h5"
+            with h5py.File(path, "w") as file:
+                file["control"] = vector
+            fsync(path)
+        fsync(checkpoints.folder)
+        plain.append(time.perf_counter() - began)
+    nbytes = SAMPLED * vector.nbytes
+    shutil.rmtree(checkpoints.folder)
+    return {
+        "engine_MB_s": nbytes / statistics.median(engine) / 1e6,
+        "plain_MB_s": nbytes / statistics.median(plain) / 1e6,
+        "engine_over_plain": statistics.median(engine) / statistics.median(plain),
+    }
+
+
+def measure_server(folder, seen):
+    """Peak memory and seconds of a checkpoint of a server with so many devices seen; ten take part in a round.
+
+    To be called in a process of its own, whose peak it is.
+    """
+    job = make_job(folder / f"seen{seen}", 1, 1)
+    layers = tuple(range(24))
+    exchange = LocalExchange(StopRequest())
+
+    def handler(command):
+        exchange.post(Note(kind=Kind.ALL_SAVED))
+        return NO_RECORD.zeros(0)
+
+    exchange.handler = handler
+    checkpoints = Checkpoints(job.config.run_dir)
+    checkpoints.begin()
+    size = job.tuning.exchanged(layers).size
+    data = control_file(np.ones(size, np.float32), 0, layers, job.tuning)
+    name, sha256 = checkpoints.write_device_file(CONTROL, 0, 0, data)
+    first = checkpoints.partial / name
+    sums = {name: sha256}
+    for device in range(1, seen):
+        name = f"../{CONTROL}/{device:06d}_000000.h5"
+        os.link(first, checkpoints.partial / name)
+        sums[name] = sha256
+    writer = CheckpointWriter(job, exchange, checkpoints)
+    writer.control.note_files(sums)
+    writer._device_files = sums
+    method = make_method(job.config.server, num_devices=seen, sample_rate=SAMPLED / seen)
+    params, local = job.tuning.split(job.tuning.initial(1), layers)
+    state = RunState(server=method.init(params), layers=layers, unseen_local=local)
+    rng, seconds = np.random.default_rng(1), []
+    for _ in range(6):
+        devices = rng.choice(seen, SAMPLED, replace=False)
+        writer.control.prefetch(devices.tolist(), layers)
+        uploads = RoundUploads(
+            device_ids=devices,
+            num_examples=np.full(SAMPLED, EXAMPLES),
+            num_steps=np.full(SAMPLED, STEPS),
+            params=np.stack([state.server.params + np.float32(1e-4)] * SAMPLED),
+            device_learning_rate=5e-3,
+        )
+        server = method.update(replace(state.server, control=writer.control.fetched()), uploads)
+        writer.control.update({device: server.control[device] for device in devices.tolist()})
+        state = replace(state, server=replace(server, control={}))
+        began = time.perf_counter()
+        state = writer.save(state)
+        writer.wait()
+        seconds.append(time.perf_counter() - began)
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    shutil.rmtree(checkpoints.folder)
+    return {"seen": seen, "peak_MiB": peak / 2**20, "checkpoint_s": statistics.median(seconds)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the runs, emptied at the end")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    device_module.local_update = stand_in_update
+    device_module.sample_devices = server_module.sample_devices = one_device_for_each_rank
+    start_log(0, 1, "benchmark")
+    exchange = MpiExchange(StopRequest())
+    if exchange.size != SAMPLED + 1:
+        parser.error(f"start it on {SAMPLED + 1} ranks: mpirun -np {SAMPLED + 1}")
+    overhead = [measure_overhead(exchange, arguments.out, ratio) for ratio in (1, 0.5)]
+    exchange.part(0)
+    if exchange.rank:
+        return
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        servers = [pool.apply(measure_server, (arguments.out, seen)) for seen in (NUM_DEVICES, SEEN)]
+    figures = {"overhead": overhead, "write_rate": measure_write_rate(arguments.out), "server": servers}
+    for found in overhead:
+        print(
+            f"ratio {found['ratio']}: a round takes {found['round_s_with']:.3f} s with a checkpoint, "
+            f"{found['round_s_without']:.3f} s without: {found['overhead']:+.1%}; "
+            f"{found['server_bytes_per_checkpoint'] / 1e6:.0f} MB each, on disk after "
+            f"{found['begin_to_commit_s']:.2f} s; verified again in {found['verify_s']:.2f} s"
+        )
+    rate = figures["write_rate"]
+    print(
+        f"write rate: engine {rate['engine_MB_s']:.0f} MB/s, plain HDF5 {rate['plain_MB_s']:.0f} MB/s, "
+        f"time ratio {rate['engine_over_plain']:.2f}"
+    )
+    for found in servers:
+        print(
+            f"server, {found['seen']} devices seen: peak {found['peak_MiB']:.0f} MiB, checkpoint "
+            f"{found['checkpoint_s']:.2f} s"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    shutil.rmtree(arguments.out, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
