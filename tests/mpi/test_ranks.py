@@ -57,14 +57,6 @@ def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
                 assert ours[key] == theirs[key]
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(serial, run_config):
-    config = run_config()
-    for rounds, num_ranks in ((1, 5), (2, 2), (3, 4)):
-        done = mpirun(num_ranks, "-m", "fedhpc", "run", config, "--set", f"federation.rounds={rounds}")
-        assert done.returncode == 0, done.stderr
-    assert final_prompts(config) == final_prompts(serial)
-
-
 def test_idle_ranks_are_noticed_not_refused(seventeen):
     _, done = seventeen
     assert "4 ranks have no device" in done.stderr
@@ -113,13 +105,13 @@ def test_a_trace_can_be_recomputed_from_outside(seventeen):
 
 def test_a_rank_that_raises_ends_all_of_them(run_config):
     config = run_config(federation__sample_rate=1.0)
-    done = mpirun(17, Path(__file__).parent / "raise_in_round.py", "run", config)
+    done = mpirun(5, Path(__file__).parent / "raise_in_round.py", "run", config)
     ended = time.time()
     assert done.returncode not in (0, 2)
     folder = run_dir(config)
     log = (folder / "log.txt").read_text()
     for text in (done.stderr, log):
-        assert re.search(r"CRITICAL rank 3/17 \S+: RuntimeError: the cosmic ray", text)
+        assert re.search(r"CRITICAL rank 3/5 \S+: RuntimeError: the cosmic ray", text)
         assert "Traceback" in text
         assert "raise_in_round.py" in text
     raised = time.mktime(time.strptime(re.search(r"(\S+ \S+),\d+ CRITICAL", log)[1], "%Y-%m-%d %H:%M:%S"))
