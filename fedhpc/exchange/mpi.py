@@ -24,6 +24,8 @@ from fedhpc.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
 LONGEST_NAP_S = 0.005
+TRANSFER_NAP_S = 1e-4
+"""Data moves only while its ranks look; between large parts there is no time to sleep."""
 LONGEST_GAP_S = 1.0
 """Between two looks at the mail, at most this counts as silence of others: a suspended job finds no rank late."""
 BEAT_S = 5.0
@@ -59,9 +61,9 @@ class MpiExchange(Exchange):
         header = command.header()
         self._meet()
         with self._inside("the broadcast"):
-            self._comm.Bcast([header, self._mpi.BYTE], root=0)
+            self._finish(self._comm.Ibcast([header, self._mpi.BYTE], root=0))
             if command.payload.size:
-                self._comm.Bcast([command.payload, 1, self._type(command.payload.nbytes)], root=0)
+                self._finish(self._comm.Ibcast([command.payload, 1, self._type(command.payload.nbytes)], root=0))
         sent = time.perf_counter()
         if command.op in (Op.STOP, Op.SUSPEND):
             return record.zeros(0)
@@ -73,7 +75,7 @@ class MpiExchange(Exchange):
             displacements = np.concatenate([[0, 0], np.cumsum(counts)[:-1]])
             target = [records, ([0, *counts], displacements), self._type(record.nbytes)]
             with self._inside("the gather"):
-                self._comm.Gatherv([None, 0, self._type(record.nbytes)], target, root=0)
+                self._finish(self._comm.Igatherv([None, 0, self._type(record.nbytes)], target, root=0))
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * (header.nbytes + command.payload.nbytes),
@@ -88,10 +90,10 @@ class MpiExchange(Exchange):
         self._activity = "waiting for the server"
         self._meet()
         with self._inside("the broadcast"):
-            self._comm.Bcast([header, self._mpi.BYTE], root=0)
+            self._finish(self._comm.Ibcast([header, self._mpi.BYTE], root=0))
             payload = self._buffer(PAYLOAD, int(header[0]["payload_size"]))
             if payload.size:
-                self._comm.Bcast([payload, 1, self._type(payload.nbytes)], root=0)
+                self._finish(self._comm.Ibcast([payload, 1, self._type(payload.nbytes)], root=0))
         return Command.from_header(header, payload)
 
     def reply(self, records: np.ndarray | None) -> None:
@@ -102,8 +104,9 @@ class MpiExchange(Exchange):
         assert records is not None
         nbytes = records.dtype.itemsize * math.prod(records.shape[1:])
         if nbytes:
+            source = [np.ascontiguousarray(records), len(records), self._type(nbytes)]
             with self._inside("the gather"):
-                self._comm.Gatherv([np.ascontiguousarray(records), len(records), self._type(nbytes)], None, root=0)
+                self._finish(self._comm.Igatherv(source, None, root=0))
 
     def beat(self, activity: str) -> None:
         """See :class:`Exchange`."""
@@ -191,14 +194,18 @@ class MpiExchange(Exchange):
 
     def _meet(self, *, halted: bool = False) -> bool:
         """Wait for all ranks without spinning, so that waiters leave the cores alone; whether any was halted."""
-        mine, anyone, nap = np.array([halted], np.int64), np.zeros(1, np.int64), 1e-5
+        mine, anyone = np.array([halted], np.int64), np.zeros(1, np.int64)
         with self._losses():
-            request = self._comm.Iallreduce(mine, anyone, self._mpi.MAX)
-            while not request.Test():
-                self.attend()
-                time.sleep(nap)
-                nap = min(2 * nap, LONGEST_NAP_S)
+            self._finish(self._comm.Iallreduce(mine, anyone, self._mpi.MAX), LONGEST_NAP_S)
         return bool(anyone[0])
+
+    def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S) -> None:
+        """Wait for an operation, and go on saying and noticing who is alive."""
+        nap = 1e-5
+        while not request.Test():
+            self.attend()
+            time.sleep(nap)
+            nap = min(2 * nap, longest_nap_s)
 
     def attend(self) -> None:
         """See :class:`Exchange`: send what is due, read what has come, notice who is silent."""
