@@ -67,7 +67,7 @@ def submit_demo(cluster, checkout):
     assert prepare.main([str(argument) for argument in arguments]) == 0
 
     def submit(run_dir):
-        changes = {"run_dir": run_dir, "model.name": "backbone/model", "data.path": "prepared"}
+        changes = {"run_dir": run_dir, "model.name": "backbone/model", "data.path": "prepared", "evaluate.every": 10}
         overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
         environment = {
             **RANKS_TAKE_TURNS,
