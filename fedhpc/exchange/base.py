@@ -94,7 +94,10 @@ class Exchange(ABC):
 
     @abstractmethod
     def part(self, status: int) -> None:
-        """All ranks: wait for each other for the last time, so that no exit status ends a rank that still works."""
+        """All ranks: wait for each other for the last time, so that no exit status ends a rank that still works.
+
+        A rank of several ends here, with this exit status.
+        """
 
     @abstractmethod
     def abort(self) -> None:

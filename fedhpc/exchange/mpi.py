@@ -155,13 +155,15 @@ class MpiExchange(Exchange):
         self.stop.close()
         with self._losses():
             self._meet()
+        sys.stdout.flush()
+        sys.stderr.flush()
         if self._repaired:  # MPI_Finalize can hang then
-            sys.stdout.flush()
-            sys.stderr.flush()
             time.sleep(PARTING_S)
-            os._exit(status)
-        with bounded(self.timeout_s):
-            self._mpi.Finalize()
+        else:
+            with bounded(self.timeout_s):
+                self._mpi.Finalize()
+        # Without Python's own long way out: nobody is left to notice a rank that hangs there.
+        os._exit(status)
 
     def abort(self) -> None:
         """See :class:`Exchange`."""
