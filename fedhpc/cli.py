@@ -15,6 +15,7 @@ from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExcha
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.lock import RunLock
 from fedhpc.messages import Op
+from fedhpc.quick_start import quick_start
 from fedhpc.report import RunFiles, log, log_to_file, start_log
 from fedhpc.stopping import StopRequest
 
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     start_log(exchange.rank, exchange.size, exchange.host)
     with ExitStack() as held:
         try:
-            with faults_end_every_rank(exchange, but_for=UserError):
+            with faults_end_every_rank(exchange, but_for=UserError), quick_start():
                 role = set_up(arguments, exchange, job, held)
         except UserError:
             if exchange.rank > 0:  # rank 0 says it
@@ -138,7 +139,8 @@ def set_up(
 
 def plan(arguments: argparse.Namespace) -> int:
     """`fedhpc plan`: what a run would need, without training."""
-    from fedhpc.plan import plan_text
+    with quick_start():
+        from fedhpc.plan import plan_text
 
     config = load_config(arguments.config, arguments.set)
     print(plan_text(config, ranks=arguments.ranks, examples_per_second=arguments.examples_per_second))
