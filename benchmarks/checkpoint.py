@@ -22,80 +22,53 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+from stand_in import EXAMPLES, make_job
 
 from fedhpc import device as device_module
+from fedhpc import federation
 from fedhpc import server as server_module
 from fedhpc.checkpoint import CONTROL, Checkpoints, verify
-from fedhpc.config import Config, TuningConfig
 from fedhpc.device import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
 from fedhpc.files import fsync
 from fedhpc.local_update import DeviceState, DeviceUpdate
 from fedhpc.messages import NO_RECORD, Kind, Note
 from fedhpc.methods import make_method
-from fedhpc.models import BackboneShape
 from fedhpc.report import start_log
 from fedhpc.saving import CheckpointWriter
 from fedhpc.server import Server
 from fedhpc.state_file import RunState, control_file
 from fedhpc.stopping import StopRequest
-from fedhpc.tuning import make_tuning
 from fedhpc.updates import RoundUploads
 
 NUM_DEVICES, SAMPLED, LOCAL_WORK_S = 100, 10, 1.0
 BLOCK, BLOCKS = 6, 6
 SEEN = 10_000
-STEPS, EXAMPLES = 10, 20
+STEPS = 10
 
 
-def stand_in_update(config, backbone, tuning, layers, *, start, state, round_index, device, beat, **_):
+def stand_in_updates(config, backbone, tuning, layers, *, start, assignments, beat, **_):
     """One second of nothing, and parameters that differ."""
+    (assignment,) = assignments
+    state = assignment.state
     for step in range(STEPS):
         beat(f"step {step}")
         time.sleep(LOCAL_WORK_S / STEPS)
-    params = start + np.float32(1e-4 * (device + 1))
-    local = state.local + np.float32(1e-4)
-    return DeviceUpdate(
-        params=params,
-        num_examples=EXAMPLES,
-        num_steps=STEPS,
-        loss=1.0,
-        state=DeviceState(local=local, steps_taken=state.steps_taken + STEPS),
+    yield (
+        assignment.device,
+        DeviceUpdate(
+            params=start + np.float32(1e-4 * (assignment.device + 1)),
+            num_examples=EXAMPLES,
+            num_steps=STEPS,
+            loss=1.0,
+            state=DeviceState(local=state.local + np.float32(1e-4), steps_taken=state.steps_taken + STEPS),
+        ),
     )
 
 
 def one_device_for_each_rank(config, round_index):
     """Ten devices of ten ranks: every round has the same work."""
     return [(SAMPLED * round_index + place) % NUM_DEVICES for place in range(SAMPLED)]
-
-
-def make_job(run_dir, ratio, rounds):
-    selection = {"strategy": "all"} if ratio == 1 else {"strategy": "first", "ratio": ratio}
-    config = Config.model_validate(
-        {
-            "run_dir": str(run_dir),
-            "model": {"name": "stand-in"},
-            "data": {"path": "stand-in"},
-            "federation": {"num_devices": NUM_DEVICES, "sample_rate": SAMPLED / NUM_DEVICES, "rounds": rounds},
-            "selection": selection,
-        }
-    )
-    shape = BackboneShape(
-        name="stand-in",
-        num_layers=24,
-        num_heads=16,
-        num_key_value_heads=16,
-        head_dim=64,
-        hidden_size=1024,
-        initializer_range=0.02,
-        max_positions=512,
-    )
-    tuning = make_tuning(TuningConfig(num_tokens=20), shape, num_classes=2)
-    description = SimpleNamespace(class_names=["no", "yes"], metric="accuracy")
-    data = SimpleNamespace(description=description, split=lambda name: [])
-    partition = SimpleNamespace(train=[np.arange(EXAMPLES)] * NUM_DEVICES, validation=[np.arange(1)] * NUM_DEVICES)
-    identity = {**config.identity(), "sha256": config.sha256}
-    return SimpleNamespace(config=config, data=data, shape=shape, tuning=tuning, partition=partition, identity=identity)
 
 
 class TimedServer(Server):
@@ -133,7 +106,7 @@ class TimedServer(Server):
 def measure_overhead(exchange, folder, ratio):
     """Median seconds of a round with and without a checkpoint; what was written."""
     rounds = 2 * BLOCK * (BLOCKS // 2) + 1
-    job = make_job(folder / f"ratio{ratio}", ratio, rounds)
+    job = make_job(folder / f"ratio{ratio}", ratio=ratio, rounds=rounds)
     if exchange.rank:
         worker = Worker(job.config, job.data, job.partition, None, job.tuning, exchange)
         serve(exchange, worker)
@@ -169,7 +142,7 @@ def measure_overhead(exchange, folder, ratio):
 
 def measure_write_rate(folder):
     """Seconds for ten control variates by the engine and by plain h5py with fsync, in turns; the ratio."""
-    job = make_job(folder, 1, 1)
+    job = make_job(folder)
     vector = np.random.default_rng(0).standard_normal(job.tuning.exchanged(range(24)).size).astype(np.float32)
     layers = tuple(range(24))
     checkpoints = Checkpoints(folder / "rate")
@@ -204,7 +177,7 @@ def measure_server(folder, seen):
 
     To be called in a process of its own, whose peak it is.
     """
-    job = make_job(folder / f"seen{seen}", 1, 1)
+    job = make_job(folder / f"seen{seen}")
     layers = tuple(range(24))
     exchange = LocalExchange(StopRequest())
 
@@ -258,8 +231,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs, emptied at the end")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    device_module.local_update = stand_in_update
-    device_module.sample_devices = server_module.sample_devices = one_device_for_each_rank
+    device_module.local_updates = stand_in_updates
+    federation.sample_devices = server_module.sample_devices = one_device_for_each_rank
     start_log(0, 1, "benchmark")
     exchange = MpiExchange(StopRequest())
     if exchange.size != SAMPLED + 1:

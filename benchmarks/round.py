@@ -1,0 +1,162 @@
+"""What a round costs besides local work, evaluation and checkpoints, against a bare broadcast and gather.
+
+    mpirun -np 17 python benchmarks/round.py [--json FILE]
+
+All devices are sampled, one on each device rank; 2.6 MB go down to and up from each. The local work is nothing at all.
+Blocks of the engine's rounds and of raw mpi4py `Bcast` and `Gatherv` of the same bytes take turns; figures are medians
+over all rounds. At the end one device works for ten seconds, and the CPU time of a rank that waits for it is measured.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from stand_in import EXAMPLES, make_job
+
+from fedhpc import device as device_module
+from fedhpc.device import Worker, serve
+from fedhpc.exchange import MpiExchange
+from fedhpc.local_update import DeviceUpdate
+from fedhpc.report import start_log
+from fedhpc.server import Server
+from fedhpc.stopping import StopRequest
+
+RATIO = 2 / 3
+BLOCKS, ROUNDS, WARM = 5, 12, 2
+WAIT_S = 10.0
+
+
+class StandIn:
+    """Local updates that are ready before they are asked for."""
+
+    def __init__(self):
+        self.update = None
+        self.work_s = 0.0
+
+    def __call__(self, config, backbone, tuning, layers, *, start, assignments, beat, **_):
+        (assignment,) = assignments
+        if self.update is None:
+            params = start + np.float32(1e-4 * (assignment.device + 1))
+            self.update = DeviceUpdate(
+                params=params, num_examples=EXAMPLES, num_steps=16, loss=1.0, state=assignment.state
+            )
+        until = time.monotonic() + self.work_s
+        while time.monotonic() < until:
+            beat(f"device {assignment.device} step 1 of 1")
+            time.sleep(0.05)
+        yield assignment.device, self.update
+
+
+class TimedServer(Server):
+    """Notes when each round begins; neither evaluates nor writes checkpoints."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.began, self.parts = [], []
+        self.saving.save = lambda state, **named: state
+
+    def train(self, state, t):
+        self.began.append(time.perf_counter())
+        return super().train(state, t)
+
+    def update(self, state, uploads, record):
+        state = super().update(state, uploads, record)
+        self.parts.append(record["seconds"])
+        return state
+
+    def evaluate(self, state, seconds):
+        return {"accuracy": 0.0, "accuracy_global": 0.0}
+
+
+def engine_rounds(exchange, stand_in, folder, *, rounds, method):
+    """Seconds of each round and of its parts, on rank 0."""
+    workers = exchange.num_workers
+    job = make_job(
+        folder, ratio=RATIO, rounds=rounds, num_devices=workers, sampled=workers, server={"method": method},
+        evaluate={"every": rounds},
+    )  # fmt: skip
+    stand_in.update = None
+    if exchange.rank:
+        serve(exchange, Worker(job.config, job.data, job.partition, None, job.tuning, exchange))
+        return [], []
+    Path(job.config.run_dir).mkdir(parents=True)
+    server = TimedServer(job, exchange, SimpleNamespace(lost=False))
+    server.run(None)
+    shutil.rmtree(folder)
+    return np.diff(server.began)[WARM:].tolist(), server.parts[WARM:-1]
+
+
+def raw_rounds(comm, size):
+    """Seconds of each broadcast and gather of so many floats, on rank 0."""
+    down = np.ones(size, np.float32)
+    up = np.ones((comm.size - 1, size), np.float32) if comm.rank == 0 else None
+    counts = [0] + [size] * (comm.size - 1)
+    seconds = []
+    for _ in range(ROUNDS):
+        comm.Barrier()
+        began = time.perf_counter()
+        comm.Bcast(down, root=0)
+        comm.Gatherv(down if comm.rank else down[:0], [up, counts] if comm.rank == 0 else None, root=0)
+        seconds.append(time.perf_counter() - began)
+    return seconds[WARM:]
+
+
+def waiting_cpu(exchange, stand_in, folder):
+    """CPU seconds that a rank, not the one with work, spends in a round that takes ten seconds."""
+    if exchange.rank == exchange.size - 1:
+        stand_in.work_s = WAIT_S
+    began = time.process_time()
+    engine_rounds(exchange, stand_in, folder, rounds=1, method="fedavg")
+    return time.process_time() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    start_log(0, 1, "benchmark")
+    device_module.local_updates = stand_in = StandIn()
+    exchange = MpiExchange(StopRequest())
+    comm = exchange._mpi.COMM_WORLD
+    folder = Path(comm.bcast(tempfile.mkdtemp() if exchange.rank == 0 else None))
+    size = make_job(folder, ratio=RATIO).tuning.exchanged(range(int(RATIO * 24))).size
+    times = {"raw": [], "fedavg": [], "fedpeptao": []}
+    parts = []
+    for block in range(BLOCKS):
+        times["raw"] += raw_rounds(comm, size)
+        for method in ("fedavg", "fedpeptao"):
+            seconds, found = engine_rounds(
+                exchange, stand_in, folder / f"{method}{block}", rounds=ROUNDS, method=method
+            )
+            times[method] += seconds
+            if method == "fedpeptao":
+                parts += found
+    cpu = comm.gather(waiting_cpu(exchange, stand_in, folder / "waiting"))
+    if exchange.rank == 0:
+        median = {name: statistics.median(found) for name, found in times.items()}
+        print(
+            f"{exchange.num_workers} devices, {4 * size / 1e6:.1f} MB each, ms a round: "
+            + ", ".join(f"{name} {1e3 * each:.1f}" for name, each in median.items())
+        )
+        print(", ".join(f"{name} / raw {median[name] / median['raw']:.2f}" for name in ("fedavg", "fedpeptao")))
+        by_part = {name: statistics.median(found[name] for found in parts) for name in parts[0]}
+        print("  of fedpeptao: " + ", ".join(f"{name} {1e3 * each:.1f}" for name, each in by_part.items()))
+        print(
+            f"CPU seconds of ranks that wait {WAIT_S:.0f} s: server {cpu[0]:.2f}, "
+            f"device ranks at most {max(cpu[1:-1]):.2f}"
+        )
+        figures = {"seconds": median, "parts": by_part, "waiting_cpu_s": cpu}
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        shutil.rmtree(folder)
+    exchange.part(0)
+
+
+if __name__ == "__main__":
+    main()
