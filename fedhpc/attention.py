@@ -1,12 +1,14 @@
 """Prompts in a backbone's attention, through transformers' attention interface.
 
-The registered attention functions are wrapped so that a `prompts` argument, when a forward pass carries one, puts the
-layer's prompt keys and values first. Without it they do what they did before. No model code is patched.
+The registered attention functions are wrapped so that a `prompts` argument [N, L, 2, T, D], when a forward pass carries
+one, puts the layer's prompt keys and values first, those of an example's own device; `sizes` [N] says how many examples
+each device has, `memory` belongs to fedhpc.last_layer. Without it they do what they did before. No model code is
+patched.
 
-Shapes: b examples, s positions, L layers, T prompt tokens per layer, D key width.
+Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fedhpc.last_layer import Memory
 
 
 def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,23 +33,45 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         *args: Any,
         prompts: Tensor | None = None,
+        sizes: Sequence[int] = (),
+        memory: Memory | None = None,
         **kwargs: Any,
     ) -> Any:
-        if prompts is not None:
-            batch, heads, _, head_dim = key.shape  # heads: of keys and values
+        if memory is not None and memory.known is not None:
+            key, value, attention_mask = memory.known
+        elif prompts is not None:
+            heads, head_dim = key.shape[1], key.shape[3]  # heads: of keys and values
             num_tokens = prompts.shape[-2]
-            prefix = prompts[module.layer_idx].to(key.device, key.dtype)  # [2, T, D]
-            prefix = prefix.view(2, 1, num_tokens, heads, head_dim).transpose(2, 3)  # [2, 1, heads, T, head_dim]
-            key = torch.cat([prefix[0].expand(batch, -1, -1, -1), key], dim=2)
-            value = torch.cat([prefix[1].expand(batch, -1, -1, -1), value], dim=2)
+            prefix = prompts[:, module.layer_idx].to(key.device, key.dtype)  # [N, 2, T, D]
+            prefix = prefix.unflatten(3, (heads, head_dim)).transpose(2, 3)  # [N, 2, heads, T, head_dim]
+            key, value = _put_first(prefix[:, 0], key, sizes), _put_first(prefix[:, 1], value, sizes)
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             attention_mask = _widen(
                 attention_mask, query, num_tokens, causal=causal and attention is sdpa_attention_forward
             )
+            if memory is not None:
+                memory.keep(key, value, attention_mask)
+        if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
+            # PyTorch's 16-bit attention is several times slower on a CPU, in the backward pass above all.
+            exact = (tensor.float() for tensor in (query, key, value))
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.float()
+            output, weights = attention(module, *exact, attention_mask, *args, **kwargs)
+            return output.to(query.dtype), weights
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend
+
+
+def _put_first(prefix: Tensor, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Keys or values [b, heads, T + s, head_dim]: before each example's own, the prefix [N, ...] of its device."""
+    if len(set(sizes)) == 1:
+        grouped = tensor.unflatten(0, (len(sizes), sizes[0]))
+        rows = prefix.unsqueeze(1).expand(-1, sizes[0], -1, -1, -1)
+        return torch.cat([rows, grouped], dim=3).flatten(0, 1)
+    rows = torch.cat([row.expand(size, -1, -1, -1) for row, size in zip(prefix, sizes, strict=True)])
+    return torch.cat([rows, tensor], dim=2)
 
 
 def _widen(mask: Tensor | None, query: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:

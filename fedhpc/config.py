@@ -138,6 +138,8 @@ class DeviceConfig(Section):
     """Gradient norm over all of a device's trainable parameters is clipped to this."""
     reset_moments: bool = True
     """False keeps Adam's moments on the device from one of its rounds to the next (released code)."""
+    pack: Positive = 1
+    """Devices of one rank that train side by side, in one forward and backward pass. Part of the run's identity."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """CPU threads per rank. Part of the run's identity: another number may round differently."""
 
@@ -220,6 +222,8 @@ class Config(Section):
     def _combinations(self) -> "Config":
         if self.tuning.head == "linear" and self.tuning.loss == "vocabulary":
             raise ValueError("tuning.loss: vocabulary needs tuning.head: verbalizer; a linear head has no vocabulary")
+        if self.device.pack > 1 and self.model.backbone_dropout:
+            raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
         if self.model.dtype == "float32" and self.model.attention != "sdpa":
             raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
         return self

@@ -106,10 +106,22 @@ class Batch:
     """int64 ``[b]``."""
     labels: torch.Tensor
     """int64 ``[b]``."""
+    sizes: tuple[int, ...]
+    """Examples of each device that has some in the batch, in their order; their sum is b."""
+    is_padded: bool = True
+    """False: the texts are of one length."""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another torch device."""
-        return Batch(**{item.name: getattr(self, item.name).to(device) for item in dataclasses.fields(self)})
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another torch device; to a GPU without waiting for it."""
+        if device.type == "cpu":
+            return self
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        return Batch(**{item.name: move(getattr(self, item.name)) for item in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +142,8 @@ class Split:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """These examples, in this order."""
+    def batch(self, indices: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None) -> Batch:
+        """These examples, in this order; of one device unless ``sizes`` says of which."""
         chosen = np.asarray(indices, np.int64)
         lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
@@ -143,6 +155,8 @@ class Split:
             attention_mask=torch.from_numpy(mask),
             slots=torch.from_numpy(self.slots[chosen].astype(np.int64)),
             labels=torch.from_numpy(self.labels[chosen].astype(np.int64)),
+            sizes=(len(chosen),) if sizes is None else tuple(sizes),
+            is_padded=not mask.all(),
         )
 
 

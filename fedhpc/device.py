@@ -17,17 +17,24 @@ from fedhpc.data import PreparedData
 from fedhpc.errors import Halt
 from fedhpc.evaluate import evaluate, evaluation_batches
 from fedhpc.exchange import Exchange, MpiExchange
-from fedhpc.federation import devices_of, sample_devices
-from fedhpc.local_update import DeviceState, DeviceUpdate, UnfinishedUpdate, learning_rate, local_update
+from fedhpc.federation import Homes, local_steps, make_packs, sample_devices
+from fedhpc.local_update import (
+    Assignment,
+    DeviceState,
+    DeviceUpdate,
+    UnfinishedUpdate,
+    learning_rate,
+    local_updates,
+)
 from fedhpc.messages import Command, Op
 from fedhpc.models import Backbone
 from fedhpc.partition import Partition
 from fedhpc.seeding import generator
 from fedhpc.selection import layer_score
 from fedhpc.spectrum import lossless_ratio
-from fedhpc.state_file import RoundProgress
+from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
-from fedhpc.updates import Vector, fault_of
+from fedhpc.updates import fault_of
 
 NO_ROUND = -1
 NOTHING = messages.NO_RECORD.zeros(0)
@@ -61,7 +68,7 @@ class Worker:
         self.exchange = exchange
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
-        self.devices: list[int] = []
+        self.steps = [local_steps(config, len(examples)) for examples in partition.train]
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
@@ -71,10 +78,12 @@ class Worker:
         self.start_over()
 
     def start_over(self) -> None:
-        """Forget all that the server did not tell, and take the devices of this rank's new number."""
+        """Forget all that the server did not tell, and take the share of this rank's new number."""
         self.writing.finish()
         self.index, self.num_workers = max(0, self.exchange.rank - 1), self.exchange.num_workers
-        self.devices = devices_of(self.index, self.config.federation.num_devices, self.num_workers)
+        self.homes = Homes(self.config.federation.num_devices, self.num_workers)
+        self.share = self.homes.devices_of(self.index)
+        """Of work that needs no device's state."""
         self.states, self.touched, self.progress = {}, set(), RoundProgress(round=NO_ROUND)
 
     def handle(self, command: Command) -> np.ndarray | None:
@@ -96,41 +105,84 @@ class Worker:
             return None
 
     def train_devices(self, command: Command) -> np.ndarray:
-        """Local updates of the sampled devices that live here, but for what was done before an interruption."""
+        """Local updates of the packs placed here, but for what was done before an interruption."""
         if self.progress.round != command.round:
             self.progress = RoundProgress(round=command.round)
-        finished = self.progress.finished
-        devices = self._sampled(command.round)
-        for device in devices:
-            if device not in finished:
-                finished[device] = self._train(device, command)
-        if not devices:
+        packs = make_packs(self.config, command.round, self.steps)
+        self._take_over(self.homes.move(packs, command.workers.tolist()), command)
+        mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
+        for pack in mine:
+            self._train(pack, command)
+        if not mine:
             return messages.upload_record(command.payload.size).zeros(0)
-        return np.stack([finished[device] for device in devices])
+        return np.stack([self.progress.finished[device] for pack in mine for device in pack])
 
-    def _train(self, device: int, command: Command) -> np.ndarray:
-        """One device's local update; its upload record."""
+    def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
+        """Pass on the states of devices that train elsewhere from now on, and take those that come."""
+        if not self.unseen.local.size and self.config.device.reset_moments:
+            return  # nothing is kept on a device
+        leaving = [(new, self._pack_state(device, command)) for device, old, new in moves if old == self.index]
+        coming = [(device, old) for device, old, new in moves if new == self.index]
+        received = self.exchange.trade(leaving, [old for _, old in coming])
+        for (device, _), data in zip(coming, received, strict=True):
+            self._unpack_state(device, data, command)
+
+    def _pack_state(self, device: int, command: Command) -> bytes:
+        state, is_touched = self.states.pop(device, None), device in self.touched
+        self.touched.discard(device)
+        return bytes([is_touched]) + (local_file(state, command.round, command.layers, self.tuning) if state else b"")
+
+    def _unpack_state(self, device: int, data: bytes, command: Command) -> None:
+        if data[0]:
+            self.touched.add(device)
+        if data[1:]:
+            name = f"state of device {device}"
+            self.states[device] = read_local_file(data[1:], name, command.layers, self.tuning, self.unseen.local)
+
+    def _train(self, pack: list[int], command: Command) -> None:
+        """The local updates of a pack; their upload records."""
         began = time.perf_counter()
-        state = self.states.get(device, self.unseen)
-        update = local_update(
-            self.config,
-            self.backbone,
-            self.tuning,
-            command.layers,
-            start=command.payload,
-            state=state,
-            split=self.train,
-            examples=self.partition.train[device],
-            round_index=command.round,
-            device=device,
-            begun=self.progress.unfinished.pop(device, None),
-            beat=self.exchange.beat,
-        )
-        if isinstance(update, UnfinishedUpdate):
-            if len(update.losses):
-                self.progress.unfinished[device] = update
-            raise Halt
-        if self._is_sound(update, command.payload, state):
+        finished, unfinished = self.progress.finished, self.progress.unfinished
+        waiting = [device for device in pack if device not in finished]
+        if not waiting:
+            return
+        assignments = [
+            Assignment(
+                device=device,
+                state=self.states.get(device, self.unseen),
+                examples=self.partition.train[device],
+                begun=unfinished.pop(device, None),
+            )
+            for device in waiting
+        ]
+        try:
+            for device, update in local_updates(
+                self.config,
+                self.backbone,
+                self.tuning,
+                command.layers,
+                start=command.payload,
+                assignments=assignments,
+                split=self.train,
+                round_index=command.round,
+                beat=self.exchange.beat,
+            ):
+                if isinstance(update, UnfinishedUpdate):
+                    unfinished[device] = update
+                else:
+                    finished[device] = self._upload(device, update, command)
+        finally:
+            share = (time.perf_counter() - began) / sum(self.steps[device] for device in waiting)
+            for device in waiting:
+                if device in finished:
+                    header = messages.upload_parts(finished[device][None])[0]
+                    header["seconds"] = share * self.steps[device]
+
+    def _upload(self, device: int, update: DeviceUpdate, command: Command) -> np.ndarray:
+        """The upload record of an update, whose state is kept if all of it is sound."""
+        check = partial(fault_of, num_steps=update.num_steps, learning_rate=learning_rate(self.config, command.round))
+        fault = check(update.params, command.payload)
+        if not fault and not check(update.state.local, self.states.get(device, self.unseen).local):
             self.states[device] = update.state
             self.touched.add(device)
         record = messages.upload_record(command.payload.size).zeros(1)
@@ -138,21 +190,15 @@ class Worker:
         params[:] = update.params
         header["device"], header["loss"] = device, update.loss
         header["num_examples"], header["num_steps"] = update.num_examples, update.num_steps
-        header["seconds"] = time.perf_counter() - began
+        header["unsound"] = fault is not None
         return record[0]
 
-    def _is_sound(self, update: DeviceUpdate, start: Vector, state: DeviceState) -> bool:
-        """Whether a device may keep what it has made of its state; the server looks at the upload itself."""
-        rate = learning_rate(self.config, self.progress.round)
-        pairs = ((update.params, start), (update.state.local, state.local))
-        return not any(fault_of(new, old, num_steps=update.num_steps, learning_rate=rate) for new, old in pairs)
-
     def score(self, command: Command) -> np.ndarray:
-        """Layer scores of every device here, on one batch each."""
+        """Layer scores of the devices in this worker's share, on one batch each."""
         selection = self.config.selection
-        records = messages.score_record(self.tuning.shape.num_layers).zeros(len(self.devices))
+        records = messages.score_record(self.tuning.shape.num_layers).zeros(len(self.share))
         self.backbone.training_mode(False)
-        for record, device in zip(records, self.devices, strict=True):
+        for record, device in zip(records, self.share, strict=True):
             self.exchange.beat(f"scoring layers on device {device}")
             examples = self._one_batch(device, "score batch", selection.batch_size)
             outputs = self.backbone.layer_outputs(self.train.batch(examples).to(self.backbone.torch_device))
@@ -162,8 +208,8 @@ class Worker:
         return records
 
     def ratio(self, command: Command) -> np.ndarray:
-        """Lossless ratio of the sampled devices that live here, from the Hessian's spectrum on one batch each."""
-        devices = self._sampled(command.round)
+        """Lossless ratio of the sampled devices in this worker's share, from the Hessian on one batch each."""
+        devices = [device for device in sample_devices(self.config, command.round) if device in self.share]
         records = messages.ratio_record().zeros(len(devices))
         self.backbone.training_mode(False)
         for record, device in zip(records, devices, strict=True):
@@ -195,7 +241,7 @@ class Worker:
         if not self.unseen.local.size:
             record["personal"] = record["global"]
             return record
-        for device in self.devices:
+        for device in self.homes.devices_of(self.index):
             own = evaluation_batches(self.validation, self.partition.validation[device], size)
             record["personal"] += self._confusion(command, self.states.get(device, self.unseen), own)
         return record
@@ -224,8 +270,10 @@ class Worker:
     def restore(self, command: Command) -> np.ndarray:
         """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
         position = Position(command.round, command.generation)
+        self.homes.move(make_packs(self.config, command.round, self.steps), command.workers.tolist())
+        mine = set(self.homes.devices_of(self.index))
         self.states, self.progress = self.checkpoints.load_devices(
-            position, set(self.devices), self.tuning, command.layers, self.unseen.local
+            position, mine, self.tuning, command.layers, self.unseen.local
         )
         self.touched.clear()
         return NOTHING
@@ -239,10 +287,6 @@ class Worker:
                 yield batch
 
         return evaluate(self.backbone, self.tuning, tensors, self.validation, announced(), self.num_classes)
-
-    def _sampled(self, round_index: int) -> list[int]:
-        mine = set(self.devices)
-        return [device for device in sample_devices(self.config, round_index) if device in mine]
 
     def _one_batch(self, device: int, purpose: str, size: int) -> np.ndarray:
         rng = generator(self.config.seed, purpose=purpose, device=device)

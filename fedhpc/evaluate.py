@@ -35,6 +35,6 @@ def evaluate(
     total = np.zeros((num_classes, num_classes), np.int64)
     for batch_examples in batches:
         batch = split.batch(batch_examples).to(backbone.torch_device)
-        predictions = tuning.forward(backbone, params, batch, training=False).argmax(1)
+        predictions = tuning.forward(backbone, [params], batch).argmax(1)
         total += confusion(batch.labels.cpu().numpy(), predictions.cpu().numpy(), num_classes)
     return total

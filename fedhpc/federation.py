@@ -1,9 +1,15 @@
-"""Who takes part when, and where a device lives: the same answer on every rank, without a message."""
+"""Who takes part when, which devices train side by side, and on which worker: the same answer on every rank."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedhpc.config import Config
 from fedhpc.seeding import generator
+
+Packs = list[list[int]]
+"""The devices of a round; those of one pack train on one worker, side by side."""
 
 
 def sample_devices(config: Config, round_index: int) -> list[int]:
@@ -13,19 +19,84 @@ def sample_devices(config: Config, round_index: int) -> list[int]:
     return [int(device) for device in chosen]
 
 
-def worker_of(device: int, num_workers: int) -> int:
-    """The worker, 0 to num_workers - 1, on which a device lives; worker w is rank w + 1."""
-    return device % num_workers
+def local_steps(config: Config, num_examples: int) -> int:
+    """K_i of a device with so many training examples."""
+    return config.device.epochs * -(-num_examples // config.device.batch_size)
 
 
-def devices_of(worker: int, num_devices: int, num_workers: int) -> list[int]:
-    """The devices that live on a worker, ascending."""
-    return list(range(worker, num_devices, num_workers))
+def make_packs(config: Config, round_index: int, steps: Sequence[int]) -> Packs:
+    """A round's devices in packs of at least `device.pack`, with about the same number of steps in each.
+
+    The rule does not know the ranks: what is computed together must not depend on their number.
+
+    Args:
+        config: the run's configuration.
+        round_index: t.
+        steps: K_i of every device.
+    """
+    devices = sample_devices(config, round_index)
+    packs: Packs = [[] for _ in range(max(1, len(devices) // config.device.pack))]
+    loads = [0] * len(packs)
+    for device in sorted(devices, key=lambda device: (-steps[device], device)):
+        lightest = loads.index(min(loads))
+        packs[lightest].append(device)
+        loads[lightest] += steps[device]
+    return packs
 
 
-def counts_per_worker(devices: Iterable[int], num_workers: int) -> list[int]:
-    """How many of the devices live on each worker."""
-    counts = [0] * num_workers
-    for device in devices:
-        counts[worker_of(device, num_workers)] += 1
-    return counts
+class Homes:
+    """On which worker each device's state is; worker w is rank w + 1."""
+
+    def __init__(self, num_devices: int, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._home = [device % num_workers for device in range(num_devices)]
+
+    def __getitem__(self, device: int) -> int:
+        return self._home[device]
+
+    def devices_of(self, worker: int) -> list[int]:
+        """The devices that live on a worker, ascending."""
+        return [device for device, home in enumerate(self._home) if home == worker]
+
+    def move(self, packs: Packs, workers: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Every pack's devices live on the pack's worker from now on; the moves: device, from, to."""
+        moves = [
+            (device, self._home[device], worker)
+            for pack, worker in zip(packs, workers, strict=True)
+            for device in pack
+            if self._home[device] != worker
+        ]
+        for device, _, worker in moves:
+            self._home[device] = worker
+        return moves
+
+
+class Placement:
+    """The server's choice of a worker for each pack: longest first, to the one with the least to do."""
+
+    def __init__(self, steps: Sequence[int], num_workers: int) -> None:
+        self.steps = steps
+        self.homes = Homes(len(steps), num_workers)
+        self._seconds_per_step: dict[int, float] = {}
+        """By device, as last measured."""
+
+    def measured(self, device: int, seconds: float, steps: int) -> None:
+        """A device's update took so long."""
+        self._seconds_per_step[device] = seconds / steps
+
+    def place(self, packs: Packs) -> NDArray[np.int32]:
+        """A worker for every pack; where it makes no difference, the one where its first device lives."""
+        known = self._seconds_per_step.values()
+        usual = sum(known) / len(known) if known else 1.0
+        costs = [sum(self.steps[d] * self._seconds_per_step.get(d, usual) for d in pack) for pack in packs]
+        loads = [0.0] * self.homes.num_workers
+        bound = max(sum(costs) / len(loads), *costs)
+        """No placement ends sooner."""
+        workers = [0] * len(packs)
+        for index in sorted(range(len(packs)), key=lambda index: -costs[index]):
+            home = self.homes[packs[index][0]]
+            worker = home if loads[home] + costs[index] <= bound else loads.index(min(loads))
+            workers[index] = worker
+            loads[worker] += costs[index]
+        self.homes.move(packs, workers)
+        return np.array(workers, np.int32)

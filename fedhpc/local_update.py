@@ -1,12 +1,14 @@
-"""One device's local epochs: from the broadcast parameters to a DeviceUpdate."""
+"""The devices' local epochs: from the broadcast parameters to DeviceUpdates, a pack of devices side by side."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fedhpc.config import Config
 from fedhpc.data import Split
@@ -19,11 +21,12 @@ from fedhpc.updates import Vector
 
 Moments = dict[str, NDArray[np.float32]]
 """Adam's moments and step count by name, `<tensor>.<exp_avg|exp_avg_sq|step>`."""
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """What a device keeps between its rounds; it never leaves the device's rank but for a checkpoint."""
+    """What a device keeps between its rounds; it never leaves the devices' ranks but for a checkpoint."""
 
     local: Vector
     """p_i, tensors of the layers that are not exchanged."""
@@ -54,6 +57,18 @@ class UnfinishedUpdate:
     """One for each step taken; shape [k]."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """A device to be trained."""
+
+    device: int
+    state: DeviceState
+    examples: NDArray[np.int64]
+    """Its shard of the training split."""
+    begun: UnfinishedUpdate | None = None
+    """Go on with this update instead of beginning at P^t."""
+
+
 def learning_rate(config: Config, round_index: int) -> float:
     """eta of a round; `linear` falls to zero over the whole run, in steps of one round."""
     if config.device.schedule == "constant":
@@ -61,66 +76,123 @@ def learning_rate(config: Config, round_index: int) -> float:
     return config.device.learning_rate * (1 - round_index / config.federation.rounds)
 
 
-def local_update(
+def local_updates(
     config: Config,
     backbone: Backbone,
     tuning: Tuning,
     layers: tuple[int, ...],
     *,
     start: Vector,
-    state: DeviceState,
+    assignments: Sequence[Assignment],
     split: Split,
-    examples: NDArray[np.int64],
     round_index: int,
-    device: int,
-    begun: UnfinishedUpdate | None = None,
     beat: Callable[[str], None] = lambda activity: None,
-) -> DeviceUpdate | UnfinishedUpdate:
-    """E epochs of AdamW over a device's shard (design, section 4), from P^t and the device's own p_i.
+) -> Iterator[tuple[int, DeviceUpdate | UnfinishedUpdate]]:
+    """E epochs of AdamW over each device's shard (design, section 4), from P^t and the device's own p_i.
+
+    The first `device.pack` devices that are not done train together, in one forward and backward pass; when one is
+    done the next takes its place. So what is computed together depends on the assignments alone.
 
     Args:
-        begun: go on with this update instead of beginning at P^t.
-        beat: called with words on what happens before every step; its Halt ends the update unfinished.
+        beat: called with words on what happens before every step.
+
+    Yields:
+        Devices with their updates, as they are done; after a Halt those that are not.
+
+    Raises:
+        Halt: from `beat`, after all that was begun has been yielded.
     """
-    tensors = begun.tensors if begun else tuning.merge(start, state.local, layers)
-    params = as_parameters(tensors, backbone.torch_device)
-    optimizer = torch.optim.AdamW(
-        params.values(), lr=learning_rate(config, round_index), weight_decay=config.device.weight_decay
-    )
-    if (moments := begun.moments if begun else state.moments) is not None:
-        _load_moments(optimizer, params, moments)
-    losses = list(torch.from_numpy(begun.losses).to(backbone.torch_device)) if begun else []
-    plan = list(batches(config, examples, round_index=round_index, device=device))
+    waiting = [_Lane(config, backbone, tuning, layers, start, assignment, round_index) for assignment in assignments]
+    rate = learning_rate(config, round_index)
     backbone.training_mode(True)
-    for batch_examples in islice(plan, len(losses), None):
+    while waiting:
+        lanes = waiting[: config.device.pack]
         try:
-            beat(f"training device {device} in round {round_index}, step {len(losses) + 1} of {len(plan)}")
+            beat(f"training in round {round_index}: " + ", ".join(lane.activity for lane in lanes))
         except Halt:
-            return UnfinishedUpdate(
-                tensors={name: p.detach().cpu().numpy() for name, p in params.items()},
-                moments=_save_moments(optimizer, params),
-                losses=np.array([loss.item() for loss in losses], np.float32),
-            )
-        if config.model.backbone_dropout or config.tuning.dropout:
-            torch.manual_seed(
-                derive_seed(config.seed, purpose=f"dropout {len(losses)}", round_index=round_index, device=device)
-            )
-        batch = split.batch(batch_examples).to(backbone.torch_device)
-        loss = tuning.loss(tuning.forward(backbone, params, batch, training=True), batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params.values(), config.device.max_grad_norm)
-        optimizer.step()
-        losses.append(loss.detach())
-    uploaded, local = tuning.split({name: p.detach().cpu().numpy() for name, p in params.items()}, layers)
-    moments = None if config.device.reset_moments else _save_moments(optimizer, params)
-    return DeviceUpdate(
-        params=uploaded,
-        num_examples=len(examples),
-        num_steps=len(losses),
-        loss=float(np.average(torch.stack(losses).double().cpu().numpy(), weights=[len(batch) for batch in plan])),
-        state=DeviceState(local=local, steps_taken=state.steps_taken + len(losses), moments=moments),
-    )
+            yield from ((lane.device, lane.unfinished()) for lane in waiting if lane.losses)
+            raise
+        _step(config, backbone, tuning, lanes, split, rate)
+        for lane in lanes:
+            if lane.done:
+                waiting.remove(lane)
+                yield lane.device, lane.update()
+
+
+class _Lane:
+    """One device's update under way."""
+
+    def __init__(
+        self,
+        config: Config,
+        backbone: Backbone,
+        tuning: Tuning,
+        layers: tuple[int, ...],
+        start: Vector,
+        assignment: Assignment,
+        round_index: int,
+    ) -> None:
+        self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
+        self.device, self.state, self.num_examples = assignment.device, assignment.state, len(assignment.examples)
+        self.plan = list(batches(config, assignment.examples, round_index=round_index, device=self.device))
+        begun, place = assignment.begun, backbone.torch_device
+        tensors = begun.tensors if begun else tuning.merge(start, self.state.local, layers)
+        self.params = as_parameters(tensors, place)
+        moments = begun.moments if begun else self.state.moments
+        self.moments = (
+            {name: torch.tensor(moment, device=place) for name, moment in moments.items()}
+            if moments is not None
+            else {f"{name}.{key}": moment for name, p in self.params.items() for key, moment in _zeros(p)}
+        )
+        self.losses = list(torch.tensor(begun.losses, device=place)) if begun else []
+
+    @property
+    def activity(self) -> str:
+        return f"device {self.device} step {len(self.losses) + 1} of {len(self.plan)}"
+
+    @property
+    def done(self) -> bool:
+        return len(self.losses) == len(self.plan)
+
+    @property
+    def next_batch(self) -> NDArray[np.int64]:
+        return self.plan[len(self.losses)]
+
+    @property
+    def dropout_seed(self) -> int:
+        purpose = f"dropout {len(self.losses)}"
+        return derive_seed(self.config.seed, purpose=purpose, round_index=self.round_index, device=self.device)
+
+    def moment(self, name: str, key: str) -> Tensor:
+        return self.moments[f"{name}.{key}"]
+
+    def unfinished(self) -> UnfinishedUpdate:
+        return UnfinishedUpdate(
+            tensors=self._tensors(),
+            moments=self._moments(),
+            losses=torch.stack(self.losses).cpu().numpy(),
+        )
+
+    def update(self) -> DeviceUpdate:
+        uploaded, local = self.tuning.split(self._tensors(), self.layers)
+        losses = torch.stack(self.losses).double().cpu().numpy()
+        return DeviceUpdate(
+            params=uploaded,
+            num_examples=self.num_examples,
+            num_steps=len(self.losses),
+            loss=float(np.average(losses, weights=[len(batch) for batch in self.plan])),
+            state=DeviceState(
+                local=local,
+                steps_taken=self.state.steps_taken + len(self.losses),
+                moments=None if self.config.device.reset_moments else self._moments(),
+            ),
+        )
+
+    def _tensors(self) -> dict[str, NDArray[np.float32]]:
+        return {name: parameter.detach().cpu().numpy() for name, parameter in self.params.items()}
+
+    def _moments(self) -> Moments:
+        return {name: moment.cpu().numpy() for name, moment in self.moments.items()}
 
 
 def batches(
@@ -135,18 +207,46 @@ def batches(
             yield order[first : first + size]
 
 
-def _save_moments(optimizer: torch.optim.AdamW, params: dict[str, torch.Tensor]) -> Moments:
-    return {
-        f"{name}.{key}": value.cpu().numpy()
-        for name, parameter in params.items()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _step(
+    config: Config, backbone: Backbone, tuning: Tuning, lanes: Sequence[_Lane], split: Split, rate: float
+) -> None:
+    """One step of every lane: its own mean loss, its own gradient norm, its own moments."""
+    chosen = [lane.next_batch for lane in lanes]
+    batch = split.batch(np.concatenate(chosen), [len(examples) for examples in chosen]).to(backbone.torch_device)
+    seeds = [lane.dropout_seed for lane in lanes] if config.model.backbone_dropout or config.tuning.dropout else None
+    if config.model.backbone_dropout:
+        torch.manual_seed(lanes[0].dropout_seed)
+    scores = tuning.forward(backbone, [lane.params for lane in lanes], batch, dropout_seeds=seeds)
+    losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])
+    params = [parameter for lane in lanes for parameter in lane.params.values()]
+    gradients = torch.autograd.grad(losses.sum(), params)
+    ends = [0, *accumulate(len(lane.params) for lane in lanes)]
+    with torch.no_grad():
+        for lane, loss, first, end in zip(lanes, losses.detach(), ends, ends[1:], strict=False):
+            lane.losses.append(loss)
+            norm = torch.nn.utils.get_total_norm(gradients[first:end])
+            scale = (config.device.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients[first:end], scale)
+        adamw(
+            params,
+            list(gradients),
+            [lane.moment(name, "exp_avg") for lane in lanes for name in lane.params],
+            [lane.moment(name, "exp_avg_sq") for lane in lanes for name in lane.params],
+            [],
+            [lane.moment(name, "step") for lane in lanes for name in lane.params],
+            fused=True,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=rate,
+            weight_decay=config.device.weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
 
 
-def _load_moments(optimizer: torch.optim.AdamW, params: dict[str, torch.Tensor], moments: Moments) -> None:
-    for name, parameter in params.items():
-        optimizer.state[parameter] = {
-            # PyTorch keeps the step count on the CPU.
-            key: torch.from_numpy(moments[f"{name}.{key}"].copy()).to("cpu" if key == "step" else parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+def _zeros(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Adam's moments before the first step."""
+    yield "exp_avg", torch.zeros_like(parameter)
+    yield "exp_avg_sq", torch.zeros_like(parameter)
+    yield "step", torch.zeros((), device=parameter.device)

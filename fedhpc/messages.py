@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedhpc.updates import Vector
 
@@ -20,9 +21,9 @@ class Op(IntEnum):
     SELECT = 2
     """These layers are exchanged from now on; the payload is the local vector of a device not seen before."""
     RESTORE = 3
-    """Read the device states of this round's checkpoint."""
+    """Read the device states of this round's checkpoint; `workers` are those of the round that follows it."""
     TRAIN = 4
-    """Local updates of the round's sampled devices from the payload P^t; reply `upload_record`."""
+    """Local updates of the round's packs on their workers, from the payload P^t; reply `upload_record`."""
     RATIO = 5
     """Lossless ratio of the round's sampled devices at the payload P^t; reply `ratio_record`."""
     EVALUATE = 6
@@ -34,9 +35,16 @@ class Op(IntEnum):
 
 
 HEADER = np.dtype(
-    [("op", "<i8"), ("round", "<i8"), ("payload_size", "<i8"), ("generation", "<i8"), ("layers", "u1", (32,))]
+    [
+        ("op", "<i4"),
+        ("num_packs", "<i4"),
+        ("round", "<i8"),
+        ("payload_size", "<i8"),
+        ("generation", "<i8"),
+        ("layers", "u1", (32,)),
+    ]
 )
-"""The fixed part of a command, 64 bytes; `layers` is a bit mask."""
+"""The fixed part of a command, 64 bytes; `layers` is a bit mask. The packs' workers (int32) and the payload follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +55,35 @@ class Command:
     round: int = 0
     generation: int = 0
     layers: tuple[int, ...] = ()
+    workers: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Where each of the round's packs is trained."""
     payload: Vector = field(default_factory=lambda: np.empty(0, np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that each worker receives."""
+        return HEADER.itemsize + self.workers.nbytes + self.payload.nbytes
 
     def header(self) -> np.ndarray:
         """The header, shape [1]."""
         mask = np.zeros(MAX_LAYERS, np.uint8)
         mask[list(self.layers)] = 1
         header = np.zeros(1, HEADER)
-        header[0] = (self.op, self.round, self.payload.size, self.generation, np.packbits(mask))
+        header[0] = (self.op, self.workers.size, self.round, self.payload.size, self.generation, np.packbits(mask))
         return header
 
     @classmethod
-    def from_header(cls, header: np.ndarray, payload: Vector) -> "Command":
-        """The command whose header and payload have arrived."""
-        (op, round_index, _, generation, mask) = header[0]
-        layers = tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask)))
-        return cls(op=Op(int(op)), round=int(round_index), generation=int(generation), layers=layers, payload=payload)
+    def from_header(cls, header: np.ndarray, workers: NDArray[np.int32], payload: Vector) -> "Command":
+        """The command whose parts have arrived."""
+        (op, _, round_index, _, generation, mask) = header[0]
+        return cls(
+            op=Op(int(op)),
+            round=int(round_index),
+            generation=int(generation),
+            layers=tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask))),
+            workers=workers,
+            payload=payload,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,10 +112,11 @@ UPLOAD_HEADER = np.dtype(
         ("num_steps", "<i8"),
         ("loss", "<f8"),
         ("seconds", "<f8"),
-        ("unused", "<i8", (3,)),
+        ("unsound", "<i8"),
+        ("unused", "<i8", (2,)),
     ]
 )
-"""The fixed part of an upload, 64 bytes."""
+"""The fixed part of an upload, 64 bytes; `unsound`: 1 if the device's rank found fault with the vector."""
 UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // 4
 
 

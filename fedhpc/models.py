@@ -1,11 +1,12 @@
 """The frozen backbone: loading, placement, and scores of the classes.
 
-Shapes: b examples, s positions, L layers, T prompt tokens per layer, D key width, H hidden size, C classes, V words.
+Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width, H hidden size, C classes,
+V words.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ from fedhpc.answers import Answers
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
 from fedhpc.errors import ModelError
+from fedhpc.last_layer import LastLayer
+from fedhpc.weights import mapped_weights
 
 attention.register()
 
@@ -116,14 +119,15 @@ class Backbone(nn.Module):
         self.word_head: nn.Module | None = None
         if data.head == "verbalizer":
             self.base, self.word_head = _split_head(self.model)
+        self._last_layer: LastLayer | None = None
         self._check(config, tuning, data)
         if self.word_head is not None and not self.answers.needs_vocabulary:
             _keep_words(self.model, self.answers.first_tokens)
 
     def hidden(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
-        """The last layer's hidden states [b, s, H]; prompts [L, 2, T, D] (axis 1: key, value) enter every layer."""
+        """The last layer's hidden states [b, s, H]; prompts [N, L, 2, T, D] (axis 2: key, value) enter every layer."""
         positions = self._positions(batch.input_ids, batch.attention_mask, first_position)
-        return self._run(batch.input_ids, batch.attention_mask, positions, prompts)
+        return self._run(batch.input_ids, self._mask(batch), positions, prompts, batch.sizes)
 
     def pooled(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
         """The mean of the last layer's hidden states over each text [b, H], for a trained head."""
@@ -139,12 +143,12 @@ class Backbone(nn.Module):
         """
         rows = torch.arange(len(batch.slots), device=batch.slots.device)
         if not self.answers.branch_tokens:
-            logits = self._logits(self.hidden(batch, prompts, first_position=first_position)[rows, batch.slots])
+            logits = self._logits(self._at_slots(batch, prompts, first_position))
             if not self.answers.needs_vocabulary:
                 return logits
             return logits.log_softmax(-1)[:, self.answers.first_tokens]
         ids, positions, mask = self.answers.branch(batch, first_position)
-        hidden = self._run(ids, mask, positions, prompts)
+        hidden = self._run(ids, mask, positions, prompts, batch.sizes)
         at_slot = hidden[rows, batch.slots].unsqueeze(1)
         in_branches = hidden[:, batch.input_ids.shape[1] :]
         log_probabilities = self._logits(torch.cat([at_slot, in_branches], dim=1)).log_softmax(-1)
@@ -171,8 +175,30 @@ class Backbone(nn.Module):
         """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen."""
         self.model.train(training and self._train_mode)
 
-    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, prompts: Tensor | None) -> Tensor:
-        extra: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
+    def _at_slots(self, batch: Batch, prompts: Tensor | None, first_position: int) -> Tensor:
+        """The last layer's hidden states at the answer slots [b, H]."""
+        positions = self._positions(batch.input_ids, batch.attention_mask, first_position)
+        narrow = {"slots": batch.slots} if self._last_layer and prompts is not None else {}
+        hidden = self._run(batch.input_ids, self._mask(batch), positions, prompts, batch.sizes, **narrow)
+        if narrow:
+            return hidden[:, 0]
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch.slots]
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """None where an encoder needs none. Without one, transformers looks for several texts in a decoder's row."""
+        return batch.attention_mask if batch.is_padded or self.kind == "decoder" else None
+
+    def _run(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        prompts: Tensor | None,
+        sizes: Sequence[int],
+        **extra: Any,
+    ) -> Tensor:
+        if prompts is not None:
+            extra |= {"prompts": prompts.to(self.base.dtype), "sizes": sizes}
         if self.kind == "decoder":
             extra["use_cache"] = False
         output = self.base(input_ids=ids, attention_mask=mask, position_ids=positions, **extra)
@@ -180,7 +206,7 @@ class Backbone(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         assert self.word_head is not None
-        return self.word_head(hidden).to(self.torch_device).float()
+        return at_least_float32(self.word_head(hidden).to(self.torch_device))
 
     def _positions(self, ids: Tensor, mask: Tensor, first_position: int) -> Tensor:
         if self.base.config.model_type in POSITIONS_COUNT_TOKENS:
@@ -193,26 +219,50 @@ class Backbone(nn.Module):
         shape = _shape(config.name, self.base.config)
         _check_attention(self.base.config, config, tuning, data, self.answers)
         who = f"model.name: {config.name}: a {self.base.config.model_type} model"
-        size = (shape.num_layers, 2, 1, shape.key_width)
+        size = (1, shape.num_layers, 2, 1, shape.key_width)
         prompts = torch.full(size, 0.1, device=self.torch_device, requires_grad=True)
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.torch_device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         positions = self._positions(ids, mask, 0)
         try:
-            hidden = self._run(ids, mask, positions, prompts)
+            hidden = self._run(ids, mask, positions, prompts, [1])
             (gradient,) = torch.autograd.grad(hidden[..., 0].float().sum(), prompts)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{who} takes no deep prompts: {_first_line(error)}") from None
-        if deaf := [layer for layer, part in enumerate(gradient) if not part.any()]:
+        if deaf := [layer for layer, part in enumerate(gradient[0]) if not part.any()]:
             raise ModelError(f"{who} takes no deep prompts in its layers {deaf}")
         if self.word_head is not None:
             with torch.no_grad():
-                ours = self._logits(self._run(ids, mask, positions, None))
+                ours = self._logits(self._run(ids, mask, positions, None, [1]))
                 theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
             if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
                 raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
+            if config.attention == "sdpa":
+                self._narrow_last_layer(prompts.detach())
+
+    @torch.no_grad()
+    def _narrow_last_layer(self, prompts: Tensor) -> None:
+        """Compute the last layer at the answer slots alone, if that gives the same numbers with this model."""
+        layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        ids = torch.arange(3, device=self.torch_device).expand(3, 3)
+        mask = torch.ones_like(ids, dtype=torch.bool).tril(1)
+        batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[0], labels=ids[0], sizes=(3,))
+        wanted = self._at_slots(batch, prompts, 0)
+        self._last_layer = LastLayer(layers[-1])
+        try:
+            same = torch.allclose(self._at_slots(batch, prompts, 0), wanted, rtol=0.01, atol=0.01)
+        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+            same = False
+        if not same:
+            self._last_layer.restore()
+            self._last_layer = None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """16-bit numbers as float32, others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torch.device) -> Any:
@@ -228,7 +278,7 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
             raise ModelError("model.device_map: auto needs the package accelerate: pip install fedhpc[multi-gpu]")
         extra = {"device_map": "auto"}
     model, info = _load(
-        partial(loader.from_pretrained, output_loading_info=True),
+        partial(_with_weights, loader, mapped=not extra),
         config.name,
         config=model_config,
         dtype=getattr(torch, config.dtype),
@@ -242,6 +292,14 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
     model.requires_grad_(False)
     model.eval()
     return model if config.device_map == "auto" else model.to(torch_device)
+
+
+def _with_weights(loader: Any, name: str, *, mapped: bool, config: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """A model and what is to be said of its weights; mapped into memory where they are stored as they are needed."""
+    model_type = loader._model_mapping.get(type(config), None)
+    if mapped and model_type and (weights := mapped_weights(name)):
+        return model_type.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **kwargs)
+    return loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
 
 
 def _check_weights(name: str, model: Any, info: Any, *, head: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedhpc.config import Config
-from fedhpc.federation import devices_of
+from fedhpc.federation import Homes, make_packs
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import make_method
@@ -76,9 +76,10 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     everything = 4 * _trainable(job)
     model = DTYPE_BYTES[job.config.model.dtype] * total
     devices = job.config.federation.devices_per_round
+    packs = make_packs(job.config, 0, [1] * job.config.federation.num_devices)
     yield "bytes per round        selected layers    all layers    full model"
     for direction, copies, header in (
-        ("down, broadcast", ranks - 1, HEADER.itemsize),
+        ("down, broadcast", ranks - 1, HEADER.itemsize + 4 * len(packs)),
         ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize),
     ):
         sizes = [human_bytes(copies * (size + header)) for size in (exchanged, everything, model)]
@@ -150,7 +151,7 @@ def _placement(job: Job, ranks: int) -> Iterator[str]:
     sizes = [len(examples) for examples in job.partition.train]
     yield f"devices on ranks ({len(sizes)} devices, {min(sizes)} to {max(sizes)} training examples each)"
     for rank, worker in workers.items():
-        devices = devices_of(worker, len(sizes), len(workers))
+        devices = Homes(len(sizes), len(workers)).devices_of(worker)
         shown = " ".join(map(str, devices[:8])) + (" ..." if len(devices) > 8 else "")
         yield f"  rank {rank}: {len(devices)} devices, {sum(sizes[d] for d in devices)} examples: {shown or 'idle'}"
 

@@ -2,17 +2,19 @@
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fedhpc import messages
 from fedhpc.checkpoint import Checkpoints
 from fedhpc.errors import Halt, RanksLost
 from fedhpc.exchange import Exchange
-from fedhpc.federation import counts_per_worker, sample_devices
+from fedhpc.federation import Placement, local_steps, make_packs, sample_devices
 from fedhpc.job import Job
 from fedhpc.local_update import learning_rate
 from fedhpc.lock import RunLock
@@ -42,6 +44,8 @@ class Server:
         self.identity = job.identity
         self.tuning = job.tuning
         self.exchange = exchange
+        self.steps = [local_steps(job.config, len(examples)) for examples in job.partition.train]
+        self.placement = Placement(self.steps, exchange.num_workers)
         self.num_layers = job.shape.num_layers
         self.num_workers = exchange.num_workers
         self.files = RunFiles(job.config.run_dir)
@@ -168,12 +172,15 @@ class Server:
         """Tell every worker where a checkpoint left off."""
         self.saving.go_on_from(state)
         self._announce_layers(state)
-        self._command(Command(op=Op.RESTORE, round=state.server.round, generation=state.part, layers=state.layers))
+        t = state.server.round
+        workers = self.placement.place(make_packs(self.config, t, self.steps))
+        command = Command(op=Op.RESTORE, round=t, generation=state.part, layers=state.layers, workers=workers)
+        self._command(command)
         return state
 
     def score_layers(self) -> np.ndarray:
         """Global layer scores [L] from one batch of every device (design, section 3)."""
-        counts = counts_per_worker(range(self.config.federation.num_devices), self.num_workers)
+        counts = self._shares(range(self.config.federation.num_devices))
         record = messages.score_record(self.num_layers)
         records = self.exchange.request(Command(op=Op.SCORE), record, counts)
         records = records[np.argsort(records["device"])]
@@ -182,9 +189,11 @@ class Server:
     def train(self, state: RunState, t: int) -> tuple[RoundUploads, dict[str, Any]]:
         """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
         devices = sample_devices(self.config, t)
+        packs = make_packs(self.config, t, self.steps)
+        workers = self.placement.place(packs)
         record_type = messages.upload_record(state.server.params.size)
-        counts = counts_per_worker(devices, self.num_workers)
-        command = Command(op=Op.TRAIN, round=t, layers=state.layers, payload=state.server.params)
+        counts = self._count(workers, [len(pack) for pack in packs])
+        command = Command(op=Op.TRAIN, round=t, layers=state.layers, workers=workers, payload=state.server.params)
         self.saving.control.prefetch(devices, state.layers)
         self.state, self.in_round = state, True
         records = self.exchange.request(command, record_type, counts)
@@ -192,16 +201,18 @@ class Server:
         traffic = self.exchange.traffic
         headers, params = messages.upload_parts(records)
         busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
+        for header in headers:
+            self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
         place = {int(device): row for row, device in enumerate(headers["device"])}
         order = [place[device] for device in devices]
         uploads = RoundUploads(
             device_ids=headers["device"][order],
             num_examples=headers["num_examples"][order],
             num_steps=headers["num_steps"][order],
-            params=params[order],
+            params=[params[row] for row in order],
             device_learning_rate=learning_rate(self.config, t),
         )
-        kept, rejected = self.sift(uploads, state)
+        kept, rejected = self.sift(uploads, headers["unsound"][order], state)
         uploads = uploads.only(kept)
         metrics = {
             "round": t,
@@ -219,23 +230,31 @@ class Server:
         }
         return uploads, metrics
 
-    def sift(self, uploads: RoundUploads, state: RunState) -> tuple[list[int], list[dict[str, Any]]]:
+    def sift(
+        self, uploads: RoundUploads, unsound: np.ndarray, state: RunState
+    ) -> tuple[list[int], list[dict[str, Any]]]:
         """Places of the uploads to use; the others, with the reason.
+
+        Args:
+            uploads: all of the round.
+            unsound: with which of them the device's rank found fault.
+            state: what they were made from.
 
         Raises:
             FloatingPointError: more than `server.max_rejected` of them are bad.
         """
         kept, rejected = [], []
         for place, device in enumerate(uploads.device_ids.tolist()):
+            if not unsound[place]:
+                kept.append(place)
+                continue
             fault = fault_of(
                 uploads.params[place],
                 state.server.params,
                 num_steps=int(uploads.num_steps[place]),
                 learning_rate=uploads.device_learning_rate,
             )
-            if fault is None:
-                kept.append(place)
-                continue
+            assert fault
             norm, reason = fault
             log.warning("round %d: upload of device %d rejected: %s", state.server.round, device, reason)
             rejected.append({"device": device, "norm": norm if np.isfinite(norm) else None, "reason": reason})
@@ -272,7 +291,7 @@ class Server:
         last = state.server.round - 1
         devices = sample_devices(self.config, last)
         command = Command(op=Op.RATIO, round=last, layers=state.layers, payload=state.server.params)
-        counts = counts_per_worker(devices, self.num_workers)
+        counts = self._shares(devices)
         records = self.exchange.request(command, messages.ratio_record(), counts)
         records = records[np.argsort(records["device"])]
         ratio = float(global_scores(records["ratio"][:, None], records["num_examples"])[0])
@@ -323,6 +342,14 @@ class Server:
             list(state.layers),
             human_bytes(state.server.params.nbytes),
         )
+
+    def _shares(self, devices: Iterable[int]) -> list[int]:
+        """How many of the devices are in each worker's share of work that needs no state."""
+        return self._count([device % self.num_workers for device in devices])
+
+    def _count(self, workers: ArrayLike, weights: ArrayLike | None = None) -> list[int]:
+        counts = np.bincount(workers, weights, minlength=self.num_workers)
+        return [int(count) for count in counts]
 
     def _announce_layers(self, state: RunState) -> None:
         self._command(Command(op=Op.SELECT, layers=state.layers, payload=state.unseen_local))

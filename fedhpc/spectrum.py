@@ -79,8 +79,8 @@ class BatchLoss:
         with torch.no_grad():
             for parameter, base, move in zip(self.moved, self.at, self._tensors(displacement), strict=True):
                 parameter.copy_(base + move)
-        scores = self.tuning.forward(self.backbone, self.params, self.batch, training=False)
-        return self.tuning.loss(scores, self.batch.labels)
+        scores = self.tuning.forward(self.backbone, [self.params], self.batch)
+        return self.tuning.losses(scores, self.batch.labels).mean()
 
     def _tensors(self, flat: Flat) -> list[torch.Tensor]:
         parts = torch.from_numpy(flat).float().to(self.backbone.torch_device).split([p.numel() for p in self.moved])

@@ -23,6 +23,7 @@ from fedhpc.updates import Layout, Vector
 FORMAT = "fedhpc-checkpoint"
 VERSION = 2
 CHUNK_ELEMENTS = 1 << 20
+UPLOAD_FACTS = ("num_examples", "num_steps", "loss", "seconds", "unsound")
 FOLDERS = {"params": "", "control_global": "control/global"}
 """Where a server vector is stored, if not under its own name; the parameters are `prompts` and `params/...`."""
 
@@ -181,7 +182,7 @@ def progress_file(progress: RoundProgress, layers: Sequence[int], layouts: Layou
         for device, record in progress.finished.items():
             entry = finished.create_group(str(device))
             headers, params = messages.upload_parts(record[None])
-            for key in ("num_examples", "num_steps", "loss", "seconds"):
+            for key in UPLOAD_FACTS:
                 entry.attrs[key] = headers[0][key]
             write_vector(entry, "upload", params[0], layouts.exchanged(layers))
         for device, update in progress.unfinished.items():
@@ -201,7 +202,7 @@ def read_progress_file(data: bytes, name: str, layers: Sequence[int], layouts: L
             record = messages.upload_record(exchanged.size).zeros(1)
             headers, params = messages.upload_parts(record)
             headers["device"] = int(device)
-            for key in ("num_examples", "num_steps", "loss", "seconds"):
+            for key in UPLOAD_FACTS:
                 headers[key] = entry.attrs[key]
             params[0] = _read_vector(entry, "upload", exchanged)
             progress.finished[int(device)] = record[0]

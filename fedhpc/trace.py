@@ -21,5 +21,5 @@ def write_trace(
         file["num_examples"] = uploads.num_examples.astype(np.int64)
         file["num_steps"] = uploads.num_steps.astype(np.int64)
         write_vector(file, "broadcast", broadcast, layout)
-        write_vector(file, "uploads", uploads.params, layout)
+        write_vector(file, "uploads", np.stack(uploads.params), layout)
         write_vector(file, "result", result, layout)

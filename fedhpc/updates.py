@@ -1,6 +1,7 @@
 """Named tensors in one contiguous float32 vector: the wire format, and the unit in which the server computes."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -64,8 +65,8 @@ class RoundUploads:
     """n_i, shape [m]."""
     num_steps: NDArray[np.int64]
     """K_i, optimizer steps taken, shape [m]."""
-    params: Vector
-    """P_i, shape [m, n]."""
+    params: Sequence[Vector]
+    """P_i, m vectors [n]."""
     device_learning_rate: float
     """eta of this round."""
 
@@ -81,8 +82,12 @@ class RoundUploads:
             device_ids=self.device_ids[kept],
             num_examples=self.num_examples[kept],
             num_steps=self.num_steps[kept],
-            params=self.params[kept],
+            params=[self.params[place] for place in kept],
         )
+
+    def block(self, elements: slice) -> "RoundUploads":
+        """The same uploads, but only these elements of the vectors."""
+        return replace(self, params=[params[elements] for params in self.params])
 
     def in_device_order(self) -> "RoundUploads":
         """The same uploads by ascending device id, so that sums do not depend on the sampling order."""
@@ -91,10 +96,17 @@ class RoundUploads:
 
 def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: float) -> tuple[float, str] | None:
     """What makes a vector [n] unfit as the outcome of a local update from ``start``: its norm and the reason."""
-    moved = params.astype(np.float64) - start
-    norm = float(np.linalg.norm(moved))
+    # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
+    limit = num_steps * learning_rate * ADAM_STEP * math.sqrt(params.size) + length(start)
+    with np.errstate(invalid="ignore", over="ignore"):
+        norm = length(params - start)
+    if norm <= limit:  # false for NaN
+        return None
     if not np.isfinite(params).all():
         return norm, "NaN" if np.isnan(params).any() else "infinite"
-    # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
-    limit = num_steps * learning_rate * ADAM_STEP * np.sqrt(params.size) + np.linalg.norm(start.astype(np.float64))
-    return (norm, f"larger than {num_steps} steps can be ({limit:.3g})") if norm > limit else None
+    return norm, f"larger than {num_steps} steps can be ({limit:.3g})"
+
+
+def length(vector: Vector) -> float:
+    """Euclidean norm, to float32's precision; infinite where squares overflow."""
+    return math.sqrt(np.dot(vector, vector))

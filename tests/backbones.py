@@ -118,7 +118,8 @@ def make_batch(name, lengths=(9, 4, 7), *, seed=3, num_classes=3):
     ids = torch.randint(4, VOCABULARY, mask.shape, generator=rng)
     slots = size - 1 if kind_of(name) == "decoder" else size // 2
     labels = torch.arange(len(lengths)) % num_classes
-    return Batch(input_ids=ids.where(mask, 1), attention_mask=mask, slots=slots, labels=labels)
+    ids = ids.where(mask, 1)
+    return Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=labels, sizes=(len(lengths),))
 
 
 def random_prompts(backbone_config, dtype=torch.float32, *, num_tokens=NUM_TOKENS, std=0.7):

@@ -71,7 +71,7 @@ def control(*devices, layers=SOME, seed=0):
 def upload(device, layers=SOME):
     record = messages.upload_record(TUNING.exchanged(layers).size).zeros(1)
     headers, params = messages.upload_parts(record)
-    headers[0] = (device, 20, 6, 1 / 3, 0.1 + 0.2, (0, 0, 0))
+    headers[0] = (device, 20, 6, 1 / 3, 0.1 + 0.2, 1, (0, 0))
     params[:] = vector(device, params.size)
     return record[0]
 
@@ -275,6 +275,7 @@ def test_the_files_are_as_documented(run):
             "num_steps": 6,
             "loss": 1 / 3,
             "seconds": 0.1 + 0.2,
+            "unsound": 1,
         }
 
 

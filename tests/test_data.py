@@ -66,7 +66,7 @@ def test_batch_is_padded_to_its_own_longest_in_the_asked_order(prepared):
     assert (batch.slots.tolist(), batch.labels.tolist()) == ([0, 2], [1, 0])
     types = [batch.input_ids.dtype, batch.attention_mask.dtype, batch.slots.dtype, batch.labels.dtype]
     assert types == [torch.int64, torch.bool, torch.int64, torch.int64]
-    assert batch.to("meta").labels.device.type == "meta"
+    assert batch.to(torch.device("meta")).labels.device.type == "meta"
 
 
 def _shorten(path):

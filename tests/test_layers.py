@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FLOORS = [
     {"__init__", "errors", "files", "seeding", "stopping", "background"},
-    {"config", "jobenv"},
+    {"config", "jobenv", "quick_start", "weights", "last_layer"},
     {"lock"},
     {"data", "tasks", "partition", "metrics", "updates", "federation"},
     {"methods", "messages", "answers", "attention"},

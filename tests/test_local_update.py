@@ -1,11 +1,24 @@
+import re
+from contextlib import suppress
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from backbones import NUM_TOKENS, VOCABULARY, load_backbone, make_config, read_tuning, save_backbone
 
+from fedhpc import local_update
 from fedhpc.data import Split
 from fedhpc.errors import Halt
-from fedhpc.local_update import DeviceState, UnfinishedUpdate, batches, learning_rate, local_update
+from fedhpc.local_update import (
+    Assignment,
+    DeviceState,
+    DeviceUpdate,
+    UnfinishedUpdate,
+    batches,
+    learning_rate,
+    local_updates,
+)
 from fedhpc.tuning.base import as_parameters
 
 LAYERS = (0, 2)
@@ -53,20 +66,27 @@ class Device:
         self.start, local = self.tuning.split(self.tensors, layers)
         self.state = DeviceState(local=local)
 
-    def update(self, *, round_index=0, device=4, examples=OURS, **interruption):
-        return local_update(
-            self.config,
-            self.backbone,
-            self.tuning,
-            self.layers,
-            start=self.start,
-            state=self.state,
-            split=make_split(),
-            examples=examples,
-            round_index=round_index,
-            device=device,
-            **interruption,
-        )
+    def update(self, *, round_index=0, device=4, examples=OURS, begun=None, **beat):
+        assignment = Assignment(device=device, state=self.state, examples=examples, begun=begun)
+        ((_, update),) = self.updates([assignment], round_index=round_index, **beat).items()
+        return update
+
+    def updates(self, assignments, *, round_index=0, **beat):
+        found = {}
+        with suppress(Halt):
+            for device, update in local_updates(
+                self.config,
+                self.backbone,
+                self.tuning,
+                self.layers,
+                start=self.start,
+                assignments=assignments,
+                split=make_split(),
+                round_index=round_index,
+                **beat,
+            ):
+                found[device] = update
+        return found
 
 
 class AdamW:
@@ -88,7 +108,7 @@ def gradient_at(device, vector, examples):
     """Loss and clipped gradient of one batch with respect to all prompts, as one vector."""
     params = as_parameters({"prompts": vector.reshape(3, 2, NUM_TOKENS, 16).astype(np.float32)}, torch.device("cpu"))
     batch = make_split().batch(examples)
-    loss = device.tuning.loss(device.tuning.forward(device.backbone, params, batch, training=False), batch.labels)
+    loss = device.tuning.losses(device.tuning.forward(device.backbone, [params], batch), batch.labels).mean()
     (gradient,) = torch.autograd.grad(loss, params["prompts"])
     gradient = gradient.double().numpy().ravel()
     norm = np.linalg.norm(gradient)
@@ -261,7 +281,7 @@ def halt_before(step):
 def test_an_update_says_before_every_step_what_it_is_about_to_do(folder, backbone):
     beat, said = halt_before(None)
     Device(folder, backbone).update(round_index=3, beat=beat)
-    assert said == [f"training device 4 in round 3, step {step} of 6" for step in range(1, 7)]
+    assert said == [f"training in round 3: device 4 step {step} of 6" for step in range(1, 7)]
 
 
 INTERRUPTED = {
@@ -301,3 +321,87 @@ def test_an_unfinished_update_is_not_changed_by_going_on_from_it(folder, backbon
     assert begun.moments["prompts.step"] == len(begun.losses) == 3
     first, second = device.update(begun=begun), device.update(begun=begun)
     np.testing.assert_array_equal(first.params, second.params)
+
+
+SHARDS = {4: OURS, 9: np.array([2, 8, 6]), 1: np.array([0]), 7: np.array([4, 9, 0, 10, 2, 6, 1]), 3: np.array([5, 9])}
+PACKED = {
+    "linear head": {"tuning": {"head": "linear"}},
+    "dropout": {"tuning": {"dropout": 0.5}},
+    "moments kept, weight decay": {"reset_moments": False, "weight_decay": 0.1, "max_grad_norm": 0.02},
+}
+
+
+def trained(device, *, begun=None, stop=None):
+    """Updates of all devices of SHARDS that are not done, from states of their own."""
+    begun = begun or {}
+    assignments = [
+        Assignment(
+            device=number,
+            state=replace(device.state, local=device.state.local * np.float32(1 + number)),
+            examples=examples,
+            begun=begun.get(number),
+        )
+        for number, examples in SHARDS.items()
+        if not isinstance(begun.get(number), DeviceUpdate)
+    ]
+    return {**begun, **device.updates(assignments, round_index=2, beat=halt_before(stop)[0])}
+
+
+def keep_precision(device, dtype, monkeypatch):
+    """Train in this precision and upload all trainable tensors in it."""
+    as_float32 = local_update.as_parameters
+
+    def in_precision(*arguments):
+        return {name: p.detach().to(dtype).requires_grad_() for name, p in as_float32(*arguments).items()}
+
+    monkeypatch.setattr(local_update, "as_parameters", in_precision)
+    monkeypatch.setattr(
+        device.tuning, "split", lambda tensors, layers: (np.concatenate([t.ravel() for t in tensors.values()]), None)
+    )
+
+
+@pytest.mark.parametrize("setting", PACKED)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def test_devices_side_by_side_are_trained_as_one_by_one(folder, monkeypatch, setting, dtype, tolerance):
+    options = PACKED[setting]
+    backbone = load_backbone(folder, "llama-gqa", head=options.get("tuning", {}).get("head", "verbalizer"))
+    backbone.model.to(dtype)
+    devices = [Device(folder, backbone, pack=pack, **options) for pack in (1, 2, 3, 8)]
+    for device in devices:
+        keep_precision(device, dtype, monkeypatch)
+    alone, *packed = map(trained, devices)
+    for updates in packed:
+        assert sorted(updates) == sorted(SHARDS)
+        for number, update in updates.items():
+            expected = alone[number]
+            np.testing.assert_allclose(update.params, expected.params, rtol=0, atol=tolerance)
+            assert update.loss == pytest.approx(expected.loss, rel=tolerance)
+            assert update.num_steps == expected.num_steps == 2 * -(-len(SHARDS[number]) // 2)
+
+
+def test_a_device_that_is_done_makes_room_for_the_next(folder, backbone):
+    beat, said = halt_before(None)
+    device = Device(folder, backbone, pack=2, epochs=1)
+    assignments = [Assignment(device=n, state=device.state, examples=x) for n, x in SHARDS.items()]
+    assert list(device.updates(assignments, beat=beat)) == [9, 4, 1, 3, 7]
+    assert [[int(n) for n in re.findall(r"device (\d+)", words)] for words in said] == [
+        [4, 9], [4, 9], [4, 1], [7, 3], [7], [7], [7]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", PACKED)
+def test_a_pack_that_was_stopped_goes_on_to_the_same_bits(folder, setting):
+    options = PACKED[setting]
+    backbone = load_backbone(folder, "llama-gqa", head=options.get("tuning", {}).get("head", "verbalizer"))
+    device = Device(folder, backbone, pack=3, **options)
+    whole_updates = trained(device)
+    for stops in ([2], [6], [3, 4], [2, 1, 5, 2]):
+        begun = {}
+        for stop in stops:
+            torch.rand(3)
+            begun = trained(device, begun=begun, stop=stop)
+        updates = trained(device, begun=begun)
+        for number, update in whole_updates.items():
+            np.testing.assert_array_equal(updates[number].params, update.params)
+            np.testing.assert_array_equal(updates[number].state.local, update.state.local)
+            assert updates[number].loss == update.loss

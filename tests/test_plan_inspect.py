@@ -15,8 +15,8 @@ def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
     per_layer = 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
     assert f"{4 * per_layer:,} parameters" in out
     assert f"{2 * per_layer:,} parameters, 2 of 4 layers" in out
-    # 4 bytes a float, a 64-byte header, 4 device ranks down and 6 sampled devices up.
-    down, up = (copies * (4 * 2 * per_layer + 64) / 1000 for copies in (4, 6))
+    # 4 bytes a float, a 64-byte header, 4 device ranks down, with 4 bytes for each pack, and 6 sampled devices up.
+    down, up = (copies * (4 * 2 * per_layer + header) / 1000 for copies, header in ((4, 64 + 4 * 6), (6, 64)))
     assert f"{down:.1f} kB" in out
     assert f"{up:.1f} kB" in out
     assert "rank 4: 3 devices" in out

@@ -16,14 +16,14 @@ BAD = 3
 @pytest.fixture
 def spoil(monkeypatch):
     """From now on the local updates of these devices are changed by a function."""
-    local_update = device.local_update
+    local_updates = device.local_updates
 
     def change(spoiled, *devices):
-        def spoiling(*arguments, device, **named):
-            update = local_update(*arguments, device=device, **named)
-            return replace(update, params=spoiled(update.params)) if device in devices else update
+        def spoiling(*arguments, **named):
+            for number, update in local_updates(*arguments, **named):
+                yield number, replace(update, params=spoiled(update.params)) if number in devices else update
 
-        monkeypatch.setattr(device, "local_update", spoiling)
+        monkeypatch.setattr(device, "local_updates", spoiling)
 
     return change
 

@@ -4,7 +4,7 @@ import torch
 from backbones import HIDDEN_SIZE, NUM_LAYERS, NUM_TOKENS, load_backbone, make_batch, read_tuning, save_backbone
 from torch.nn import functional
 
-from fedhpc.tuning.base import as_parameters, linear_head
+from fedhpc.tuning.base import as_parameters, linear_heads
 
 CPU = torch.device("cpu")
 WIDTH = 16
@@ -85,10 +85,11 @@ def test_initial_tensors_are_normal_and_fixed_by_the_seed(folder):
 def test_forward_is_the_backbones_score_behind_the_prompts(folder, offset):
     tuning, backbone = read_tuning(folder, position_offset=offset), load_backbone(folder, "llama-gqa")
     params, batch = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa")
-    expected = backbone.word_scores(batch, params["prompts"], first_position=NUM_TOKENS if offset else 0)
-    scores = tuning.forward(backbone, params, batch, training=True)
+    expected = backbone.word_scores(batch, params["prompts"][None], first_position=NUM_TOKENS if offset else 0)
+    scores = tuning.forward(backbone, [params], batch)
     assert torch.equal(scores, expected)
-    assert torch.equal(tuning.loss(scores, batch.labels), functional.cross_entropy(expected, batch.labels))
+    losses = functional.cross_entropy(expected, batch.labels, reduction="none")
+    assert torch.equal(tuning.losses(scores, batch.labels), losses)
 
 
 def test_linear_head_scores_the_mean_hidden_state_of_the_text(folder):
@@ -96,35 +97,36 @@ def test_linear_head_scores_the_mean_hidden_state_of_the_text(folder):
     params, batch = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa", (9, 4, 7))
     with torch.no_grad():
         params["head.bias"].copy_(torch.tensor([1.0, 2.0, 3.0]))
-        hidden = backbone.hidden(batch, params["prompts"], first_position=NUM_TOKENS)
-        scores = tuning.forward(backbone, params, batch, training=False)
+        hidden = backbone.hidden(batch, params["prompts"][None], first_position=NUM_TOKENS)
+        scores = tuning.forward(backbone, [params], batch)
     for row, length in enumerate((9, 4, 7)):
         pooled = hidden[row, :length].mean(0)
         expected = params["head.weight"] @ pooled + params["head.bias"]
         torch.testing.assert_close(scores[row], expected)
-        torch.testing.assert_close(linear_head(params, pooled[None].bfloat16())[0], expected, rtol=0.05, atol=0.05)
-    gradients = torch.autograd.grad(
-        tuning.loss(tuning.forward(backbone, params, batch, training=True), batch.labels), list(params.values())
-    )
+        torch.testing.assert_close(
+            linear_heads([params], pooled[None].bfloat16(), [1])[0], expected, rtol=0.05, atol=0.05
+        )
+    losses = tuning.losses(tuning.forward(backbone, [params], batch), batch.labels)
+    gradients = torch.autograd.grad(losses.sum(), list(params.values()))
     assert all(gradient.any() for gradient in gradients)
 
 
 def test_vocabulary_loss_is_minus_the_labels_log_probability(folder):
     tuning = read_tuning(folder, loss="vocabulary")
     scores = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
-    assert tuning.loss(scores, torch.tensor([2, 0])).item() == 3.5
+    assert tuning.losses(scores, torch.tensor([2, 0])).tolist() == [3.0, 4.0]
 
 
 def test_prompt_dropout_acts_in_training_alone_and_keeps_the_expected_value(folder):
     tuning, backbone = read_tuning(folder, dropout=0.5), load_backbone(folder, "llama-gqa")
     params, batch, seen = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa"), []
     backbone.word_scores = lambda _batch, prompts, **_: seen.append(prompts)
-    tuning.forward(backbone, params, batch, training=False)
-    tuning.forward(backbone, params, batch, training=True)
-    assert torch.equal(seen[0], params["prompts"])
+    tuning.forward(backbone, [params], batch)
+    tuning.forward(backbone, [params], batch, dropout_seeds=[5])
+    assert torch.equal(seen[0], params["prompts"][None])
     kept = seen[1] != 0
     assert 0.3 < kept.float().mean() < 0.7
-    assert torch.equal(seen[1][kept], 2 * params["prompts"][kept])
+    assert torch.equal(seen[1][kept], 2 * params["prompts"][None][kept])
 
 
 def test_parameters_are_trainable_copies(folder):

@@ -76,6 +76,15 @@ class Exchange(ABC):
     def post(self, note: Note) -> None:
         """Worker: a note to the server; from any thread."""
 
+    @abstractmethod
+    def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
+        """Workers: pass on devices' states.
+
+        Args:
+            outgoing: worker and data; what goes to one worker arrives there in this order.
+            incoming: from which workers data will come, in the order of the result.
+        """
+
     def fail(self, error: BaseException) -> None:
         """From a thread beside the main one: this error is to be raised there, at its next look at the mail."""
         self._failure = error

@@ -45,6 +45,12 @@ class LocalExchange(Exchange):
         """See :class:`Exchange`."""
         self._deliver(note)
 
+    def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
+        """See :class:`Exchange`."""
+        assert not outgoing
+        assert not incoming
+        return []
+
     def agree(self, problem: str | None) -> None:
         """See :class:`Exchange`."""
         if problem is not None:

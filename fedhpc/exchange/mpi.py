@@ -32,6 +32,8 @@ BEAT_S = 5.0
 BEATS_PER_TIMEOUT = 5
 PARTING_S = 0.2
 FLOAT_BYTES = 4
+NOTES, STATE = 0, 1
+"""Tags of messages between two ranks."""
 PAYLOAD = RecordType(np.dtype(np.float32))
 
 
@@ -61,9 +63,8 @@ class MpiExchange(Exchange):
         header = command.header()
         self._meet()
         with self._inside("the broadcast"):
-            self._finish(self._comm.Ibcast([header, self._mpi.BYTE], root=0))
-            if command.payload.size:
-                self._finish(self._comm.Ibcast([command.payload, 1, self._type(command.payload.nbytes)], root=0))
+            for part in (header, command.workers, command.payload):
+                self._broadcast(part)
         sent = time.perf_counter()
         if command.op in (Op.STOP, Op.SUSPEND):
             return record.zeros(0)
@@ -78,7 +79,7 @@ class MpiExchange(Exchange):
                 self._finish(self._comm.Igatherv([None, 0, self._type(record.nbytes)], target, root=0))
         end = time.perf_counter()
         self.traffic = Traffic(
-            bytes_down=self.num_workers * (header.nbytes + command.payload.nbytes),
+            bytes_down=self.num_workers * command.nbytes,
             bytes_up=records.nbytes,
             seconds={"broadcast": sent - start, "local": ready - sent, "gather": end - ready},
         )
@@ -90,11 +91,12 @@ class MpiExchange(Exchange):
         self._activity = "waiting for the server"
         self._meet()
         with self._inside("the broadcast"):
-            self._finish(self._comm.Ibcast([header, self._mpi.BYTE], root=0))
+            self._broadcast(header)
+            workers = np.zeros(header[0]["num_packs"], np.int32)
             payload = self._buffer(PAYLOAD, int(header[0]["payload_size"]))
-            if payload.size:
-                self._finish(self._comm.Ibcast([payload, 1, self._type(payload.nbytes)], root=0))
-        return Command.from_header(header, payload)
+            self._broadcast(workers)
+            self._broadcast(payload)
+        return Command.from_header(header, workers, payload)
 
     def reply(self, records: np.ndarray | None) -> None:
         """Worker: send this worker's records; None if it was halted."""
@@ -118,6 +120,17 @@ class MpiExchange(Exchange):
     def post(self, note: Note) -> None:
         """See :class:`Exchange`."""
         self._outbox.append(note)
+
+    def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
+        """See :class:`Exchange`."""
+        with self._inside("an exchange of device states"):
+            requests = [
+                self._comm.Isend([data, self._mpi.BYTE], dest=worker + 1, tag=STATE) for worker, data in outgoing
+            ]
+            received = [self._receive_state(worker + 1) for worker in incoming]
+            for request in requests:
+                self._finish(request)
+        return received
 
     def agree(self, problem: str | None) -> None:
         """See :class:`Exchange`."""
@@ -194,6 +207,19 @@ class MpiExchange(Exchange):
         self._last_look = time.monotonic()
         self._since_beat = 0.0
 
+    def _broadcast(self, part: np.ndarray) -> None:
+        if part.size:
+            self._finish(self._comm.Ibcast([part, 1, self._type(part.nbytes)], root=0))
+
+    def _receive_state(self, rank: int) -> bytes:
+        status = self._mpi.Status()
+        while (message := self._comm.Improbe(source=rank, tag=STATE, status=status)) is None:
+            self.attend()
+            time.sleep(TRANSFER_NAP_S)
+        data = bytearray(status.Get_count(self._mpi.BYTE))
+        self._finish(message.Irecv([data, self._mpi.BYTE]))
+        return bytes(data)
+
     def _meet(self, *, halted: bool = False) -> bool:
         """Wait for all ranks without spinning, so that waiters leave the cores alone; whether any was halted."""
         mine, anyone = np.array([halted], np.int64), np.zeros(1, np.int64)
@@ -247,9 +273,9 @@ class MpiExchange(Exchange):
 
     def _read_notes(self) -> None:
         status = self._mpi.Status()
-        while self._comm.Iprobe(source=self._mpi.ANY_SOURCE, tag=0, status=status):
+        while self._comm.Iprobe(source=self._mpi.ANY_SOURCE, tag=NOTES, status=status):
             packed = np.zeros(1, NOTE)
-            self._comm.Recv([packed, self._mpi.BYTE], source=status.source, tag=0)
+            self._comm.Recv([packed, self._mpi.BYTE], source=status.source, tag=NOTES)
             note = Note.unpacked(packed)
             self._silence[status.source] = 0.0
             if note.kind == Kind.BEAT:
@@ -265,7 +291,7 @@ class MpiExchange(Exchange):
         """To the server from a worker, to every worker from the server."""
         packed = note.packed()
         for peer in self._silence:
-            self._under_way.append((self._comm.Isend([packed, self._mpi.BYTE], dest=peer, tag=0), packed))
+            self._under_way.append((self._comm.Isend([packed, self._mpi.BYTE], dest=peer, tag=NOTES), packed))
 
     @contextmanager
     def _inside(self, what: str) -> Iterator[None]:

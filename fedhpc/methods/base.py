@@ -1,6 +1,9 @@
 """What every server method shares."""
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,6 +11,9 @@ from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
 from fedhpc.updates import RoundUploads, Vector
+
+BLOCK = 1 << 15
+_THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +34,24 @@ class ServerState:
     scalars: dict[str, float] = field(default_factory=dict)
     """The method's own numbers by name, for example a decaying server learning rate."""
 
-    def restrict(self, kept: NDArray[np.intp]) -> "ServerState":
+    def restrict(self, kept: NDArray[np.intp] | slice) -> "ServerState":
         """The state of the vector elements ``kept`` alone, when layers leave the exchange."""
+        return self.each(lambda vector: vector[kept])
+
+    def each(self, change: Callable[[Vector], Vector]) -> "ServerState":
+        """The state with every vector changed in the same way."""
         return replace(
             self,
-            params=self.params[kept],
-            vectors={name: vector[kept] for name, vector in self.vectors.items()},
-            control={device: vector[kept] for device, vector in self.control.items()},
+            params=change(self.params),
+            vectors={name: change(vector) for name, vector in self.vectors.items()},
+            control={device: change(vector) for device, vector in self.control.items()},
         )
+
+    def all_vectors(self) -> Iterator[Vector]:
+        """Every vector, in a fixed order."""
+        yield self.params
+        yield from self.vectors.values()
+        yield from self.control.values()
 
 
 class Method(ABC):
@@ -54,14 +70,34 @@ class Method(ABC):
     def init(self, params: Vector) -> ServerState:
         """The state before round 0."""
 
-    @abstractmethod
     def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
-        """The state after one round. Pure: the given state stays as it is."""
+        """The state after one round. Pure: the given state stays as it is.
+
+        The vectors are processed in blocks that stay in a processor's cache, on all processors that we may use.
+        """
+        size = state.params.size
+        new = self._step_of(slice(0), state, uploads).each(lambda vector: np.empty(size, vector.dtype))
+
+        def fill(first: int) -> None:
+            block = slice(first, first + BLOCK)
+            part = self._step_of(block, state, uploads)
+            for target, source in zip(new.all_vectors(), part.all_vectors(), strict=True):
+                target[block] = source
+
+        list(_THREADS.map(fill, range(0, size, BLOCK)))
+        return replace(new, control={**state.control, **new.control})
+
+    def _step_of(self, block: slice, state: ServerState, uploads: RoundUploads) -> ServerState:
+        return self.step(state.restrict(block), uploads.block(block))
+
+    @abstractmethod
+    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
+        """One round for some elements of the vectors; each element's result depends on that element alone."""
 
 
 def weighted_mean(uploads: RoundUploads) -> NDArray[np.float64]:
     """Pbar = sum_i w_i P_i in float64, in the order of the uploads; shape [n]."""
-    mean = np.zeros(uploads.params.shape[1])
+    mean = np.zeros(uploads.params[0].size)
     for weight, params in zip(uploads.weights, uploads.params, strict=True):
         mean += weight * params
     return mean

@@ -17,6 +17,6 @@ class FedAvg(Method):
         """No state but the parameters."""
         return ServerState(round=0, params=params)
 
-    def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
+    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round."""
         return replace(state, round=state.round + 1, params=f32(weighted_mean(uploads.in_device_order())))

@@ -39,23 +39,23 @@ class DriftCorrected(FedPepTAO):
             vectors={"momentum": np.zeros_like(params), "control_global": np.zeros_like(params)},
         )
 
-    def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
+    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round; the numbers are those of the steps in the design's section 5, `drift_corrected`."""
         uploads = uploads.in_device_order()
         beta, eta = self.momentum, uploads.device_learning_rate
         params = state.params.astype(np.float64)
         c = state.vectors["control_global"].astype(np.float64)
-        momentum = np.zeros_like(params)
+        mean_change = np.zeros_like(params)
         control_change = np.zeros_like(params)
-        control = dict(state.control)
+        control = {}
         for i, weight in enumerate(uploads.weights):
             device = int(uploads.device_ids[i])
-            c_i = control.get(device, np.float32(0))
-            direction = (params - uploads.params[i]) / (uploads.num_steps[i] * eta)  # 1
-            corrected = direction - c_i + c  # 2
-            momentum += weight * (beta * state.vectors["momentum"] + (1 - beta) * corrected)  # 3
-            control_change += direction - c_i  # 5
+            direction = (params - uploads.params[i]) * (1 / (uploads.num_steps[i] * eta))  # 1
+            change = direction - state.control.get(device, np.float32(0))
+            mean_change += weight * change  # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
+            control_change += change  # 5
             control[device] = f32(direction)
+        momentum = beta * state.vectors["momentum"] + (1 - beta) * (mean_change + c)  # 3
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
         step = self.learning_rate * mean_steps * eta
@@ -84,7 +84,7 @@ class Released(FedPepTAO):
             scalars={"server_learning_rate": self.learning_rate},
         )
 
-    def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
+    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round; the numbers are those of the steps in the design's section 5, `released`."""
         params = state.params.astype(np.float64)
         mean = weighted_mean(uploads)
@@ -118,11 +118,11 @@ class Released(FedPepTAO):
         """Steps 1 and 2: the new global and per-device control variates."""
         c = state.vectors["control_global"].astype(np.float64)
         change = np.zeros_like(c)
-        control = dict(state.control)
+        control = {}
         total_steps = uploads.num_steps.sum()
         for i, device in enumerate(uploads.device_ids.tolist()):
             steps = uploads.num_steps[i]
-            c_i = control.get(device, np.float32(0))
+            c_i = state.control.get(device, np.float32(0))
             drift = (state.params.astype(np.float64) - uploads.params[i]) / (steps * uploads.device_learning_rate)
             c_i_new = c_i - c + drift  # 1
             change += steps / total_steps * (c_i_new - c_i)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
-from fedhpc.models import Backbone, BackboneShape
+from fedhpc.models import Backbone, BackboneShape, at_least_float32
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
 
@@ -33,14 +33,28 @@ class Tuning(ABC):
             self.shared = {"head.weight": (num_classes, shape.hidden_size), "head.bias": (num_classes,)}
 
     @abstractmethod
-    def forward(self, backbone: Backbone, params: Mapping[str, Tensor], batch: Batch, *, training: bool) -> Tensor:
-        """Class scores [b, C] of a batch."""
+    def forward(
+        self,
+        backbone: Backbone,
+        params: Sequence[Mapping[str, Tensor]],
+        batch: Batch,
+        *,
+        dropout_seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Class scores [b, C] of a batch.
 
-    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch, from class scores [b, C] and labels [b]."""
+        Args:
+            backbone: the frozen model.
+            params: trainable tensors of each device that has examples in the batch.
+            batch: `batch.sizes` says which examples belong to which device.
+            dropout_seeds: of each device's dropout; None outside training.
+        """
+
+    def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each example [b], from class scores [b, C] and labels [b]."""
         if self.config.loss == "vocabulary":
-            return -scores.gather(1, labels[:, None]).mean()
-        return functional.cross_entropy(scores, labels)
+            return -scores.gather(1, labels[:, None]).squeeze(1)
+        return functional.cross_entropy(scores, labels, reduction="none")
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
         """All trainable tensors before round 0, the same for every device: normal, standard deviation
@@ -95,9 +109,16 @@ class Tuning(ABC):
         return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}
 
 
-def linear_head(params: Mapping[str, Tensor], pooled: Tensor) -> Tensor:
-    """Class scores [b, C] from pooled hidden states [b, H] by the trained head."""
-    return functional.linear(pooled.float(), params["head.weight"], params["head.bias"])
+def linear_heads(params: Sequence[Mapping[str, Tensor]], pooled: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Class scores [b, C] from pooled hidden states [b, H], each device's examples by its own trained head."""
+    parts = zip(params, at_least_float32(pooled).split(list(sizes)), strict=True)
+    return torch.cat([functional.linear(part, head["head.weight"], head["head.bias"]) for head, part in parts])
+
+
+def dropout(tensor: Tensor, probability: float, seed: int) -> Tensor:
+    """Dropout whose mask depends on the seed alone."""
+    rng = torch.Generator(tensor.device).manual_seed(seed)
+    return tensor * torch.empty_like(tensor).bernoulli_(1 - probability, generator=rng) / (1 - probability)
 
 
 def as_parameters(tensors: Mapping[str, np.ndarray], torch_device: torch.device) -> dict[str, Tensor]:

@@ -19,18 +19,18 @@ set_up = cli.set_up
 def set_up_and_count(*arguments):
     from fedhpc import device as devices
 
-    local_update = devices.local_update
+    local_updates = devices.local_updates
     notes = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def counted_update(*arguments, round_index, device, beat, **named):
+    def counted_updates(*arguments, round_index, beat, **named):
         def counted_beat(activity):
             beat(activity)
-            step = re.search(r"step (\d+)", activity)[1]
-            os.write(notes, f"{round_index} {device} {step}\n".encode())
+            for device, step in re.findall(r"device (\d+) step (\d+)", activity):
+                os.write(notes, f"{round_index} {device} {step}\n".encode())
 
-        return local_update(*arguments, round_index=round_index, device=device, beat=counted_beat, **named)
+        return local_updates(*arguments, round_index=round_index, beat=counted_beat, **named)
 
-    devices.local_update = counted_update
+    devices.local_updates = counted_updates
     return set_up(*arguments)
 
 

@@ -14,7 +14,6 @@ from fedhpc.errors import CheckpointError
 FAULT = sys.argv.pop(1)
 RUN_DIR = Path(yaml.safe_load(Path(sys.argv[2]).read_text())["run_dir"])
 IS_RANK_2 = "2" in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK"))
-local_update = device.local_update
 
 
 def unreadable(*arguments):
@@ -29,5 +28,5 @@ def update_in_a_vanished_folder(*arguments, **named):
 if IS_RANK_2 and FAULT == "restore":
     Checkpoints.load_devices = unreadable
 elif IS_RANK_2:
-    device.local_update = update_in_a_vanished_folder
+    device.local_updates = update_in_a_vanished_folder
 sys.exit(cli.main())

@@ -5,14 +5,14 @@ import sys
 
 from fedhpc import cli, device
 
-local_update = device.local_update
+local_updates = device.local_updates
 
 
-def failing_local_update(*arguments, round_index, **named):
+def failing_local_updates(*arguments, round_index, **named):
     if round_index == 1 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "3":
         raise RuntimeError("the cosmic ray that this test is about")
-    return local_update(*arguments, round_index=round_index, **named)
+    return local_updates(*arguments, round_index=round_index, **named)
 
 
-device.local_update = failing_local_update
+device.local_updates = failing_local_updates
 sys.exit(cli.main())

@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_selected_layers(seventeen, run_config):
         prompts = 4 * num_layers * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
         for record in metrics(config):
             assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
-            assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES)
+            assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES + 4 * len(record["devices"]))
 
 
 def recompute(trace, state, *, beta, server_learning_rate, num_devices):

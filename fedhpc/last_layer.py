@@ -1,0 +1,67 @@
+"""The last layer at the answer slots alone: no other of its outputs is read.
+
+Keys and values come from every position; query, output projection and feed-forward from one position of each text. The
+layer runs twice: the first pass ends as soon as keys and values are known, the second has the slots as its only input.
+
+Shapes: b examples, s positions, T prompt tokens, H hidden size.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Known(Exception):  # noqa: N818 - not an error
+    """Ends a layer's first pass."""
+
+
+class Memory:
+    """What the first pass leaves to the second."""
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots
+        self.known: tuple[Tensor, Tensor, Tensor | None] | None = None
+        """Keys and values [b, heads, T + s, head_dim], and the slots' rows [b, 1, 1, T + s] of the mask."""
+
+    def keep(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Note the first pass's keys, values and mask [b, 1, s, T + s], and end it."""
+        if mask is not None:
+            mask = self.at_slots(mask.expand(len(key), -1, -1, -1).transpose(1, 2)).transpose(1, 2)
+        self.known = key, value, mask
+        raise Known
+
+    def at_slots(self, tensor: Tensor) -> Tensor:
+        """[b, s, ...] at the slots: [b, 1, ...]."""
+        slots = self.slots.to(tensor.device)
+        return tensor[torch.arange(len(slots), device=tensor.device), slots].unsqueeze(1)
+
+
+class LastLayer:
+    """Takes the place of a layer's forward; a forward pass that carries `slots` [b] has outputs [b, 1, H]."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._forward = layer, layer.forward
+        layer.forward = self._at_slots
+
+    def restore(self) -> None:
+        """Let the layer be as it was."""
+        self._layer.forward = self._forward
+
+    def _at_slots(self, hidden: Tensor, *args: Any, slots: Tensor | None = None, **kwargs: Any) -> Any:
+        if slots is None:
+            return self._forward(hidden, *args, **kwargs)
+        memory, (b, s) = Memory(slots), hidden.shape[:2]
+
+        def narrow(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(narrow, value))
+            if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == s:
+                return memory.at_slots(value.expand(b, *value.shape[1:]))
+            return value
+
+        with suppress(Known):
+            self._forward(hidden, *args, memory=memory, **kwargs)
+        named = {name: narrow(value) for name, value in kwargs.items()}
+        return self._forward(narrow(hidden), *map(narrow, args), memory=memory, **named)

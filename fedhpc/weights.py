@@ -1,0 +1,67 @@
+"""Weights as they lie in a file: mapped into memory, so that all ranks of a node share one copy.
+
+The safetensors format: https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+HEADER_LENGTH_BYTES = 8
+
+
+def mapped_weights(name: str) -> dict[str, Tensor] | None:
+    """All tensors of a local or cached model by name, or None if they are not in safetensors files that can be mapped.
+
+    Pages are read when they are used, and never written.
+    """
+    files = _files(name)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        mapped = _mapped(file)
+        if mapped is None:
+            return None
+        tensors |= mapped
+    return tensors or None
+
+
+def _files(name: str) -> list[Path]:
+    single = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(str(cached_file(name, shard))) for shard in shards]
+
+
+def _mapped(file: Path) -> dict[str, Tensor] | None:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
+        header = json.loads(stream.read(length))
+    content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = DTYPES.get(entry["dtype"])
+        first, end = (HEADER_LENGTH_BYTES + length + offset for offset in entry["data_offsets"])
+        if dtype is None or first % dtype.itemsize:
+            return None
+        tensors[name] = content[first:end].view(dtype).view(entry["shape"])
+    return tensors

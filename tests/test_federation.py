@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from backbones import make_config
+
+from fedhpc.federation import Homes, Placement, local_steps, make_packs, sample_devices
+
+STEPS = [(7 * device) % 23 + 1 for device in range(40)]
+
+
+def config(pack, *, sample_rate=0.5, **device):
+    federation = {"num_devices": 40, "sample_rate": sample_rate}
+    return make_config("unused", federation=federation, device={"pack": pack, **device})
+
+
+def load(devices):
+    return sum(STEPS[device] for device in devices)
+
+
+def test_steps_count_short_batches_and_epochs():
+    assert [local_steps(config(1, batch_size=8, epochs=3), n) for n in (1, 8, 9)] == [3, 3, 6]
+
+
+@pytest.mark.parametrize("pack", [1, 2, 3, 8, 19, 20, 30])
+def test_packs_hold_every_sampled_device_once_and_have_about_the_same_work(pack):
+    packs = make_packs(config(pack), 4, STEPS)
+    assert sorted(device for each in packs for device in each) == sorted(sample_devices(config(pack), 4))
+    assert len(packs) == max(1, 20 // pack)
+    for each in packs:
+        assert [STEPS[device] for device in each] == sorted((STEPS[device] for device in each), reverse=True)
+    loads = [load(each) for each in packs]
+    # Longest first to the lightest: no pack is ahead of another by more than its last, shortest device.
+    assert all(load(each) - STEPS[each[-1]] <= min(loads) for each in packs)
+
+
+def test_packs_are_those_of_the_round_and_the_seed():
+    assert make_packs(config(4), 4, STEPS) == make_packs(config(4), 4, STEPS)
+    assert make_packs(config(4), 4, STEPS) != make_packs(config(4), 5, STEPS)
+
+
+def test_a_state_lives_where_its_device_was_last_trained():
+    homes = Homes(6, 4)
+    assert [homes[device] for device in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert homes.move([[0, 3], [5]], [3, 1]) == [(0, 0, 3)]
+    assert [homes.devices_of(worker) for worker in range(4)] == [[4], [1, 5], [2], [0, 3]]
+    assert homes.move([[0, 3], [5]], [3, 1]) == []
+
+
+def makespan(packs, workers, seconds):
+    return max(sum(seconds[d] for p, w in zip(packs, workers, strict=True) if w == k for d in p) for k in set(workers))
+
+
+def test_ten_very_unequal_devices_fill_four_workers_evenly():
+    seconds = [0.8, 9.0, 1.3, 4.4, 2.6, 7.1, 0.5, 5.2, 3.1, 6.0]
+    placement = Placement([10] * 10, 4)
+    packs = [[device] for device in range(10)]
+    placement.place(packs)
+    for device, each in enumerate(seconds):
+        placement.measured(device, each, 10)
+    assert makespan(packs, placement.place(packs), seconds) <= 1.15 * sum(seconds) / 4
+
+
+def test_what_was_not_measured_counts_by_its_steps():
+    placement = Placement([1, 1, 8, 1, 1, 8], 2)
+    workers = placement.place([[device] for device in range(6)])
+    assert workers[2] != workers[5]
+    placement.measured(2, 0.8, 8)
+    placement.measured(5, 8.0, 8)  # a step takes ten times as long, so do those of its neighbours on average
+    workers = placement.place([[device] for device in range(6)])
+    assert all(workers[device] == workers[2] != workers[5] for device in (0, 1, 3, 4))
+
+
+def test_states_stay_where_they_are_if_nothing_is_gained():
+    placement = Placement([5] * 8, 4)
+    packs = [[device] for device in (7, 2, 5, 0)]
+    np.testing.assert_array_equal(placement.place(packs), [3, 2, 1, 0])
+    assert placement.place(packs).dtype == np.int32
+
+
+def test_placing_the_same_packs_again_moves_nothing():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        placement = Placement(rng.integers(1, 30, 20).tolist(), 3)
+        packs = [part.tolist() for part in np.array_split(rng.permutation(20), 6)]
+        np.testing.assert_array_equal(placement.place(packs), placement.place(packs))

@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backbones import load_backbone, save_backbone
+from safetensors.torch import load_file, save_file
+
+from fedhpc.files import fsync
+from fedhpc.weights import mapped_weights
+
+
+def private_dirty():
+    """Bytes of memory that this process alone holds and has written."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+
+
+def test_tensors_are_those_of_the_library(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{dtype}".removeprefix("torch."): torch.randn(3, 5, generator=rng).mul(10).to(dtype)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+    }
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mapped, expected = mapped_weights(str(tmp_path)), load_file(tmp_path / "model.safetensors")
+    assert mapped.keys() == expected.keys() == tensors.keys()
+    for name, tensor in expected.items():
+        assert mapped[name].dtype == tensor.dtype
+        assert torch.equal(mapped[name], tensor)
+
+
+def test_shards_are_put_together(tmp_path):
+    parts = {"a": torch.arange(4.0), "b": torch.arange(6.0)}
+    for name, tensor in parts.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in parts}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    mapped = mapped_weights(str(tmp_path))
+    assert all(torch.equal(mapped[name], tensor) for name, tensor in parts.items())
+
+
+def test_without_such_files_there_is_nothing_to_map(tmp_path):
+    assert mapped_weights(str(tmp_path)) is None
+
+
+def test_weights_that_are_used_stay_the_files(tmp_path):
+    tensor = torch.from_numpy(np.random.default_rng(0).standard_normal(8 << 20, dtype=np.float32))
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    fsync(tmp_path / "model.safetensors")
+    before = private_dirty()
+    mapped = mapped_weights(str(tmp_path))["a"]
+    assert torch.equal(mapped, tensor)
+    assert private_dirty() - before < tensor.nbytes / 4
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert"])
+@pytest.mark.parametrize(("dtype", "shared"), [("float32", True), ("bfloat16", False)])
+def test_a_backbone_takes_its_weights_from_the_file_unless_they_are_converted(tmp_path, name, dtype, shared):
+    backbone = load_backbone(save_backbone(tmp_path, name), name, dtype=dtype)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if str(tmp_path) in line]
+    inside = [any(low <= p.data_ptr() < high for low, high in ranges) for p in backbone.model.parameters()]
+    assert sum(inside) > 0.8 * len(inside) if shared else not any(inside)
