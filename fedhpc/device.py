@@ -72,6 +72,7 @@ class Worker:
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
+        self._uploads = messages.upload_record(0).zeros(0)
         self.progress = RoundProgress(round=NO_ROUND)
         self.unseen = DeviceState(local=np.empty(0, np.float32))
         """The state of a device before its first round."""
@@ -111,11 +112,21 @@ class Worker:
         packs = make_packs(self.config, command.round, self.steps)
         self._take_over(self.homes.move(packs, command.workers.tolist()), command)
         mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
+        records = self._records(sum(map(len, mine)), command.payload.size)
+        rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
+        for device in rows.keys() & self.progress.finished.keys():
+            rows[device][:] = self.progress.finished[device]
+            self.progress.finished[device] = rows[device]
         for pack in mine:
-            self._train(pack, command)
-        if not mine:
-            return messages.upload_record(command.payload.size).zeros(0)
-        return np.stack([self.progress.finished[device] for pack in mine for device in pack])
+            self._train(pack, command, rows)
+        return records
+
+    def _records(self, count: int, size: int) -> np.ndarray:
+        """Room for so many upload records, the same memory in every round."""
+        record_type = messages.upload_record(size)
+        if len(self._uploads) < count or self._uploads.shape[1:] != record_type.shape:
+            self._uploads = record_type.zeros(count)
+        return self._uploads[:count]
 
     def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
@@ -139,7 +150,7 @@ class Worker:
             name = f"state of device {device}"
             self.states[device] = read_local_file(data[1:], name, command.layers, self.tuning, self.unseen.local)
 
-    def _train(self, pack: list[int], command: Command) -> None:
+    def _train(self, pack: list[int], command: Command, records: dict[int, np.ndarray]) -> None:
         """The local updates of a pack; their upload records."""
         began = time.perf_counter()
         finished, unfinished = self.progress.finished, self.progress.unfinished
@@ -170,7 +181,8 @@ class Worker:
                 if isinstance(update, UnfinishedUpdate):
                     unfinished[device] = update
                 else:
-                    finished[device] = self._upload(device, update, command)
+                    self._upload(device, update, command, records[device])
+                    finished[device] = records[device]
         finally:
             share = (time.perf_counter() - began) / sum(self.steps[device] for device in waiting)
             for device in waiting:
@@ -178,20 +190,18 @@ class Worker:
                     header = messages.upload_parts(finished[device][None])[0]
                     header["seconds"] = share * self.steps[device]
 
-    def _upload(self, device: int, update: DeviceUpdate, command: Command) -> np.ndarray:
-        """The upload record of an update, whose state is kept if all of it is sound."""
+    def _upload(self, device: int, update: DeviceUpdate, command: Command, record: np.ndarray) -> None:
+        """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         check = partial(fault_of, num_steps=update.num_steps, learning_rate=learning_rate(self.config, command.round))
         fault = check(update.params, command.payload)
         if not fault and not check(update.state.local, self.states.get(device, self.unseen).local):
             self.states[device] = update.state
             self.touched.add(device)
-        record = messages.upload_record(command.payload.size).zeros(1)
-        (header,), (params,) = messages.upload_parts(record)
+        (header,), (params,) = messages.upload_parts(record[None])
         params[:] = update.params
         header["device"], header["loss"] = device, update.loss
         header["num_examples"], header["num_steps"] = update.num_examples, update.num_steps
         header["unsound"] = fault is not None
-        return record[0]
 
     def score(self, command: Command) -> np.ndarray:
         """Layer scores of the devices in this worker's share, on one batch each."""

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float32]
 """Shape [n]: all exchanged tensors, one behind the other."""
 
+BLOCK = 1 << 15
+"""Elements that a processor's cache holds with room for what is computed from them."""
 ADAM_STEP = 10.0
 """Most that one Adam step can move a parameter, in units of the learning rate: (1 - beta1) / sqrt(1 - beta2) = 3.2 with
 PyTorch's defaults (Kingma and Ba, ICLR 2015, section 2.1), and three times that for rounding and weight decay."""
@@ -98,8 +100,7 @@ def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: fl
     """What makes a vector [n] unfit as the outcome of a local update from ``start``: its norm and the reason."""
     # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
     limit = num_steps * learning_rate * ADAM_STEP * math.sqrt(params.size) + length(start)
-    with np.errstate(invalid="ignore", over="ignore"):
-        norm = length(params - start)
+    norm = length(params, start)
     if norm <= limit:  # false for NaN
         return None
     if not np.isfinite(params).all():
@@ -107,6 +108,12 @@ def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: fl
     return norm, f"larger than {num_steps} steps can be ({limit:.3g})"
 
 
-def length(vector: Vector) -> float:
-    """Euclidean norm, to float32's precision; infinite where squares overflow."""
-    return math.sqrt(np.dot(vector, vector))
+def length(vector: Vector, start: Vector | None = None) -> float:
+    """Euclidean norm of a vector, or of its difference from another; infinite where squares overflow float32."""
+    total = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first in range(0, vector.size, BLOCK):
+            part = vector[first : first + BLOCK]
+            part = part if start is None else part - start[first : first + BLOCK]
+            total += float(np.dot(part, part))
+    return math.sqrt(total)

@@ -23,7 +23,9 @@ from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
-LONGEST_NAP_S = 0.005
+SHORTEST_NAP_S, LONGEST_NAP_S = 1e-5, 0.005
+NAP_SHARE = 0.05
+"""Of the time waited so far: what a rank may oversleep."""
 TRANSFER_NAP_S = 1e-4
 """Data moves only while its ranks look; between large parts there is no time to sleep."""
 LONGEST_GAP_S = 1.0
@@ -229,11 +231,11 @@ class MpiExchange(Exchange):
 
     def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S) -> None:
         """Wait for an operation, and go on saying and noticing who is alive."""
-        nap = 1e-5
+        began = time.monotonic()
         while not request.Test():
             self.attend()
-            time.sleep(nap)
-            nap = min(2 * nap, longest_nap_s)
+            waited = time.monotonic() - began
+            time.sleep(min(max(SHORTEST_NAP_S, NAP_SHARE * waited), longest_nap_s))
 
     def attend(self) -> None:
         """See :class:`Exchange`: send what is due, read what has come, notice who is silent."""

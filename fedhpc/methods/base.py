@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
-from fedhpc.updates import RoundUploads, Vector
+from fedhpc.updates import BLOCK, RoundUploads, Vector
 
-BLOCK = 1 << 15
 _THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
 

@@ -50,11 +50,13 @@ class DriftCorrected(FedPepTAO):
         control = {}
         for i, weight in enumerate(uploads.weights):
             device = int(uploads.device_ids[i])
-            direction = (params - uploads.params[i]) * (1 / (uploads.num_steps[i] * eta))  # 1
-            change = direction - state.control.get(device, np.float32(0))
-            mean_change += weight * change  # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
-            control_change += change  # 5
+            direction = params - uploads.params[i]
+            direction *= 1 / (uploads.num_steps[i] * eta)  # 1
             control[device] = f32(direction)
+            change = np.subtract(direction, state.control.get(device, np.float32(0)), out=direction)
+            control_change += change  # 5
+            change *= weight
+            mean_change += change  # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
         momentum = beta * state.vectors["momentum"] + (1 - beta) * (mean_change + c)  # 3
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
