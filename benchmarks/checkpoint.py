@@ -203,7 +203,7 @@ def measure_server(folder, seen):
     method = make_method(job.config.server, num_devices=seen, sample_rate=SAMPLED / seen)
     params, local = job.tuning.split(job.tuning.initial(1), layers)
     state = RunState(server=method.init(params), layers=layers, unseen_local=local)
-    rng, seconds = np.random.default_rng(1), []
+    rng, seconds, steps = np.random.default_rng(1), [], []
     for _ in range(6):
         devices = rng.choice(seen, SAMPLED, replace=False)
         writer.control.prefetch(devices.tolist(), layers)
@@ -214,7 +214,10 @@ def measure_server(folder, seen):
             params=np.stack([state.server.params + np.float32(1e-4)] * SAMPLED),
             device_learning_rate=5e-3,
         )
-        server = method.update(replace(state.server, control=writer.control.fetched()), uploads)
+        control = writer.control.fetched()
+        began = time.perf_counter()
+        server = method.update(replace(state.server, control=control), uploads)
+        steps.append((time.perf_counter() - began) / SAMPLED)
         writer.control.update({device: server.control[device] for device in devices.tolist()})
         state = replace(state, server=replace(server, control={}))
         began = time.perf_counter()
@@ -223,7 +226,12 @@ def measure_server(folder, seen):
         seconds.append(time.perf_counter() - began)
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     shutil.rmtree(checkpoints.folder)
-    return {"seen": seen, "peak_MiB": peak / 2**20, "checkpoint_s": statistics.median(seconds)}
+    return {
+        "seen": seen,
+        "peak_MiB": peak / 2**20,
+        "checkpoint_s": statistics.median(seconds),
+        "step_ms_a_device": 1e3 * statistics.median(steps),
+    }
 
 
 def main():
@@ -258,7 +266,7 @@ def main():
     for found in servers:
         print(
             f"server, {found['seen']} devices seen: peak {found['peak_MiB']:.0f} MiB, checkpoint "
-            f"{found['checkpoint_s']:.2f} s"
+            f"{found['checkpoint_s']:.2f} s, server step {found['step_ms_a_device']:.2f} ms a sampled device"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -24,6 +24,11 @@ def local_steps(config: Config, num_examples: int) -> int:
     return config.device.epochs * -(-num_examples // config.device.batch_size)
 
 
+def count_packs(config: Config) -> int:
+    """Packs of a round."""
+    return max(1, config.federation.devices_per_round // config.device.pack)
+
+
 def make_packs(config: Config, round_index: int, steps: Sequence[int]) -> Packs:
     """A round's devices in packs of at least `device.pack`, with about the same number of steps in each.
 
@@ -35,7 +40,7 @@ def make_packs(config: Config, round_index: int, steps: Sequence[int]) -> Packs:
         steps: K_i of every device.
     """
     devices = sample_devices(config, round_index)
-    packs: Packs = [[] for _ in range(max(1, len(devices) // config.device.pack))]
+    packs: Packs = [[] for _ in range(count_packs(config))]
     loads = [0] * len(packs)
     for device in sorted(devices, key=lambda device: (-steps[device], device)):
         lightest = loads.index(min(loads))

@@ -17,6 +17,7 @@ from fedhpc.data import PreparedData, tokenizer_fingerprint
 from fedhpc.device import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.exchange import Exchange
+from fedhpc.federation import count_packs
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone, BackboneShape, load_tokenizer, read_shape
 from fedhpc.partition import Partition, make_partition
@@ -113,6 +114,17 @@ def log_notices(job: Job, num_workers: int) -> None:
             idle,
             num_workers,
             job.config.federation.num_devices,
+        )
+    pack, sampled = job.config.device.pack, job.config.federation.devices_per_round
+    num_packs = count_packs(job.config)
+    if pack > 1 and num_packs < min(num_workers, sampled):
+        log.warning(
+            "device.pack: %d makes %d pack(s) of a round's %d devices: %d of %d device ranks have nothing to train",
+            pack,
+            num_packs,
+            sampled,
+            num_workers - num_packs,
+            num_workers,
         )
 
 

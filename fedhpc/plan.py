@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedhpc.config import Config
-from fedhpc.federation import Homes, make_packs
+from fedhpc.federation import Homes, count_packs
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import make_method
@@ -76,10 +76,9 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     everything = 4 * _trainable(job)
     model = DTYPE_BYTES[job.config.model.dtype] * total
     devices = job.config.federation.devices_per_round
-    packs = make_packs(job.config, 0, [1] * job.config.federation.num_devices)
     yield "bytes per round        selected layers    all layers    full model"
     for direction, copies, header in (
-        ("down, broadcast", ranks - 1, HEADER.itemsize + 4 * len(packs)),
+        ("down, broadcast", ranks - 1, HEADER.itemsize + 4 * count_packs(job.config)),
         ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize),
     ):
         sizes = [human_bytes(copies * (size + header)) for size in (exchanged, everything, model)]

@@ -31,7 +31,8 @@ NAMED_BY_TRANSFORMERS = f"{COMPILER}._trace_wrapped_higher_order_op"
 def quick_start() -> Iterator[None]:
     """Import and load what a rank needs, and no more."""
     gc.disable()
-    sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     try:
         yield
     finally:

@@ -12,7 +12,9 @@ import pytest
 import tiny
 from tiny import final_prompts, metrics, run_dir
 
+from fedhpc import job
 from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
+from fedhpc.config import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.report import RunFiles
 
@@ -412,3 +414,13 @@ class TestBadInput:
             path.write_text(content)
             refused(tmp_path, config=path)
         refused("nowhere.yaml", config=tmp_path / "nowhere.yaml")
+
+
+def test_packs_that_leave_ranks_without_work_are_noticed(run_config, monkeypatch):
+    said = []
+    monkeypatch.setattr(job.log, "warning", lambda text, *values: said.append(text % values))
+    loaded = job.load_job(load_config(run_config(device__pack=3)))
+    job.log_notices(loaded, 2)
+    assert said == []
+    job.log_notices(loaded, 5)
+    assert said == ["device.pack: 3 makes 2 pack(s) of a round's 6 devices: 3 of 5 device ranks have nothing to train"]
