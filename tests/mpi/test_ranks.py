@@ -56,6 +56,18 @@ def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
             assert ours[key] == theirs[key]
 
 
+def test_packs_and_what_moves_with_devices_give_the_same_bits(run_config):
+    changes = {"device__pack": 2, "device__reset_moments": False, "federation__rounds": 5, "evaluate__every": 1}
+    alone, together = run_config("alone", **changes), run_config("together", **changes)
+    assert cli.main(["run", str(alone)]) == 0
+    done = mpirun(4, "-m", "fedhpc", "run", together)
+    assert done.returncode == 0, done.stderr
+    assert final_prompts(together) == final_prompts(alone)
+    for ours, theirs in zip(metrics(together), metrics(alone), strict=True):
+        # Accuracy is personalised: every device with the prompts that it keeps to itself.
+        assert [ours[key] for key in ("loss", "accuracy")] == [theirs[key] for key in ("loss", "accuracy")]
+
+
 def test_idle_ranks_are_noticed_not_refused(seventeen):
     _, done = seventeen
     assert "4 ranks have no device" in done.stderr
