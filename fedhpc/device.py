@@ -130,15 +130,16 @@ class Worker:
 
     def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
-        if not self.unseen.local.size and self.config.device.reset_moments:
-            return  # nothing is kept on a device
         leaving = [(new, self._pack_state(device, command)) for device, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
+        if not self.unseen.local.size and self.config.device.reset_moments:
+            return  # devices keep nothing
         received = self.exchange.trade(leaving, [old for _, old in coming])
         for (device, _), data in zip(coming, received, strict=True):
             self._unpack_state(device, data, command)
 
     def _pack_state(self, device: int, command: Command) -> bytes:
+        """What another worker needs of a device, which is no longer here."""
         state, is_touched = self.states.pop(device, None), device in self.touched
         self.touched.discard(device)
         return bytes([is_touched]) + (local_file(state, command.round, command.layers, self.tuning) if state else b"")

@@ -56,8 +56,21 @@ def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
             assert ours[key] == theirs[key]
 
 
-def test_packs_and_what_moves_with_devices_give_the_same_bits(run_config):
-    changes = {"device__pack": 2, "device__reset_moments": False, "federation__rounds": 5, "evaluate__every": 1}
+MOVING = {
+    "packs, moments kept": {"device__pack": 2, "device__reset_moments": False, "federation__rounds": 5},
+    "layers that begin to be kept": {
+        "selection__ratio": "auto",
+        "selection__warmup_rounds": 3,
+        "selection__auto_by": "density",
+        "federation__rounds": 5,
+        "checkpoint__every": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("setting", MOVING)
+def test_what_devices_keep_moves_with_them(run_config, setting):
+    changes = {**MOVING[setting], "evaluate__every": 1}
     alone, together = run_config("alone", **changes), run_config("together", **changes)
     assert cli.main(["run", str(alone)]) == 0
     done = mpirun(4, "-m", "fedhpc", "run", together)
@@ -66,6 +79,9 @@ def test_packs_and_what_moves_with_devices_give_the_same_bits(run_config):
     for ours, theirs in zip(metrics(together), metrics(alone), strict=True):
         # Accuracy is personalised: every device with the prompts that it keeps to itself.
         assert [ours[key] for key in ("loss", "accuracy")] == [theirs[key] for key in ("loss", "accuracy")]
+    checkpoints = Checkpoints(run_dir(together))
+    for position in checkpoints.positions():
+        verify(checkpoints.path(position))
 
 
 def test_idle_ranks_are_noticed_not_refused(seventeen):
