@@ -130,18 +130,18 @@ class Worker:
 
     def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
-        leaving = [(new, self._pack_state(device, command)) for device, old, new in moves if old == self.index]
+        leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
+        self.touched.difference_update(device for device, old, _ in moves if old == self.index)
         if not self.unseen.local.size and self.config.device.reset_moments:
             return  # devices keep nothing
-        received = self.exchange.trade(leaving, [old for _, old in coming])
+        outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
+        received = self.exchange.trade(outgoing, [old for _, old in coming])
         for (device, _), data in zip(coming, received, strict=True):
             self._unpack_state(device, data, command)
 
-    def _pack_state(self, device: int, command: Command) -> bytes:
-        """What another worker needs of a device, which is no longer here."""
-        state, is_touched = self.states.pop(device, None), device in self.touched
-        self.touched.discard(device)
+    def _pack_state(self, state: DeviceState | None, is_touched: bool, command: Command) -> bytes:
+        """What another worker needs of a device."""
         return bytes([is_touched]) + (local_file(state, command.round, command.layers, self.tuning) if state else b"")
 
     def _unpack_state(self, device: int, data: bytes, command: Command) -> None:

@@ -141,7 +141,6 @@ class Backbone(nn.Module):
         One token per word: its logit (its log-probability where the whole vocabulary is computed). Several: the mean
         log-probability of the word's tokens; all answers share one forward pass of the text.
         """
-        rows = torch.arange(len(batch.slots), device=batch.slots.device)
         if not self.answers.branch_tokens:
             logits = self._logits(self._at_slots(batch, prompts, first_position))
             if not self.answers.needs_vocabulary:
@@ -149,6 +148,7 @@ class Backbone(nn.Module):
             return logits.log_softmax(-1)[:, self.answers.first_tokens]
         ids, positions, mask = self.answers.branch(batch, first_position)
         hidden = self._run(ids, mask, positions, prompts, batch.sizes)
+        rows = torch.arange(len(batch.slots), device=batch.slots.device)
         at_slot = hidden[rows, batch.slots].unsqueeze(1)
         in_branches = hidden[:, batch.input_ids.shape[1] :]
         log_probabilities = self._logits(torch.cat([at_slot, in_branches], dim=1)).log_softmax(-1)
