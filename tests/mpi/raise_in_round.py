@@ -1,4 +1,4 @@
-"""fedhpc, but rank 3's first local update of the second round raises."""
+"""fedhpc, but rank 3's first local update of the third round raises."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ local_updates = device.local_updates
 
 
 def failing_local_updates(*arguments, round_index, **named):
-    if round_index == 1 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "3":
+    if round_index == 2 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "3":
         raise RuntimeError("the cosmic ray that this test is about")
     return local_updates(*arguments, round_index=round_index, **named)
 

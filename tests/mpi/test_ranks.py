@@ -143,8 +143,12 @@ def test_a_rank_that_raises_ends_all_of_them(run_config):
         assert "raise_in_round.py" in text
     raised = time.mktime(time.strptime(re.search(r"(\S+ \S+),\d+ CRITICAL", log)[1], "%Y-%m-%d %H:%M:%S"))
     assert ended - raised < 10 + 1  # log times are cut to the second
-    assert [str(position) for position in Checkpoints(folder).positions()] == ["round_000001"]
-    verify(Checkpoints(folder).path(Position(1)))
+    # The third round begins when the first one's checkpoint is in place; the second one's is being written then.
+    positions = Checkpoints(folder).positions()
+    assert Position(1) in positions
+    assert all(position <= Position(2) for position in positions)
+    for position in positions:
+        verify(Checkpoints(folder).path(position))
 
 
 @pytest.mark.parametrize("fault", ["restore", "vanished run directory"])
