@@ -105,7 +105,6 @@ class Contest:
 def ours(contest, *, num_devices=1, pack=1):
     """An epoch of fedhpc's local update on so many devices of equal size."""
     backbone = contest.backbone()
-    config = contest.config.model_copy(update={"device": contest.config.device.model_copy(update={"pack": pack})})
     layers = tuple(range(contest.shape.num_hidden_layers))
     start, local = contest.tuning.split({"prompts": contest.prompts}, layers)
     examples = np.arange(len(contest.split))
@@ -115,7 +114,7 @@ def ours(contest, *, num_devices=1, pack=1):
     def epoch():
         for assignments in packs:
             for _ in local_updates(
-                config,
+                contest.config,
                 backbone,
                 contest.tuning,
                 layers,
@@ -123,6 +122,7 @@ def ours(contest, *, num_devices=1, pack=1):
                 assignments=assignments,
                 split=contest.split,
                 round_index=0,
+                pack=pack,
             ):
                 pass
 

@@ -111,7 +111,7 @@ class Checkpoints:
         fsync(self.folder / LOCAL)
         if progress:
             name = f"progress_{rank:04d}.h5"
-            data = progress_file(progress, layers, layouts)
+            data = progress_file(progress)
             write_whole(self.partial / name, data)
             post(Note(kind=Kind.SAVED, text=name, sha256=sha256_of(data)))
         post(Note(kind=Kind.ALL_SAVED))
@@ -190,7 +190,7 @@ class Checkpoints:
                     data = read_verified(folder / name, sha256)
                     states[device] = read_local_file(data, name, layers, layouts, unseen_local)
             elif name != SERVER_FILE and not DEVICE_FILE.fullmatch(name):
-                found = read_progress_file(read_verified(folder / name, sha256), name, layers, layouts)
+                found = read_progress_file(read_verified(folder / name, sha256), name)
                 progress.finished.update((d, record) for d, record in found.finished.items() if d in wanted)
                 progress.unfinished.update((d, update) for d, update in found.unfinished.items() if d in wanted)
         return states, progress

@@ -138,8 +138,9 @@ class DeviceConfig(Section):
     """Gradient norm over all of a device's trainable parameters is clipped to this."""
     reset_moments: bool = True
     """False keeps Adam's moments on the device from one of its rounds to the next (released code)."""
-    pack: Positive = 1
-    """Devices of one rank that train side by side, in one forward and backward pass. Part of the run's identity."""
+    pack: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = 1
+    """Devices of one rank that train side by side, in one forward and backward pass. Part of the run's identity.
+    `auto` measures when the run begins, and keeps what was fastest with enough memory and work for every rank."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """CPU threads per rank. Part of the run's identity: another number may round differently."""
 
@@ -174,7 +175,11 @@ class ServerConfig(Section):
 class ExchangeConfig(Section):
     """What crosses the network."""
 
-    dtype: Literal["float32"] = "float32"
+    mode: Literal["gather", "reduce"] = "gather"
+    """`reduce`: uploads are added up on their way, in a tree of the device ranks, and one sum arrives at the server;
+    control variates stay with the devices."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the uploads. In 16 bits a device sends its change, and adds what rounding took away to its next one."""
     timeout_s: PositiveFloat = 1800.0
     """The job ends when a rank has not been heard of for so long; longer than the longest single local step."""
     on_rank_failure: Literal["stop", "continue"] = "stop"
@@ -222,8 +227,15 @@ class Config(Section):
     def _combinations(self) -> "Config":
         if self.tuning.head == "linear" and self.tuning.loss == "vocabulary":
             raise ValueError("tuning.loss: vocabulary needs tuning.head: verbalizer; a linear head has no vocabulary")
-        if self.device.pack > 1 and self.model.backbone_dropout:
+        if self.device.pack != 1 and self.model.backbone_dropout:
             raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
+        if self.exchange.mode == "reduce":
+            if self.server.variant == "released":
+                raise ValueError("server.variant: released needs each upload; it needs exchange.mode: gather")
+            if self.exchange.dtype != "float32":
+                raise ValueError(f"exchange.dtype: {self.exchange.dtype} needs exchange.mode: gather; sums are exact")
+            if self.trace:
+                raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
         if self.model.dtype == "float32" and self.model.attention != "sdpa":
             raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
         return self

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,10 @@ from fedhpc.background import Background
 from fedhpc.checkpoint import Checkpoints, Position
 from fedhpc.config import Config
 from fedhpc.data import PreparedData
+from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt
 from fedhpc.evaluate import evaluate, evaluation_batches
+from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
 from fedhpc.federation import Homes, local_steps, make_packs, sample_devices
 from fedhpc.local_update import (
@@ -27,14 +29,16 @@ from fedhpc.local_update import (
     local_updates,
 )
 from fedhpc.messages import Command, Op
+from fedhpc.methods import make_method
 from fedhpc.models import Backbone
+from fedhpc.packing import probe
 from fedhpc.partition import Partition
 from fedhpc.seeding import generator
 from fedhpc.selection import layer_score
 from fedhpc.spectrum import lossless_ratio
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
-from fedhpc.updates import fault_of
+from fedhpc.updates import Fault, fault_of
 
 NO_ROUND = -1
 NOTHING = messages.NO_RECORD.zeros(0)
@@ -69,6 +73,9 @@ class Worker:
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
         self.steps = [local_steps(config, len(examples)) for examples in partition.train]
+        federation = config.federation
+        method = make_method(config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate)
+        self.encoding = make_encoding(config, method)
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
@@ -92,6 +99,7 @@ class Worker:
         actions = {
             Op.SCORE: self.score,
             Op.SELECT: self.select,
+            Op.PROBE: self.probe,
             Op.RESTORE: self.restore,
             Op.TRAIN: self.train_devices,
             Op.RATIO: self.ratio,
@@ -109,7 +117,7 @@ class Worker:
         """Local updates of the packs placed here, but for what was done before an interruption."""
         if self.progress.round != command.round:
             self.progress = RoundProgress(round=command.round)
-        packs = make_packs(self.config, command.round, self.steps)
+        packs = make_packs(self.config, command.round, self.steps, command.pack)
         self._take_over(self.homes.move(packs, command.workers.tolist()), command)
         mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
         records = self._records(sum(map(len, mine)), command.payload.size)
@@ -119,11 +127,25 @@ class Worker:
             self.progress.finished[device] = rows[device]
         for pack in mine:
             self._train(pack, command, rows)
-        return records
+        if not self.encoding.num_sums:
+            return records
+        self.exchange.add(self._terms(records, command, num_terms=sum(map(len, packs))))
+        return records[:, : messages.UPLOAD_HEADER_FLOATS]
+
+    def _terms(self, records: np.ndarray, command: Command, *, num_terms: int) -> Terms:
+        """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
+        headers, size = messages.upload_headers(records), command.payload.size
+        sound = headers["fault"] == Fault.NONE
+        num_examples = headers["num_examples"][sound]
+        return Terms(
+            coefficients=np.stack([num_examples, np.ones_like(num_examples)][: self.encoding.num_sums], axis=1),
+            vectors=list(messages.upload_payloads(records, size)[sound]),
+            of=SumSize(num_sums=self.encoding.num_sums, size=size, num_terms=num_terms),
+        )
 
     def _records(self, count: int, size: int) -> np.ndarray:
         """Room for so many upload records, the same memory in every round."""
-        record_type = messages.upload_record(size)
+        record_type = messages.upload_record(size, self.encoding.dtype)
         if len(self._uploads) < count or self._uploads.shape[1:] != record_type.shape:
             self._uploads = record_type.zeros(count)
         return self._uploads[:count]
@@ -133,7 +155,7 @@ class Worker:
         leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
         self.touched.difference_update(device for device, old, _ in moves if old == self.index)
-        if not self.unseen.local.size and self.config.device.reset_moments:
+        if not self.unseen.local.size and self.config.device.reset_moments and not self.encoding.keeps:
             return  # devices keep nothing
         outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
         received = self.exchange.trade(outgoing, [old for _, old in coming])
@@ -177,6 +199,7 @@ class Worker:
                 assignments=assignments,
                 split=self.train,
                 round_index=command.round,
+                pack=command.pack,
                 beat=self.exchange.beat,
             ):
                 if isinstance(update, UnfinishedUpdate):
@@ -188,21 +211,22 @@ class Worker:
             share = (time.perf_counter() - began) / sum(self.steps[device] for device in waiting)
             for device in waiting:
                 if device in finished:
-                    header = messages.upload_parts(finished[device][None])[0]
-                    header["seconds"] = share * self.steps[device]
+                    messages.upload_headers(finished[device][None])["seconds"] = share * self.steps[device]
 
     def _upload(self, device: int, update: DeviceUpdate, command: Command, record: np.ndarray) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
-        check = partial(fault_of, num_steps=update.num_steps, learning_rate=learning_rate(self.config, command.round))
-        fault = check(update.params, command.payload)
-        if not fault and not check(update.state.local, self.states.get(device, self.unseen).local):
-            self.states[device] = update.state
+        steps, rate = update.num_steps, learning_rate(self.config, command.round)
+        before, start = self.states.get(device, self.unseen), command.payload
+        fault, norm = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
+        if fault == Fault.NONE:
+            payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
+            messages.upload_payloads(record[None], start.size, self.encoding.dtype)[0] = payload
+            local_fault, _ = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
+            self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
             self.touched.add(device)
-        (header,), (params,) = messages.upload_parts(record[None])
-        params[:] = update.params
-        header["device"], header["loss"] = device, update.loss
-        header["num_examples"], header["num_steps"] = update.num_examples, update.num_steps
-        header["unsound"] = fault is not None
+        (header,) = messages.upload_headers(record[None])
+        header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
+        header["num_examples"], header["fault"], header["norm"] = update.num_examples, fault, norm
 
     def score(self, command: Command) -> np.ndarray:
         """Layer scores of the devices in this worker's share, on one batch each."""
@@ -216,6 +240,34 @@ class Worker:
             scores = [layer_score(output.float().cpu().numpy(), selection.distance) for output in outputs]
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
             record["scores"] = scores
+        return records
+
+    def probe(self, command: Command) -> np.ndarray:
+        """Seconds of a device's step by the number of devices side by side: this worker's devices with most texts."""
+        candidates = sorted(self.share or range(len(self.steps)), key=lambda device: -self.steps[device])
+        size = 2 * self.config.device.batch_size
+
+        def train(pack: int) -> int:
+            assignments = [
+                Assignment(device=device, state=self.unseen, examples=self.partition.train[device][:size])
+                for device in islice(cycle(candidates), pack)
+            ]
+            updates = local_updates(
+                self.config,
+                self.backbone,
+                self.tuning,
+                command.layers,
+                start=command.payload,
+                assignments=assignments,
+                split=self.train,
+                round_index=command.round,
+                pack=pack,
+                beat=self.exchange.beat,
+            )
+            return max(update.num_steps for _, update in updates if isinstance(update, DeviceUpdate))
+
+        records = messages.probe_record().zeros(1)
+        records["seconds"][0] = probe(train, largest=command.pack, ranks_here=self.exchange.ranks_here)
         return records
 
     def ratio(self, command: Command) -> np.ndarray:
@@ -238,7 +290,8 @@ class Worker:
     def select(self, command: Command) -> np.ndarray:
         """Take over the selected layers; every device goes on from the same local tensors."""
         self.unseen = DeviceState(local=command.payload.copy())
-        self.states = {device: replace(state, local=self.unseen.local) for device, state in self.states.items()}
+        kept = self.tuning.kept_elements(command.layers)
+        self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}
         return NOTHING
 
     def evaluate(self, command: Command) -> np.ndarray:
@@ -260,7 +313,7 @@ class Worker:
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""
         states = {device: self.states[device] for device in sorted(self.touched)}
-        states = {device: state for device, state in states.items() if state.local.size or state.moments}
+        states = {device: state for device, state in states.items() if state.local.size or state.moments or state.kept}
         self.touched.clear()
         progress = self.progress if self.progress.round == command.round else None
         self.writing.start(
@@ -281,7 +334,7 @@ class Worker:
     def restore(self, command: Command) -> np.ndarray:
         """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
         position = Position(command.round, command.generation)
-        self.homes.move(make_packs(self.config, command.round, self.steps), command.workers.tolist())
+        self.homes.move(make_packs(self.config, command.round, self.steps, command.pack), command.workers.tolist())
         mine = set(self.homes.devices_of(self.index))
         self.states, self.progress = self.checkpoints.load_devices(
             position, mine, self.tuning, command.layers, self.unseen.local

@@ -24,13 +24,13 @@ def local_steps(config: Config, num_examples: int) -> int:
     return config.device.epochs * -(-num_examples // config.device.batch_size)
 
 
-def count_packs(config: Config) -> int:
+def count_packs(config: Config, pack: int) -> int:
     """Packs of a round."""
-    return max(1, config.federation.devices_per_round // config.device.pack)
+    return max(1, config.federation.devices_per_round // pack)
 
 
-def make_packs(config: Config, round_index: int, steps: Sequence[int]) -> Packs:
-    """A round's devices in packs of at least `device.pack`, with about the same number of steps in each.
+def make_packs(config: Config, round_index: int, steps: Sequence[int], pack: int) -> Packs:
+    """A round's devices in packs of at least ``pack``, with about the same number of steps in each.
 
     The rule does not know the ranks: what is computed together must not depend on their number.
 
@@ -38,9 +38,10 @@ def make_packs(config: Config, round_index: int, steps: Sequence[int]) -> Packs:
         config: the run's configuration.
         round_index: t.
         steps: K_i of every device.
+        pack: N of `device.pack`.
     """
     devices = sample_devices(config, round_index)
-    packs: Packs = [[] for _ in range(count_packs(config))]
+    packs: Packs = [[] for _ in range(count_packs(config, pack))]
     loads = [0] * len(packs)
     for device in sorted(devices, key=lambda device: (-steps[device], device)):
         lightest = loads.index(min(loads))

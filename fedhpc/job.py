@@ -116,8 +116,8 @@ def log_notices(job: Job, num_workers: int) -> None:
             job.config.federation.num_devices,
         )
     pack, sampled = job.config.device.pack, job.config.federation.devices_per_round
-    num_packs = count_packs(job.config)
-    if pack > 1 and num_packs < min(num_workers, sampled):
+    num_packs = 0 if pack == "auto" else count_packs(job.config, pack)
+    if pack not in (1, "auto") and num_packs < min(num_workers, sampled):
         log.warning(
             "device.pack: %d makes %d pack(s) of a round's %d devices: %d of %d device ranks have nothing to train",
             pack,

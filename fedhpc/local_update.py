@@ -1,7 +1,7 @@
 """The devices' local epochs: from the broadcast parameters to DeviceUpdates, a pack of devices side by side."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -33,6 +33,13 @@ class DeviceState:
     steps_taken: int = 0
     moments: Moments | None = None
     """Only with `device.reset_moments: false`."""
+    kept: dict[str, Vector] = field(default_factory=dict)
+    """What is left of its uploads, in the layout of the exchanged tensors: see :class:`fedhpc.encoding.Encoding`."""
+
+    def narrowed(self, kept_elements: NDArray[np.intp], unseen_local: Vector) -> "DeviceState":
+        """The state after layers have left the exchange; their tensors start anew."""
+        kept = {name: vector[kept_elements] for name, vector in self.kept.items()}
+        return replace(self, local=unseen_local, kept=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +93,13 @@ def local_updates(
     assignments: Sequence[Assignment],
     split: Split,
     round_index: int,
+    pack: int = 1,
     beat: Callable[[str], None] = lambda activity: None,
 ) -> Iterator[tuple[int, DeviceUpdate | UnfinishedUpdate]]:
     """E epochs of AdamW over each device's shard (design, section 4), from P^t and the device's own p_i.
 
-    The first `device.pack` devices that are not done train together, in one forward and backward pass; when one is
-    done the next takes its place. So what is computed together depends on the assignments alone.
+    The first ``pack`` devices that are not done train together, in one forward and backward pass; when one is done the
+    next takes its place. So what is computed together depends on the assignments alone.
 
     Args:
         beat: called with words on what happens before every step.
@@ -106,7 +114,7 @@ def local_updates(
     rate = learning_rate(config, round_index)
     backbone.training_mode(True)
     while waiting:
-        lanes = waiting[: config.device.pack]
+        lanes = waiting[:pack]
         try:
             beat(f"training in round {round_index}: " + ", ".join(lane.activity for lane in lanes))
         except Halt:

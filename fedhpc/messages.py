@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from fedhpc.updates import Vector
 
 MAX_LAYERS = 256
+PROBES = 6
+"""1 to 32 devices side by side."""
 
 
 class Op(IntEnum):
@@ -32,11 +34,14 @@ class Op(IntEnum):
     """Begin to write checkpoint `generation`; a `SAVED` note follows for every file, and `ALL_SAVED`."""
     SUSPEND = 8
     """End, to be started again."""
+    PROBE = 9
+    """Time a step of 1, 2, 4 ... up to `pack` devices side by side; reply `probe_record`."""
 
 
 HEADER = np.dtype(
     [
-        ("op", "<i4"),
+        ("op", "<i2"),
+        ("pack", "<i2"),
         ("num_packs", "<i4"),
         ("round", "<i8"),
         ("payload_size", "<i8"),
@@ -55,6 +60,8 @@ class Command:
     round: int = 0
     generation: int = 0
     layers: tuple[int, ...] = ()
+    pack: int = 1
+    """N of `device.pack`."""
     workers: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Where each of the round's packs is trained."""
     payload: Vector = field(default_factory=lambda: np.empty(0, np.float32))
@@ -69,15 +76,24 @@ class Command:
         mask = np.zeros(MAX_LAYERS, np.uint8)
         mask[list(self.layers)] = 1
         header = np.zeros(1, HEADER)
-        header[0] = (self.op, self.workers.size, self.round, self.payload.size, self.generation, np.packbits(mask))
+        header[0] = (
+            self.op,
+            self.pack,
+            self.workers.size,
+            self.round,
+            self.payload.size,
+            self.generation,
+            np.packbits(mask),
+        )
         return header
 
     @classmethod
     def from_header(cls, header: np.ndarray, workers: NDArray[np.int32], payload: Vector) -> "Command":
         """The command whose parts have arrived."""
-        (op, _, round_index, _, generation, mask) = header[0]
+        (op, pack, _, round_index, _, generation, mask) = header[0]
         return cls(
             op=Op(int(op)),
+            pack=int(pack),
             round=int(round_index),
             generation=int(generation),
             layers=tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask))),
@@ -112,22 +128,29 @@ UPLOAD_HEADER = np.dtype(
         ("num_steps", "<i8"),
         ("loss", "<f8"),
         ("seconds", "<f8"),
-        ("unsound", "<i8"),
-        ("unused", "<i8", (2,)),
+        ("fault", "<i8"),
+        ("norm", "<f8"),
+        ("unused", "<i8"),
     ]
 )
-"""The fixed part of an upload, 64 bytes; `unsound`: 1 if the device's rank found fault with the vector."""
-UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // 4
+"""The fixed part of an upload, 64 bytes; `fault` and `norm`: what the device's rank found (see `updates.fault_of`)."""
+FLOAT = np.dtype("<f4")
+UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // FLOAT.itemsize
 
 
-def upload_record(size: int) -> RecordType:
-    """A device's upload: a header, then its exchanged vector of ``size`` floats."""
-    return RecordType(np.dtype("<f4"), (UPLOAD_HEADER_FLOATS + size,))
+def upload_record(size: int, dtype: np.dtype = FLOAT) -> RecordType:
+    """A device's upload: a header, then its payload of ``size`` elements, filled up to whole words of 4 bytes."""
+    return RecordType(FLOAT, (UPLOAD_HEADER_FLOATS + -(-size * dtype.itemsize // FLOAT.itemsize),))
 
 
-def upload_parts(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Headers [m] and vectors [m, size] inside upload records, sharing their memory."""
-    return records[:, :UPLOAD_HEADER_FLOATS].view(UPLOAD_HEADER)[:, 0], records[:, UPLOAD_HEADER_FLOATS:]
+def upload_headers(records: np.ndarray) -> np.ndarray:
+    """Headers [m] inside upload records, sharing their memory."""
+    return records[:, :UPLOAD_HEADER_FLOATS].view(UPLOAD_HEADER)[:, 0]
+
+
+def upload_payloads(records: np.ndarray, size: int, dtype: np.dtype = FLOAT) -> np.ndarray:
+    """Payloads [m, size] inside upload records, sharing their memory."""
+    return records[:, UPLOAD_HEADER_FLOATS:].view(dtype)[:, :size]
 
 
 def score_record(num_layers: int) -> RecordType:
@@ -138,6 +161,11 @@ def score_record(num_layers: int) -> RecordType:
 def ratio_record() -> RecordType:
     """A device's lossless ratio."""
     return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("ratio", "<f8")]))
+
+
+def probe_record() -> RecordType:
+    """A worker's seconds for a device's step, by the binary logarithm of the devices side by side; inf: too many."""
+    return RecordType(np.dtype([("seconds", "<f8", (PROBES,))]))
 
 
 def evaluation_record(num_classes: int) -> RecordType:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedhpc.config import Config
+from fedhpc.encoding import make_encoding
 from fedhpc.federation import Homes, count_packs
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
-from fedhpc.methods import make_method
+from fedhpc.methods import Method, make_method
 from fedhpc.models import count_parameters
 from fedhpc.report import human_bytes
 from fedhpc.selection import num_selected
@@ -75,13 +76,16 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     exchanged = 4 * job.tuning.exchanged(range(_selected(job))).size
     everything = 4 * _trainable(job)
     model = DTYPE_BYTES[job.config.model.dtype] * total
-    devices = job.config.federation.devices_per_round
+    config, encoding = job.config, make_encoding(job.config, _method(job))
+    devices = config.federation.devices_per_round
+    packs = count_packs(config, 1 if config.device.pack == "auto" else config.device.pack)
+    uploads, headers = devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize
+    up = ("up, uploads", uploads, encoding.dtype.itemsize / 4, headers)
+    if encoding.num_sums:
+        up = ("up, sums", min(1, uploads), 2.0 * encoding.num_sums, headers * devices)
     yield "bytes per round        selected layers    all layers    full model"
-    for direction, copies, header in (
-        ("down, broadcast", ranks - 1, HEADER.itemsize + 4 * count_packs(job.config)),
-        ("up, uploads", devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize),
-    ):
-        sizes = [human_bytes(copies * (size + header)) for size in (exchanged, everything, model)]
+    for direction, copies, scale, header in (("down, broadcast", ranks - 1, 1.0, HEADER.itemsize + 4 * packs), up):
+        sizes = [human_bytes(copies * (size + header)) for size in (scale * exchanged, scale * everything, model)]
         yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"
 
 
@@ -89,14 +93,20 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     config, shape = job.config, job.shape
     n = 4 * job.tuning.exchanged(range(_selected(job))).size
     local = 4 * job.tuning.local(range(_selected(job))).size
-    vectors = _server_vectors(job)
+    vectors, encoding, sampled = (
+        _server_vectors(job),
+        make_encoding(config, _method(job)),
+        config.federation.devices_per_round,
+    )
+    summed = encoding.num_sums
+    arriving, size = (f"{summed} sums", 4 * n * summed) if summed else (f"{sampled} uploads", 2 * n * sampled)
     # The sampled devices' own, and those that a checkpoint has not written yet.
-    controls = (1 + config.checkpoint.every) * config.federation.devices_per_round * _has_control(job)
+    controls = (1 + config.checkpoint.every) * sampled * _has_control(job)
     server = {
         "program": PROCESS_BYTES,
         f"prompts and server state ({vectors} vectors)": n * vectors,
         f"control variates not on disk ({controls})": n * controls,
-        f"gather buffer ({config.federation.devices_per_round} uploads)": 2 * n * config.federation.devices_per_round,
+        f"buffer of {arriving}": size,
     }
     longest = max(split["longest"] for split in job.data.description.splits.values())
     tokens = config.device.batch_size * (longest + config.tuning.num_tokens)
@@ -107,7 +117,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         "program": PROCESS_BYTES,
         f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,
         "prompts, gradients, Adam moments": 4 * 4 * _trainable(job),
-        "device-local prompts": local * -(-config.federation.num_devices // max(1, ranks - 1)),
+        "what devices keep": (local + n * encoding.keeps) * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,
     }
     roles = {"rank 0, server": server, "each device rank": device}
@@ -127,7 +137,8 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
     unwritten = config.checkpoint.every * sampled
     moments = 0 if config.device.reset_moments else 2 * 4 * _trainable(job)
     server = n * (_server_vectors(job) + unwritten * _has_control(job))
-    finished = n * sampled + unwritten * (local + moments)
+    kept = n * make_encoding(config, _method(job)).keeps
+    finished = n * sampled + unwritten * (local + moments + kept)
     unfinished = 3 * 4 * _trainable(job) * min(num_workers, sampled)
     yield f"written at a stop: up to {human_bytes(server + finished + unfinished)} in the grace that the job is given"
     yield f"  {human_bytes(server):>9}  server: its vectors, control variates since the last checkpoint"
@@ -137,12 +148,17 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
 
 def _server_vectors(job: Job) -> int:
     """The parameters and the method's own vectors."""
-    state = make_method(job.config.server, num_devices=1, sample_rate=1.0).init(np.zeros(1, np.float32))
-    return 1 + len(state.vectors)
+    return 1 + len(_method(job).init(np.zeros(1, np.float32)).vectors)
 
 
 def _has_control(job: Job) -> bool:
-    return job.config.server.method == "fedpeptao"
+    """Whether the server holds control variates."""
+    return job.config.server.method == "fedpeptao" and job.config.exchange.mode == "gather"
+
+
+def _method(job: Job) -> Method:
+    federation = job.config.federation
+    return make_method(job.config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate)
 
 
 def _placement(job: Job, ranks: int) -> Iterator[str]:

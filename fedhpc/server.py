@@ -12,7 +12,9 @@ from numpy.typing import ArrayLike
 
 from fedhpc import messages
 from fedhpc.checkpoint import Checkpoints
+from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt, RanksLost
+from fedhpc.exact_sum import SumSize
 from fedhpc.exchange import Exchange
 from fedhpc.federation import Placement, local_steps, make_packs, sample_devices
 from fedhpc.job import Job
@@ -21,12 +23,13 @@ from fedhpc.lock import RunLock
 from fedhpc.messages import Command, Op
 from fedhpc.methods import make_method
 from fedhpc.metrics import score
+from fedhpc.packing import choose_pack, largest_pack
 from fedhpc.report import Progress, RunFiles, human_bytes, log
 from fedhpc.saving import CheckpointWriter
 from fedhpc.selection import choose_layers, global_scores
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
-from fedhpc.updates import RoundUploads, fault_of
+from fedhpc.updates import Fault, RoundUploads, Sums, longest_change
 
 GROWTH_FACTOR = 2.0
 GROWTH_ROUNDS = 3
@@ -55,6 +58,7 @@ class Server:
         self.method = make_method(
             job.config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate
         )
+        self.encoding = make_encoding(job.config, self.method)
         self.state: RunState | None = None
         """The run between two steps of the main loop; what a stop saves."""
         self.in_round = False
@@ -166,15 +170,17 @@ class Server:
             unseen_local=local,
         )
         self._announce_layers(state)
-        return state
+        return replace(state, pack=self.choose_pack(state))
 
     def resumed_state(self, state: RunState) -> RunState:
         """Tell every worker where a checkpoint left off."""
         self.saving.go_on_from(state)
         self._announce_layers(state)
         t = state.server.round
-        workers = self.placement.place(make_packs(self.config, t, self.steps))
-        command = Command(op=Op.RESTORE, round=t, generation=state.part, layers=state.layers, workers=workers)
+        workers = self.placement.place(make_packs(self.config, t, self.steps, state.pack))
+        command = Command(
+            op=Op.RESTORE, round=t, generation=state.part, layers=state.layers, pack=state.pack, workers=workers
+        )
         self._command(command)
         return state
 
@@ -186,40 +192,62 @@ class Server:
         records = records[np.argsort(records["device"])]
         return global_scores(records["scores"], records["num_examples"])
 
+    def choose_pack(self, state: RunState) -> int:
+        """N of `device.pack`; for `auto`, measured by all workers at once, as they will work."""
+        pack = self.config.device.pack
+        if pack != "auto":
+            return pack
+        largest = largest_pack(self.config.federation.devices_per_round, self.num_workers)
+        if largest == 1:
+            return 1
+        command = Command(op=Op.PROBE, layers=state.layers, pack=largest, payload=state.server.params)
+        seconds = self.exchange.request(command, messages.probe_record(), [1] * self.num_workers)["seconds"]
+        pack = choose_pack(seconds)
+        log.info(
+            "device.pack: auto: %d side by side; ms for a device's step: %s",
+            pack,
+            ", ".join(f"{2**i}: {1e3 * mean:.1f}" for i, mean in enumerate(seconds.mean(axis=0)) if np.isfinite(mean)),
+        )
+        return pack
+
     def train(self, state: RunState, t: int) -> tuple[RoundUploads, dict[str, Any]]:
         """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
         devices = sample_devices(self.config, t)
-        packs = make_packs(self.config, t, self.steps)
+        packs = make_packs(self.config, t, self.steps, state.pack)
         workers = self.placement.place(packs)
-        record_type = messages.upload_record(state.server.params.size)
         counts = self._count(workers, [len(pack) for pack in packs])
-        command = Command(op=Op.TRAIN, round=t, layers=state.layers, workers=workers, payload=state.server.params)
+        start, encoding = state.server.params, self.encoding
+        command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=start)
+        summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
+        size = 0 if encoding.num_sums else start.size
         self.saving.control.prefetch(devices, state.layers)
         self.state, self.in_round = state, True
-        records = self.exchange.request(command, record_type, counts)
+        records = self.exchange.request(
+            command, messages.upload_record(size, encoding.dtype), counts, summed=summed if encoding.num_sums else None
+        )
         self.in_round = False
         traffic = self.exchange.traffic
-        headers, params = messages.upload_parts(records)
+        headers, payloads = messages.upload_headers(records), messages.upload_payloads(records, size, encoding.dtype)
         busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
         for header in headers:
             self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
         place = {int(device): row for row, device in enumerate(headers["device"])}
-        order = [place[device] for device in devices]
+        order, rejected = self.sift([place[device] for device in devices], headers, state)
+        headers = headers[order]
         uploads = RoundUploads(
-            device_ids=headers["device"][order],
-            num_examples=headers["num_examples"][order],
-            num_steps=headers["num_steps"][order],
-            params=[params[row] for row in order],
+            device_ids=headers["device"],
+            num_examples=headers["num_examples"],
+            num_steps=headers["num_steps"],
+            params=[] if encoding.num_sums else [encoding.decode(payloads[row], start) for row in order],
             device_learning_rate=learning_rate(self.config, t),
+            sums=self._sums(headers) if encoding.num_sums else None,
         )
-        kept, rejected = self.sift(uploads, headers["unsound"][order], state)
-        uploads = uploads.only(kept)
         metrics = {
             "round": t,
             "devices": devices,
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
-            "loss": float(uploads.weights @ headers["loss"][order][kept]),
+            "loss": float(uploads.weights @ headers["loss"]),
             "accuracy": None,
             "accuracy_global": None,
             "device_learning_rate": uploads.device_learning_rate,
@@ -230,42 +258,46 @@ class Server:
         }
         return uploads, metrics
 
-    def sift(
-        self, uploads: RoundUploads, unsound: np.ndarray, state: RunState
-    ) -> tuple[list[int], list[dict[str, Any]]]:
-        """Places of the uploads to use; the others, with the reason.
+    def sift(self, rows: list[int], headers: np.ndarray, state: RunState) -> tuple[list[int], list[dict[str, Any]]]:
+        """The rows of the uploads to use; the others' devices, with the reason.
 
         Args:
-            uploads: all of the round.
-            unsound: with which of them the device's rank found fault.
-            state: what they were made from.
+            rows: of all uploads of the round, in sampled order.
+            headers: of the uploads, with what the devices' ranks found fault with.
+            state: what the uploads were made from.
 
         Raises:
             FloatingPointError: more than `server.max_rejected` of them are bad.
         """
         kept, rejected = [], []
-        for place, device in enumerate(uploads.device_ids.tolist()):
-            if not unsound[place]:
-                kept.append(place)
+        for row in rows:
+            if headers["fault"][row] == Fault.NONE:
+                kept.append(row)
                 continue
-            fault = fault_of(
-                uploads.params[place],
-                state.server.params,
-                num_steps=int(uploads.num_steps[place]),
-                learning_rate=uploads.device_learning_rate,
-            )
-            assert fault
-            norm, reason = fault
+            device, norm = int(headers["device"][row]), float(headers["norm"][row])
+            reason = self._reason(headers[row], state)
             log.warning("round %d: upload of device %d rejected: %s", state.server.round, device, reason)
             rejected.append({"device": device, "norm": norm if np.isfinite(norm) else None, "reason": reason})
-        if len(rejected) > self.config.server.max_rejected * len(uploads.device_ids):
+        if len(rejected) > self.config.server.max_rejected * len(rows):
             raise FloatingPointError(
-                f"round {state.server.round}: {len(rejected)} of {len(uploads.device_ids)} uploads are bad, more than "
+                f"round {state.server.round}: {len(rejected)} of {len(rows)} uploads are bad, more than "
                 f"server.max_rejected: {self.config.server.max_rejected} allows; the last checkpoint is intact. Bad: "
                 + "; ".join(f"device {bad['device']}: {bad['reason']}" for bad in rejected[:5])
                 + ". Try a smaller device.learning_rate or server.learning_rate"
             )
         return kept, rejected
+
+    def _reason(self, header: np.ndarray, state: RunState) -> str:
+        if header["fault"] != Fault.TOO_LARGE:
+            return {Fault.NAN: "NaN", Fault.INFINITE: "infinite"}[Fault(int(header["fault"]))]
+        steps, rate = int(header["num_steps"]), learning_rate(self.config, state.server.round)
+        limit = longest_change(state.server.params, num_steps=steps, learning_rate=rate)
+        return f"larger than {steps} steps can be ({limit:.3g})"
+
+    def _sums(self, headers: np.ndarray) -> Sums:
+        """What came with the headers of the uploads in use."""
+        weighted, *total = self.exchange.sums
+        return Sums(mean=weighted / headers["num_examples"].sum(), total=total[0] if total else None)
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
         """The method's server step, watched for growth without bound."""

@@ -21,9 +21,9 @@ from fedhpc.methods import ServerState
 from fedhpc.updates import Layout, Vector
 
 FORMAT = "fedhpc-checkpoint"
-VERSION = 2
+VERSION = 3
 CHUNK_ELEMENTS = 1 << 20
-UPLOAD_FACTS = ("num_examples", "num_steps", "loss", "seconds", "unsound")
+UPLOAD_FACTS = ("num_examples", "num_steps", "loss", "seconds", "fault", "norm")
 FOLDERS = {"params": "", "control_global": "control/global"}
 """Where a server vector is stored, if not under its own name; the parameters are `prompts` and `params/...`."""
 
@@ -37,6 +37,9 @@ class Layouts(Protocol):
     def local(self, layers: Sequence[int]) -> Layout:
         """Layout of what stays on a device."""
 
+    def kept_elements(self, layers: Sequence[int]) -> np.ndarray:
+        """Of the exchanged vector of all layers: those that remain when only these layers are exchanged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
@@ -47,6 +50,8 @@ class RunState:
     """S, the exchanged layers."""
     selected: bool = True
     """False during the warm-up of `ratio: auto`."""
+    pack: int = 1
+    """N of `device.pack`; with `auto`, what was measured to be best when the run began."""
     ratio: float = 1.0
     scores: np.ndarray | None = None
     """Layer scores, float64 [L], where the selection used them."""
@@ -92,6 +97,7 @@ def server_file(state: RunState, layouts: Layouts, identity: Mapping[str, Any], 
             fedhpc_version=fedhpc.__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             selected=state.selected,
+            pack=state.pack,
             vectors=json.dumps(sorted(server.vectors)),
             scalars=json.dumps(server.scalars, sort_keys=True),
         )
@@ -128,6 +134,7 @@ def read_server_file(data: bytes, name: str, layouts: Layouts, check: Callable[[
             ),
             layers=layers,
             selected=bool(file.attrs["selected"]),
+            pack=int(file.attrs["pack"]),
             ratio=float(file["selection/layers"].attrs["ratio"]),
             scores=file["selection/scores"][:] if "selection/scores" in file else None,
             unseen_local=_read_vector(file, "unseen_local", layouts.local(layers)),
@@ -156,8 +163,10 @@ def read_control_file(data: bytes, name: str, layouts: Layouts) -> tuple[Vector,
 def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layouts: Layouts) -> bytes:
     """What one device keeps between its rounds."""
     with _create(round_index) as file:
-        file.attrs.update(layers=layers, steps_taken=state.steps_taken)
+        file.attrs.update(layers=layers, steps_taken=state.steps_taken, kept=json.dumps(sorted(state.kept)))
         write_vector(file, "local", state.local, layouts.local(layers))
+        for name, vector in state.kept.items():
+            write_vector(file, name, vector, layouts.exchanged(layers))
         _write_tensors(file, "optimizer", state.moments or {})
         return _image(file)
 
@@ -167,24 +176,29 @@ def read_local_file(
 ) -> DeviceState:
     """A device's state; it starts with ``unseen_local`` if other layers were exchanged when it was written."""
     with open_state(data, name) as file:
-        same = tuple(int(layer) for layer in file.attrs["layers"]) == layers
-        return DeviceState(
-            local=_read_vector(file, "local", layouts.local(layers)) if same else unseen_local,
+        written_for = tuple(int(layer) for layer in file.attrs["layers"])
+        kept = {
+            name: _read_vector(file, name, layouts.exchanged(written_for)) for name in json.loads(file.attrs["kept"])
+        }
+        state = DeviceState(
+            local=_read_vector(file, "local", layouts.local(written_for)),
             steps_taken=int(file.attrs["steps_taken"]),
             moments=_read_tensors(file, "optimizer") or None,
+            kept=kept,
         )
+    return state if written_for == layers else state.narrowed(layouts.kept_elements(layers), unseen_local)
 
 
-def progress_file(progress: RoundProgress, layers: Sequence[int], layouts: Layouts) -> bytes:
+def progress_file(progress: RoundProgress) -> bytes:
     """One worker's part of a round under way: finished uploads and local updates between two of their steps."""
     with _create(progress.round) as file:
         finished, unfinished = file.create_group("finished"), file.create_group("unfinished")
         for device, record in progress.finished.items():
             entry = finished.create_group(str(device))
-            headers, params = messages.upload_parts(record[None])
+            (header,) = messages.upload_headers(record[None])
             for key in UPLOAD_FACTS:
-                entry.attrs[key] = headers[0][key]
-            write_vector(entry, "upload", params[0], layouts.exchanged(layers))
+                entry.attrs[key] = header[key]
+            _write(entry, "upload", record[messages.UPLOAD_HEADER_FLOATS :])
         for device, update in progress.unfinished.items():
             entry = unfinished.create_group(str(device))
             _write(entry, "losses", update.losses)
@@ -193,18 +207,18 @@ def progress_file(progress: RoundProgress, layers: Sequence[int], layouts: Layou
         return _image(file)
 
 
-def read_progress_file(data: bytes, name: str, layers: Sequence[int], layouts: Layouts) -> RoundProgress:
+def read_progress_file(data: bytes, name: str) -> RoundProgress:
     """See :func:`progress_file`."""
-    exchanged = layouts.exchanged(layers)
     with open_state(data, name) as file:
         progress = RoundProgress(round=int(file.attrs["round"]))
         for device, entry in file["finished"].items():
-            record = messages.upload_record(exchanged.size).zeros(1)
-            headers, params = messages.upload_parts(record)
-            headers["device"] = int(device)
+            payload = entry["upload"][()]
+            record = messages.upload_record(payload.size).zeros(1)
+            (header,) = messages.upload_headers(record)
+            header["device"] = int(device)
             for key in UPLOAD_FACTS:
-                headers[key] = entry.attrs[key]
-            params[0] = _read_vector(entry, "upload", exchanged)
+                header[key] = entry.attrs[key]
+            record[0, messages.UPLOAD_HEADER_FLOATS :] = payload
             progress.finished[int(device)] = record[0]
         for device, entry in file["unfinished"].items():
             progress.unfinished[int(device)] = UnfinishedUpdate(

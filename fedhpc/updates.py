@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from math import prod
 
 import numpy as np
@@ -58,6 +59,20 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Of one vector [n] a device, over the devices of a round."""
+
+    mean: NDArray[np.float64]
+    """Weighted by w_i."""
+    total: NDArray[np.float64] | None
+    """Unweighted; None where the method does not ask for it."""
+
+    def block(self, elements: slice) -> "Sums":
+        """The sums of these elements."""
+        return Sums(mean=self.mean[elements], total=None if self.total is None else self.total[elements])
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundUploads:
     """What the sampled devices of one round sent, in sampled order; m devices, n floats each."""
 
@@ -68,9 +83,10 @@ class RoundUploads:
     num_steps: NDArray[np.int64]
     """K_i, optimizer steps taken, shape [m]."""
     params: Sequence[Vector]
-    """P_i, m vectors [n]."""
+    """P_i, m vectors [n]; none where only their sums arrived."""
     device_learning_rate: float
     """eta of this round."""
+    sums: Sums | None = None
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -89,23 +105,40 @@ class RoundUploads:
 
     def block(self, elements: slice) -> "RoundUploads":
         """The same uploads, but only these elements of the vectors."""
-        return replace(self, params=[params[elements] for params in self.params])
+        return replace(
+            self,
+            params=[params[elements] for params in self.params],
+            sums=self.sums and self.sums.block(elements),
+        )
 
     def in_device_order(self) -> "RoundUploads":
         """The same uploads by ascending device id, so that sums do not depend on the sampling order."""
         return self.only(np.argsort(self.device_ids, kind="stable").tolist())
 
 
-def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: float) -> tuple[float, str] | None:
-    """What makes a vector [n] unfit as the outcome of a local update from ``start``: its norm and the reason."""
-    # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
-    limit = num_steps * learning_rate * ADAM_STEP * math.sqrt(params.size) + length(start)
+class Fault(IntEnum):
+    """What makes an upload unfit for use."""
+
+    NONE = 0
+    NAN = 1
+    INFINITE = 2
+    TOO_LARGE = 3
+
+
+def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: float) -> tuple[Fault, float]:
+    """Whether a vector [n] can be the outcome of a local update from ``start``, and how far it is from there."""
     norm = length(params, start)
-    if norm <= limit:  # false for NaN
-        return None
-    if not np.isfinite(params).all():
-        return norm, "NaN" if np.isnan(params).any() else "infinite"
-    return norm, f"larger than {num_steps} steps can be ({limit:.3g})"
+    if norm <= longest_change(start, num_steps=num_steps, learning_rate=learning_rate):  # false for NaN
+        return Fault.NONE, norm
+    if np.isnan(params).any():
+        return Fault.NAN, norm
+    return Fault.TOO_LARGE if np.isfinite(params).all() else Fault.INFINITE, norm
+
+
+def longest_change(start: Vector, *, num_steps: int, learning_rate: float) -> float:
+    """No local update goes further from ``start`` [n]."""
+    # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
+    return num_steps * learning_rate * ADAM_STEP * math.sqrt(start.size) + length(start)
 
 
 def length(vector: Vector, start: Vector | None = None) -> float:

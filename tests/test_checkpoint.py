@@ -70,9 +70,9 @@ def control(*devices, layers=SOME, seed=0):
 
 def upload(device, layers=SOME):
     record = messages.upload_record(TUNING.exchanged(layers).size).zeros(1)
-    headers, params = messages.upload_parts(record)
-    headers[0] = (device, 20, 6, 1 / 3, 0.1 + 0.2, 1, (0, 0))
-    params[:] = vector(device, params.size)
+    messages.upload_headers(record)[0] = (device, 20, 6, 1 / 3, 0.1 + 0.2, 3, 1e9, 0)
+    payloads = messages.upload_payloads(record, TUNING.exchanged(layers).size)
+    payloads[0] = vector(device, payloads.size)
     return record[0]
 
 
@@ -213,7 +213,7 @@ def layout_of(path):
     with h5py.File(path) as file:
         for dataset in datasets(file).values():
             assert dataset.fletcher32 or not dataset.size or not dataset.ndim
-        assert (file.attrs["format"], file.attrs["version"]) == ("fedhpc-checkpoint", 2)
+        assert (file.attrs["format"], file.attrs["version"]) == ("fedhpc-checkpoint", 3)
         found = {name: (dataset.shape, dataset.dtype.name) for name, dataset in datasets(file).items()}
         return found, dict(file.attrs), {name: dict(item.attrs) for name, item in datasets(file).items() if item.attrs}
 
@@ -260,9 +260,7 @@ def test_the_files_are_as_documented(run):
 
     found, attributes, _ = layout_of(folder / "progress_0001.h5")
     assert found == {
-        "finished/2/upload": prompts,
-        "finished/2/upload_params/head.weight": head,
-        "finished/2/upload_params/head.bias": bias,
+        "finished/2/upload": ((TUNING.exchanged(SOME).size,), "float32"),
         "unfinished/6/losses": ((4,), "float32"),
         "unfinished/6/params/prompts": whole,
         "unfinished/6/params/head.bias": bias,
@@ -275,7 +273,8 @@ def test_the_files_are_as_documented(run):
             "num_steps": 6,
             "loss": 1 / 3,
             "seconds": 0.1 + 0.2,
-            "unsound": 1,
+            "fault": 3,
+            "norm": 1e9,
         }
 
 
@@ -603,17 +602,17 @@ def test_no_checkpoint_is_no_error(run):
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(run, monkeypatch):
-    monkeypatch.setattr(state_file, "VERSION", 3)
+    monkeypatch.setattr(state_file, "VERSION", 4)
     run.save(run_state(1))
     monkeypatch.undo()
     reports = []
-    with pytest.raises(CheckpointError, match="version 3; this fedhpc reads version 2"):
+    with pytest.raises(CheckpointError, match="version 4; this fedhpc reads version 3"):
         run.newest(reports.append)
     assert len(reports) == 1
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value", "words"), [("version", 3, "version 3"), ("format", "x", "not a fedhpc checkpoint")]
+    ("attribute", "value", "words"), [("version", 4, "version 4"), ("format", "x", "not a fedhpc checkpoint")]
 )
 def test_files_of_another_format(run, attribute, value, words):
     path = run.checkpoints.path(run.save(run_state(1))) / "server.h5"

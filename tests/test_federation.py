@@ -7,9 +7,9 @@ from fedhpc.federation import Homes, Placement, local_steps, make_packs, sample_
 STEPS = [(7 * device) % 23 + 1 for device in range(40)]
 
 
-def config(pack, *, sample_rate=0.5, **device):
+def config(*, sample_rate=0.5, **device):
     federation = {"num_devices": 40, "sample_rate": sample_rate}
-    return make_config("unused", federation=federation, device={"pack": pack, **device})
+    return make_config("unused", federation=federation, device=device)
 
 
 def load(devices):
@@ -17,13 +17,13 @@ def load(devices):
 
 
 def test_steps_count_short_batches_and_epochs():
-    assert [local_steps(config(1, batch_size=8, epochs=3), n) for n in (1, 8, 9)] == [3, 3, 6]
+    assert [local_steps(config(batch_size=8, epochs=3), n) for n in (1, 8, 9)] == [3, 3, 6]
 
 
 @pytest.mark.parametrize("pack", [1, 2, 3, 8, 19, 20, 30])
 def test_packs_hold_every_sampled_device_once_and_have_about_the_same_work(pack):
-    packs = make_packs(config(pack), 4, STEPS)
-    assert sorted(device for each in packs for device in each) == sorted(sample_devices(config(pack), 4))
+    packs = make_packs(config(), 4, STEPS, pack)
+    assert sorted(device for each in packs for device in each) == sorted(sample_devices(config(), 4))
     assert len(packs) == max(1, 20 // pack)
     for each in packs:
         assert [STEPS[device] for device in each] == sorted((STEPS[device] for device in each), reverse=True)
@@ -33,8 +33,8 @@ def test_packs_hold_every_sampled_device_once_and_have_about_the_same_work(pack)
 
 
 def test_packs_are_those_of_the_round_and_the_seed():
-    assert make_packs(config(4), 4, STEPS) == make_packs(config(4), 4, STEPS)
-    assert make_packs(config(4), 4, STEPS) != make_packs(config(4), 5, STEPS)
+    assert make_packs(config(), 4, STEPS, 4) == make_packs(config(), 4, STEPS, 4)
+    assert make_packs(config(), 4, STEPS, 4) != make_packs(config(), 5, STEPS, 4)
 
 
 def test_a_state_lives_where_its_device_was_last_trained():

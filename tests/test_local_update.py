@@ -52,7 +52,7 @@ def make_split():
 class Device:
     """A device between its rounds."""
 
-    def __init__(self, folder, backbone, *, layers=LAYERS, model=None, tuning=None, seed=1, **device):
+    def __init__(self, folder, backbone, *, layers=LAYERS, model=None, tuning=None, seed=1, pack=1, **device):
         self.config = make_config(
             folder,
             seed=seed,
@@ -60,7 +60,7 @@ class Device:
             tuning=tuning or {},
             device={"epochs": 2, "batch_size": 2, "learning_rate": 0.01, **device},
         )
-        self.backbone, self.layers = backbone, layers
+        self.backbone, self.layers, self.pack = backbone, layers, pack
         self.tuning = read_tuning(folder, **(tuning or {}))
         self.tensors = self.tuning.initial(1)
         self.start, local = self.tuning.split(self.tensors, layers)
@@ -83,6 +83,7 @@ class Device:
                 assignments=assignments,
                 split=make_split(),
                 round_index=round_index,
+                pack=self.pack,
                 **beat,
             ):
                 found[device] = update

@@ -52,6 +52,14 @@ SETTINGS = {
     "rare checkpoints": {"checkpoint__every": 100, "evaluate__every": 2},
     "packs": {"device__pack": 4, "server__variant": "released"},
     "auto": {"selection__ratio": "auto", "selection__warmup_rounds": 2},
+    "sums": {
+        "exchange__mode": "reduce",
+        "trace": False,
+        "selection__ratio": "auto",
+        "selection__warmup_rounds": 2,
+        "selection__auto_by": "density",
+    },
+    "16 bits": {"exchange__dtype": "float16", "device__pack": 3},
 }
 
 

@@ -1,7 +1,20 @@
+import math
+
 import numpy as np
 import pytest
 
-from fedhpc.messages import HEADER, NOTE, UPLOAD_HEADER, Command, Kind, Note, Op, upload_parts, upload_record
+from fedhpc.messages import (
+    HEADER,
+    NOTE,
+    UPLOAD_HEADER,
+    Command,
+    Kind,
+    Note,
+    Op,
+    upload_headers,
+    upload_payloads,
+    upload_record,
+)
 from fedhpc.updates import Layout
 
 
@@ -57,13 +70,14 @@ def test_notes_cross_as_fixed_records(note):
     assert Note.unpacked(np.frombuffer(packed.tobytes(), NOTE)) == note
 
 
-def test_an_upload_is_its_header_and_its_floats():
+def test_an_upload_is_its_header_and_its_numbers():
     for size in (1, 2, 1001):
         assert upload_record(size).nbytes == 64 + 4 * size
+        assert upload_record(size, np.dtype(np.int16)).nbytes == 64 + 4 * math.ceil(size / 2)
     records = upload_record(3).zeros(2)
-    headers, vectors = upload_parts(records)
+    headers, vectors = upload_headers(records), upload_payloads(records, 3)
     headers["device"] = [5, 1 << 40]
     vectors[1] = [1, 2, 3]
-    arrived, floats = upload_parts(np.frombuffer(records.tobytes(), "<f4").reshape(2, -1))
-    assert arrived["device"].tolist() == [5, 1 << 40]
-    assert floats.tolist() == [[0, 0, 0], [1, 2, 3]]
+    arrived = np.frombuffer(records.tobytes(), "<f4").reshape(2, -1)
+    assert upload_headers(arrived)["device"].tolist() == [5, 1 << 40]
+    assert upload_payloads(arrived, 3).tolist() == [[0, 0, 0], [1, 2, 3]]

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedhpc.errors import Halt
+from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.messages import Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
 
-INTERRUPTIBLE = (Op.SCORE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
+INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
 DEFAULT_TIMEOUT_S = 1800.0
 
 
@@ -32,6 +34,8 @@ class Exchange(ABC):
     size: int
     local_rank: int
     """Among the ranks of this host."""
+    ranks_here: int
+    """On this host."""
     num_workers: int
 
     def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -40,18 +44,24 @@ class Exchange(ABC):
         self.timeout_s = timeout_s
         self.traffic = Traffic()
         """Of the latest request."""
+        self.sums: NDArray[np.float64] = np.empty((0, 0))
+        """Server: those that came with the latest reply, shape [k, n]."""
+        self._terms: Terms | None = None
         self.on_saved: Callable[[Note], None] = lambda note: None
         """Server: takes the workers' notes about checkpoint files."""
         self._failure: BaseException | None = None
 
     @abstractmethod
-    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
+    def request(
+        self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
+    ) -> np.ndarray:
         """Server: send a command to every worker, return their records, worker by worker.
 
         Args:
             command: what is asked; its payload is broadcast as one contiguous float32 buffer.
             record: form of one reply record.
             counts: records that each worker will send.
+            summed: the workers add terms of such sums to their replies, see :meth:`add`; they go to `sums`.
 
         Returns:
             Records [sum(counts)], valid until the next request with the same record type.
@@ -84,6 +94,10 @@ class Exchange(ABC):
             outgoing: worker and data; what goes to one worker arrives there in this order.
             incoming: from which workers data will come, in the order of the result.
         """
+
+    def add(self, terms: Terms) -> None:
+        """Worker: what goes into the sums that come with the next reply; every worker adds terms, if only none."""
+        self._terms = terms
 
     def fail(self, error: BaseException) -> None:
         """From a thread beside the main one: this error is to be raised there, at its next look at the mail."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedhpc.errors import Halt, UserError
+from fedhpc.exact_sum import SumSize
 from fedhpc.exchange.base import Exchange, Traffic
 from fedhpc.messages import Command, Note, RecordType
 from fedhpc.stopping import StopRequest
@@ -16,10 +17,12 @@ class LocalExchange(Exchange):
 
     def __init__(self, stop: StopRequest) -> None:
         super().__init__(stop)
-        self.rank, self.size, self.local_rank, self.num_workers = 0, 1, 0, 1
+        self.rank, self.size, self.local_rank, self.ranks_here, self.num_workers = 0, 1, 0, 1, 1
         self.handler: Callable[[Command], np.ndarray | None] | None = None
 
-    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
+    def request(
+        self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
+    ) -> np.ndarray:
         """See :class:`Exchange`."""
         assert self.handler is not None
         self.attend()
@@ -28,6 +31,10 @@ class LocalExchange(Exchange):
         records = self.handler(command)
         if records is None:
             raise Halt
+        if summed:
+            assert self._terms
+            exponent = self._terms.exponent
+            self.sums = summed.floats(self._terms.fixed(exponent), exponent)
         self.traffic = Traffic(seconds={"broadcast": 0.0, "local": time.perf_counter() - start, "gather": 0.0})
         return records
 

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
+from fedhpc.exact_sum import NOTHING, SumSize
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
 from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
@@ -34,7 +36,7 @@ BEAT_S = 5.0
 BEATS_PER_TIMEOUT = 5
 PARTING_S = 0.2
 FLOAT_BYTES = 4
-NOTES, STATE = 0, 1
+NOTES, STATE, SUMS = 0, 1, 2
 """Tags of messages between two ranks."""
 PAYLOAD = RecordType(np.dtype(np.float32))
 
@@ -56,7 +58,9 @@ class MpiExchange(Exchange):
         with self._inside("the start of MPI"):
             self._join(MPI.COMM_WORLD.Dup())
 
-    def request(self, command: Command, record: RecordType, counts: Sequence[int]) -> np.ndarray:
+    def request(
+        self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
+    ) -> np.ndarray:
         """See :class:`Exchange`."""
         self._activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
         self.attend()
@@ -70,7 +74,8 @@ class MpiExchange(Exchange):
         sent = time.perf_counter()
         if command.op in (Op.STOP, Op.SUSPEND):
             return record.zeros(0)
-        if self._meet():
+        halted, exponent = self._meet()
+        if halted:
             raise Halt
         ready = time.perf_counter()
         records = self._buffer(record, sum(counts))
@@ -79,10 +84,12 @@ class MpiExchange(Exchange):
             target = [records, ([0, *counts], displacements), self._type(record.nbytes)]
             with self._inside("the gather"):
                 self._finish(self._comm.Igatherv([None, 0, self._type(record.nbytes)], target, root=0))
+        if summed:
+            self.sums = self._receive_sums(summed, exponent)
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * command.nbytes,
-            bytes_up=records.nbytes,
+            bytes_up=records.nbytes + (summed.nbytes if summed else 0),
             seconds={"broadcast": sent - start, "local": ready - sent, "gather": end - ready},
         )
         return records
@@ -103,7 +110,9 @@ class MpiExchange(Exchange):
     def reply(self, records: np.ndarray | None) -> None:
         """Worker: send this worker's records; None if it was halted."""
         self._activity = "waiting for the other ranks"
-        if self._meet(halted=records is None):
+        terms, self._terms = self._terms, None
+        halted, exponent = self._meet(halted=records is None, exponent=terms.exponent if terms else NOTHING)
+        if halted:
             return
         assert records is not None
         nbytes = records.dtype.itemsize * math.prod(records.shape[1:])
@@ -111,6 +120,8 @@ class MpiExchange(Exchange):
             source = [np.ascontiguousarray(records), len(records), self._type(nbytes)]
             with self._inside("the gather"):
                 self._finish(self._comm.Igatherv(source, None, root=0))
+        if terms:
+            self._send_sums(terms.fixed(exponent))
 
     def beat(self, activity: str) -> None:
         """See :class:`Exchange`."""
@@ -192,8 +203,10 @@ class MpiExchange(Exchange):
         self.rank, self.size = comm.rank, comm.size
         self.num_workers = self.size - 1
         host_comm = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        self.local_rank = host_comm.rank
+        self.local_rank, self.ranks_here = host_comm.rank, host_comm.size
         host_comm.Free()
+        self._workers = comm.Split(color=min(self.rank, 1))
+        """The workers among themselves."""
         hosts = np.zeros((self.size, 64), np.uint8)
         name = self.host.encode()[:64]
         hosts[self.rank, : len(name)] = np.frombuffer(name, np.uint8)
@@ -222,12 +235,30 @@ class MpiExchange(Exchange):
         self._finish(message.Irecv([data, self._mpi.BYTE]))
         return bytes(data)
 
-    def _meet(self, *, halted: bool = False) -> bool:
-        """Wait for all ranks without spinning, so that waiters leave the cores alone; whether any was halted."""
-        mine, anyone = np.array([halted], np.int64), np.zeros(1, np.int64)
+    def _send_sums(self, sums: np.ndarray) -> None:
+        """To the first worker, by a tree; from there to the server, which so gets them once."""
+        total = self._buffer(RecordType(sums.dtype, sums.shape), 1)[0] if self.rank == 1 else None
+        with self._inside("a reduction"):
+            self._finish(self._workers.Ireduce(sums, total, self._mpi.SUM, root=0))
+            if total is not None:
+                self._finish(self._comm.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=SUMS))
+
+    def _receive_sums(self, of: SumSize, exponent: int) -> NDArray[np.float64]:
+        sums = self._buffer(RecordType(np.dtype(np.int64), (of.num_sums, of.size)), 1)[0]
+        with self._inside("a reduction"):
+            self._finish(self._comm.Irecv([sums, 1, self._type(sums.nbytes)], source=1, tag=SUMS))
+        return of.floats(sums, exponent)
+
+    def _meet(self, *, halted: bool = False, exponent: int = NOTHING) -> tuple[bool, int]:
+        """Wait for all ranks without spinning, so that waiters leave the cores alone.
+
+        Returns:
+            Whether any was halted, and the largest exponent of their terms.
+        """
+        mine, largest = np.array([halted, exponent], np.int64), np.zeros(2, np.int64)
         with self._losses():
-            self._finish(self._comm.Iallreduce(mine, anyone, self._mpi.MAX), LONGEST_NAP_S)
-        return bool(anyone[0])
+            self._finish(self._comm.Iallreduce(mine, largest, self._mpi.MAX), LONGEST_NAP_S)
+        return bool(largest[0]), int(largest[1])
 
     def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S) -> None:
         """Wait for an operation, and go on saying and noticing who is alive."""

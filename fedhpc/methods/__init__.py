@@ -4,7 +4,7 @@ A method needs no model, file or MPI: state in, uploads in, state out. A new one
 """
 
 from fedhpc.config import ServerConfig
-from fedhpc.methods.base import Method, ServerState
+from fedhpc.methods.base import Method, ServerState, SummedMethod
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.fedpeptao import DriftCorrected, Released
 
@@ -21,4 +21,4 @@ def make_method(config: ServerConfig, *, num_devices: int, sample_rate: float) -
     return METHODS[config.method, variant](config, num_devices=num_devices, sample_rate=sample_rate)
 
 
-__all__ = ["METHODS", "Method", "ServerState", "make_method"]
+__all__ = ["METHODS", "Method", "ServerState", "SummedMethod", "make_method"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
-from fedhpc.updates import BLOCK, RoundUploads, Vector
+from fedhpc.updates import BLOCK, RoundUploads, Sums, Vector
 
 _THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
@@ -92,6 +92,64 @@ class Method(ABC):
     @abstractmethod
     def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round for some elements of the vectors; each element's result depends on that element alone."""
+
+
+class SummedMethod(Method):
+    """A method that needs of the uploads no more than sums of one vector a device, whoever adds them up."""
+
+    needs_total = False
+    """Whether `apply` reads the unweighted sum too."""
+    has_control = False
+    """Whether `change` uses and renews a control variate."""
+
+    @abstractmethod
+    def change(
+        self,
+        start: NDArray[np.float64],
+        params: Vector,
+        control: Vector | np.float32,
+        *,
+        num_steps: int,
+        learning_rate: float,
+    ) -> tuple[NDArray[np.float64], Vector | None]:
+        """A device's own vector [n] of the sums, new memory, and its new c_i.
+
+        Args:
+            start: P^t.
+            params: P_i.
+            control: c_i before the round.
+            num_steps: K_i.
+            learning_rate: eta.
+        """
+
+    @abstractmethod
+    def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
+        """The next state but for its round and control variates, from the sums of the changes."""
+
+    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
+        """One round; sums run in the order of device ids unless they come with the uploads."""
+        sums, control = (uploads.sums, {}) if uploads.sums else self._add_up(state, uploads.in_device_order())
+        return replace(self.apply(state, sums, uploads), round=state.round + 1, control=control)
+
+    def _add_up(self, state: ServerState, uploads: RoundUploads) -> tuple[Sums, dict[int, Vector]]:
+        start = state.params.astype(np.float64)
+        sums = Sums(mean=np.zeros_like(start), total=np.zeros_like(start) if self.needs_total else None)
+        control = {}
+        for i, device in enumerate(uploads.device_ids.tolist()):
+            change, new_control = self.change(
+                start,
+                uploads.params[i],
+                state.control.get(device, np.float32(0)),
+                num_steps=int(uploads.num_steps[i]),
+                learning_rate=uploads.device_learning_rate,
+            )
+            if new_control is not None:
+                control[device] = new_control
+            if sums.total is not None:
+                sums.total[:] += change
+            change *= uploads.weights[i]
+            sums.mean[:] += change
+        return sums, control
 
 
 def weighted_mean(uploads: RoundUploads) -> NDArray[np.float64]:

@@ -6,17 +6,32 @@ Agüera y Arcas. AISTATS 2017. https://arxiv.org/abs/1602.05629, Algorithm 1.
 
 from dataclasses import replace
 
-from fedhpc.methods.base import Method, ServerState, f32, weighted_mean
-from fedhpc.updates import RoundUploads, Vector
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.methods.base import ServerState, SummedMethod, f32
+from fedhpc.updates import RoundUploads, Sums, Vector
 
 
-class FedAvg(Method):
+class FedAvg(SummedMethod):
     """P^{t+1} = sum_i w_i P_i."""
 
     def init(self, params: Vector) -> ServerState:
         """No state but the parameters."""
         return ServerState(round=0, params=params)
 
-    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
-        """One round."""
-        return replace(state, round=state.round + 1, params=f32(weighted_mean(uploads.in_device_order())))
+    def change(
+        self,
+        start: NDArray[np.float64],
+        params: Vector,
+        control: Vector | np.float32,
+        *,
+        num_steps: int,
+        learning_rate: float,
+    ) -> tuple[NDArray[np.float64], Vector | None]:
+        """P_i."""
+        return params.astype(np.float64), None
+
+    def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
+        """The mean is the result."""
+        return replace(state, params=f32(sums.mean))

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
-from fedhpc.methods.base import Method, ServerState, f32, weighted_mean
-from fedhpc.updates import RoundUploads, Vector
+from fedhpc.methods.base import Method, ServerState, SummedMethod, f32, weighted_mean
+from fedhpc.updates import RoundUploads, Sums, Vector
 
 SERVER_LEARNING_RATE_DECAY = 0.99
 SERVER_LEARNING_RATE_FLOOR = 1e-4
@@ -28,8 +28,13 @@ class FedPepTAO(Method):
         self.learning_rate, self.momentum = config.learning_rate, config.momentum
 
 
-class DriftCorrected(FedPepTAO):
-    """The paper's ingredients with consistent units: everything is a mean step direction, (P^t - P_i) / (K_i eta)."""
+class DriftCorrected(FedPepTAO, SummedMethod):
+    """The paper's ingredients with consistent units: everything is a mean step direction, (P^t - P_i) / (K_i eta).
+
+    The numbers are those of the steps in the design's section 5, `drift_corrected`.
+    """
+
+    needs_total = has_control = True
 
     def init(self, params: Vector) -> ServerState:
         """Momentum m and the global control variate c start at zero."""
@@ -39,34 +44,36 @@ class DriftCorrected(FedPepTAO):
             vectors={"momentum": np.zeros_like(params), "control_global": np.zeros_like(params)},
         )
 
-    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
-        """One round; the numbers are those of the steps in the design's section 5, `drift_corrected`."""
-        uploads = uploads.in_device_order()
+    def change(
+        self,
+        start: NDArray[np.float64],
+        params: Vector,
+        control: Vector | np.float32,
+        *,
+        num_steps: int,
+        learning_rate: float,
+    ) -> tuple[NDArray[np.float64], Vector | None]:
+        """d_i - c_i, and d_i as the new c_i."""
+        direction = start - params
+        direction *= 1 / (num_steps * learning_rate)  # 1
+        new_control = f32(direction)
+        direction -= control
+        return direction, new_control
+
+    def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
+        """Momentum, the step along it, and the global control variate."""
+        assert sums.total is not None
         beta, eta = self.momentum, uploads.device_learning_rate
-        params = state.params.astype(np.float64)
         c = state.vectors["control_global"].astype(np.float64)
-        mean_change = np.zeros_like(params)
-        control_change = np.zeros_like(params)
-        control = {}
-        for i, weight in enumerate(uploads.weights):
-            device = int(uploads.device_ids[i])
-            direction = params - uploads.params[i]
-            direction *= 1 / (uploads.num_steps[i] * eta)  # 1
-            control[device] = f32(direction)
-            change = np.subtract(direction, state.control.get(device, np.float32(0)), out=direction)
-            control_change += change  # 5
-            change *= weight
-            mean_change += change  # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
-        momentum = beta * state.vectors["momentum"] + (1 - beta) * (mean_change + c)  # 3
+        # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
+        momentum = beta * state.vectors["momentum"] + (1 - beta) * (sums.mean + c)  # 3
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
         step = self.learning_rate * mean_steps * eta
         return replace(
             state,
-            round=state.round + 1,
-            params=f32(params - step * unbiased),  # 4
-            vectors={"momentum": f32(momentum), "control_global": f32(c + control_change / self.num_devices)},  # 5
-            control=control,
+            params=f32(state.params.astype(np.float64) - step * unbiased),  # 4
+            vectors={"momentum": f32(momentum), "control_global": f32(c + sums.total / self.num_devices)},  # 5
         )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedhpc.exchange import MpiExchange
-from fedhpc.messages import Command, Op, upload_parts, upload_record
+from fedhpc.messages import Command, Op, upload_headers, upload_payloads, upload_record
 from fedhpc.stopping import StopRequest
 
 FLOATS = (1 << 29) + 1000
@@ -16,7 +16,7 @@ if exchange.rank == 0:
     payload = np.zeros(FLOATS, np.float32)
     payload[PLACES] = [1, 2, 3, 4, 5]
     records = exchange.request(Command(op=Op.TRAIN, round=9, layers=(0, 3), payload=payload), record_type, [1])
-    (header,), (params,) = upload_parts(records)
+    (header,), (params,) = upload_headers(records), upload_payloads(records, FLOATS)
     assert params[PLACES].tolist() == [2, 4, 6, 8, 10]
     assert header["device"] == 7
     assert exchange.traffic.bytes_down == 64 + 4 * FLOATS
@@ -26,7 +26,7 @@ else:
     command = exchange.receive()
     assert (command.op, command.round, command.layers) == (Op.TRAIN, 9, (0, 3))
     reply = record_type.zeros(1)
-    (header,), (params,) = upload_parts(reply)
+    (header,), (params,) = upload_headers(reply), upload_payloads(reply, FLOATS)
     header["device"] = 7
     np.multiply(command.payload, 2, out=params)
     exchange.reply(reply)

@@ -1,0 +1,71 @@
+"""`device.pack: auto`: how many devices train side by side, from a few steps on the machine at hand."""
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedhpc.messages import PROBES
+
+CLOSE = 0.97
+"""A larger pack has to be faster than this share of a smaller one's time: below are chance and padding."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def largest_pack(devices_per_round: int, num_workers: int) -> int:
+    """The largest N, a power of two, with which every worker has a pack."""
+    share = max(1, devices_per_round // num_workers)
+    return int(min(2 ** (PROBES - 1), 2 ** (share.bit_length() - 1)))
+
+
+def probe(train: Callable[[int], int], *, largest: int, ranks_here: int) -> np.ndarray:
+    """Seconds of a device's step with 1, 2, 4 ... devices side by side, shape [PROBES]; inf where memory may not do.
+
+    Args:
+        train: makes steps with so many devices, and says how many.
+        largest: try no more devices than this.
+        ranks_here: processes that share this host's memory.
+    """
+    seconds = np.full(PROBES, np.inf)
+    for place in range(largest.bit_length()):
+        pack = 2**place
+        before = _peak_bytes()
+        try:
+            train(pack)  # warms caches and allocators
+            began = time.perf_counter()
+            steps = train(pack)
+            seconds[place] = (time.perf_counter() - began) / (steps * pack)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if 2 * (_peak_bytes() - before) * ranks_here > available_bytes():
+            break
+    return seconds
+
+
+def choose_pack(seconds: np.ndarray) -> int:
+    """N from the probes of all workers [W, PROBES]: the fastest on average that all can do."""
+    means = seconds.mean(axis=0)
+    best = 0
+    for place, mean in enumerate(means):
+        if mean < CLOSE * means[best]:
+            best = place
+    return int(2**best)
+
+
+def available_bytes() -> int:
+    """Memory that this host, and the job's control group where it sets a limit, have left."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = CGROUP / Path("/proc/self/cgroup").read_text().splitlines()[-1].split("::")[-1].lstrip("/")
+    try:
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control groups of version 2, or "max"
+        return free
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
