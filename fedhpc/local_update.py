@@ -1,5 +1,7 @@
 """The devices' local epochs: from the broadcast parameters to DeviceUpdates, a pack of devices side by side."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -22,6 +24,9 @@ from fedhpc.updates import Vector
 Moments = dict[str, NDArray[np.float32]]
 """Adam's moments and step count by name, `<tensor>.<exp_avg|exp_avg_sq|step>`."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+LENGTH_SPREAD = 1.25
+"""Texts whose lengths differ by less than this factor may share a batch or not, as chance has it."""
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +115,11 @@ def local_updates(
     Raises:
         Halt: from `beat`, after all that was begun has been yielded.
     """
-    waiting = [_Lane(config, backbone, tuning, layers, start, assignment, round_index) for assignment in assignments]
+    lengths = split.lengths
+    waiting = [
+        _Lane(config, backbone, tuning, layers, start, assignment, lengths[assignment.examples], round_index)
+        for assignment in assignments
+    ]
     rate = learning_rate(config, round_index)
     backbone.training_mode(True)
     while waiting:
@@ -138,11 +147,12 @@ class _Lane:
         layers: tuple[int, ...],
         start: Vector,
         assignment: Assignment,
+        lengths: NDArray[np.int64],
         round_index: int,
     ) -> None:
         self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
         self.device, self.state, self.num_examples = assignment.device, assignment.state, len(assignment.examples)
-        self.plan = list(batches(config, assignment.examples, round_index=round_index, device=self.device))
+        self.plan = batches(config, assignment.examples, lengths, round_index=round_index, device=assignment.device)
         begun, place = assignment.begun, backbone.torch_device
         tensors = begun.tensors if begun else tuning.merge(start, self.state.local, layers)
         self.params = as_parameters(tensors, place)
@@ -204,15 +214,41 @@ class _Lane:
 
 
 def batches(
-    config: Config, examples: NDArray[np.int64], *, round_index: int, device: int
-) -> Iterator[NDArray[np.int64]]:
-    """A device's batches of one round, in an order fixed by (seed, round, device); an epoch's last may be short."""
-    size = config.device.batch_size
+    config: Config, examples: NDArray[np.int64], lengths: NDArray[np.int64], *, round_index: int, device: int
+) -> list[NDArray[np.int64]]:
+    """A device's batches of one round, each of texts of similar length; in each epoch one may be short, which is drawn.
+
+    Which texts are together is drawn for (seed, round, epoch, device). Whether an epoch's long or short ones come first
+    is drawn for all devices at once, so that texts of devices that train side by side are of similar length too.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    plan = []
     for epoch in range(config.device.epochs):
         rng = generator(config.seed, purpose=f"batch order {epoch}", round_index=round_index, device=device)
-        order = rng.permutation(examples)
-        for first in range(0, len(order), size):
-            yield order[first : first + size]
+        order = rng.permutation(len(examples))
+        order = order[np.argsort(lengths[order] * rng.uniform(1, LENGTH_SPREAD, len(order)), kind="stable")]
+        sizes = np.full(-(-len(order) // config.device.batch_size), config.device.batch_size)
+        sizes[rng.integers(len(sizes))] -= sizes.sum() - len(order)
+        parts = np.split(examples[order], np.cumsum(sizes)[:-1])
+        offset = generator(config.seed, purpose=f"batch lengths {epoch}", round_index=round_index).random()
+        plan += [parts[place] for place in _spread(len(parts), offset)]
+    return plan
+
+
+def _spread(count: int, offset: float) -> list[int]:
+    """The numbers below ``count`` in an order in which step s is about the same share of ``count``, whatever it is.
+
+    The shares follow a golden ratio sequence, which is spread evenly wherever it ends.
+    """
+    left = list(range(count))
+    order = []
+    for step in range(count):
+        share = (offset + step * GOLDEN) % 1
+        near = min(bisect_left(left, share * count - 0.5), len(left) - 1)
+        order.append(left.pop(near))
+    return order
 
 
 def _step(

@@ -126,7 +126,7 @@ def test_an_update_is_adamw_with_clipped_gradients(folder, backbone, max_grad_no
     device = Device(folder, backbone, max_grad_norm=max_grad_norm, weight_decay=weight_decay)
     vector = device.tensors["prompts"].astype(np.float64).ravel()
     optimizer, losses, norms = AdamW(vector.size), [], []
-    for examples in batches(device.config, OURS, round_index=3, device=4):
+    for examples in batches(device.config, OURS, make_split().lengths[OURS], round_index=3, device=4):
         loss, norm, gradient = gradient_at(device, vector, examples)
         vector = optimizer.apply(vector, gradient, rate=0.01, decay=weight_decay)
         losses += [loss] * len(examples)
@@ -179,7 +179,7 @@ def test_kept_moments_go_on_from_round_to_round(folder, backbone):
     optimizer = AdamW(vector.size)
     for round_index in (0, 1):
         update = device.update(round_index=round_index)
-        for examples in batches(device.config, OURS, round_index=round_index, device=4):
+        for examples in batches(device.config, OURS, make_split().lengths[OURS], round_index=round_index, device=4):
             _, _, gradient = gradient_at(device, vector, examples)
             vector = optimizer.apply(vector, gradient, rate=0.01, decay=0.1)
         np.testing.assert_allclose(whole(device, update), vector, rtol=1e-3, atol=5e-5)
@@ -197,13 +197,14 @@ def test_kept_moments_go_on_from_round_to_round(folder, backbone):
 
 
 def order(config, **where):
-    return np.concatenate(list(batches(config, ALL, **where))).tolist()
+    return np.concatenate(list(batches(config, ALL, np.full(len(ALL), 9), **where))).tolist()
 
 
 def test_every_epoch_sees_every_example_in_an_order_of_round_and_device(folder, backbone):
     config = Device(folder, backbone, batch_size=4).config
-    parts = list(batches(config, ALL, round_index=0, device=0))
-    assert [len(part) for part in parts] == [4, 4, 3] * 2
+    parts = list(batches(config, ALL, np.full(len(ALL), 9), round_index=0, device=0))
+    assert [sorted(map(len, parts[first : first + 3])) for first in (0, 3)] == [[3, 4, 4]] * 2
+    assert len(parts) == 6
     first, second = np.concatenate(parts[:3]).tolist(), np.concatenate(parts[3:]).tolist()
     assert sorted(first) == sorted(second) == ALL.tolist()
     orders = [order(config, round_index=r, device=d) for r in (0, 1) for d in (0, 1)]
@@ -211,6 +212,34 @@ def test_every_epoch_sees_every_example_in_an_order_of_round_and_device(folder, 
     assert len({tuple(found) for found in orders}) == 5
     assert len({tuple(found[:11]) for found in orders} | {tuple(second)}) == 6
     assert orders[0] == order(config, round_index=0, device=0)
+
+
+def padded(parts, lengths):
+    return sum(lengths[part].max() * len(part) for part in parts)
+
+
+def test_texts_of_similar_length_share_a_batch_also_side_by_side(folder, backbone):
+    config = Device(folder, backbone, epochs=1, batch_size=4).config
+    lengths = np.random.default_rng(5).integers(5, 100, 400)
+    few, many = np.arange(120), np.arange(120, 400)
+    for round_index in range(3):
+        plans = [
+            batches(config, mine, lengths[mine], round_index=round_index, device=device)
+            for device, mine in enumerate((few, many))
+        ]
+        for mine, plan in zip((few, many), plans, strict=True):
+            assert sorted(np.concatenate(plan)) == mine.tolist()
+            at_random = np.split(mine, len(plan))
+            assert (
+                padded(plan, lengths)
+                < 1.2 * lengths[mine].sum()
+                < 1.5 * lengths[mine].sum()
+                < padded(at_random, lengths)
+            )
+        means = [[lengths[part].mean() for part in plan[: len(few) // 4]] for plan in plans]
+        assert np.corrcoef(means)[0, 1] > 0.8
+    again = batches(config, many, lengths[many], round_index=0, device=1)
+    assert {tuple(sorted(part)) for part in again} != {tuple(sorted(part)) for part in plans[1]}
 
 
 def test_learning_rate(folder, backbone):
