@@ -52,11 +52,18 @@ def _files(name: str) -> list[Path]:
 
 
 def _mapped(file: Path) -> dict[str, Tensor] | None:
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
-        header = json.loads(stream.read(length))
-    content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        try:
+            header = json.loads(stream.read(min(length, size)))
+        except ValueError:
+            raise ValueError(f"{file} ({size} bytes) is cut short or no safetensors file") from None
     header.pop("__metadata__", None)
+    needed = HEADER_LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < needed:
+        raise ValueError(f"{file} is cut short: {size} bytes instead of {needed}")
+    content = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
     for name, entry in header.items():
         dtype = DTYPES.get(entry["dtype"])
