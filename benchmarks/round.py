@@ -151,7 +151,7 @@ def main():
             f"CPU seconds of ranks that wait {WAIT_S:.0f} s: server {cpu[0]:.2f}, "
             f"device ranks at most {max(cpu[1:-1]):.2f}"
         )
-        figures = {"seconds": median, "parts": by_part, "waiting_cpu_s": cpu}
+        figures = {"seconds": median, "floats": size, "parts": by_part, "waiting_cpu_s": cpu}
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
         shutil.rmtree(folder)
