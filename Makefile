@@ -1,8 +1,8 @@
 # make demo   set up and run the demo job: 17 ranks, 100 devices, about two minutes
 # make test   set up and run lint, types and all tests
 # make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
-# make bench  set up and measure local steps, start-up, rounds and checkpoints, about six minutes; with PREPARED="FOLDER ..."
-#             (prepared data) decoders too; tables, and JSON in runs/bench
+# make bench  set up and measure local steps, start-up, rounds, rank counts and checkpoints, about ten minutes; with
+#             PREPARED="FOLDER ..." (prepared data) decoders too; tables, and JSON in runs/bench
 # make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
 # make bench-flower   set up, also .venv-flower with Flower in it, and measure rounds beside those of its simulation;
 #             some minutes; table, and JSON in runs/bench
@@ -68,6 +68,7 @@ bench: $(VENV)/bench-$(MPI)
 	$(if $(PREPARED),$(BIN)/python benchmarks/decoder.py $(PREPARED) --json $(BENCH)/decoder.json)
 	$(BIN)/python benchmarks/start.py --json $(BENCH)/start.json
 	$(BIN)/mpirun -np 17 $(BIN)/python benchmarks/round.py --json $(BENCH)/round.json
+	$(BIN)/python benchmarks/ranks.py --json $(BENCH)/ranks.json
 	$(BIN)/mpirun -np 11 $(BIN)/python benchmarks/checkpoint.py --out $(BENCH)/checkpoint --json $(BENCH)/checkpoint.json
 
 bench-gpu: $(VENV)/bench-$(MPI)

@@ -14,17 +14,14 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-from stand_in import EXAMPLES, make_job
+from stand_in import EXAMPLES, make_job, run_job
 
 from fedhpc import device as device_module
-from fedhpc.device import Worker, serve
 from fedhpc.exchange import MpiExchange
 from fedhpc.local_update import DeviceUpdate
 from fedhpc.report import start_log
-from fedhpc.server import Server
 from fedhpc.stopping import StopRequest
 
 RATIO = 2 / 3
@@ -53,27 +50,6 @@ class StandIn:
         yield assignment.device, self.update
 
 
-class TimedServer(Server):
-    """Notes when each round begins; neither evaluates nor writes checkpoints."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.began, self.parts = [], []
-        self.saving.save = lambda state, **named: state
-
-    def train(self, state, t):
-        self.began.append(time.perf_counter())
-        return super().train(state, t)
-
-    def update(self, state, uploads, record):
-        state = super().update(state, uploads, record)
-        self.parts.append(record["seconds"])
-        return state
-
-    def evaluate(self, state, seconds):
-        return {"accuracy": 0.0, "accuracy_global": 0.0}
-
-
 def engine_rounds(exchange, stand_in, folder, *, rounds, method):
     """Seconds of each round and of its parts, on rank 0."""
     workers = exchange.num_workers
@@ -82,14 +58,11 @@ def engine_rounds(exchange, stand_in, folder, *, rounds, method):
         evaluate={"every": rounds},
     )  # fmt: skip
     stand_in.update = None
-    if exchange.rank:
-        serve(exchange, Worker(job.config, job.data, job.partition, None, job.tuning, exchange))
+    server = run_job(job, exchange)
+    if server is None:
         return [], []
-    Path(job.config.run_dir).mkdir(parents=True)
-    server = TimedServer(job, exchange, SimpleNamespace(lost=False))
-    server.run(None)
     shutil.rmtree(folder)
-    return np.diff(server.began)[WARM:].tolist(), server.parts[WARM:-1]
+    return np.diff(server.began)[WARM:].tolist(), [record["seconds"] for record in server.records[WARM:-1]]
 
 
 def raw_rounds(comm, size):

@@ -1,18 +1,65 @@
 """A job of RoBERTa large's shape whose devices do no work, for benchmarks of what is around the local steps."""
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from fedhpc.config import Config, TuningConfig
+from fedhpc.device import Worker, serve
 from fedhpc.models import BackboneShape
+from fedhpc.server import Server
 from fedhpc.tuning import make_tuning
 
 EXAMPLES = 64
 
 
-def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, **sections):
-    """A job without data and backbone, which exchanges the first layers."""
+class TimedServer(Server):
+    """Notes when each round begins and what came of it; neither evaluates nor writes checkpoints."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.began, self.cpu, self.busy, self.homes, self.records = [], [], [], [], []
+        self.saving.save = lambda state, **named: state
+        measured = self.placement.measured
+
+        def noting_measured(device, seconds, steps):
+            self.busy[-1][self.placement.homes[device]] += seconds
+            measured(device, seconds, steps)
+
+        self.placement.measured = noting_measured
+
+    def train(self, state, t):
+        self.began.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+        self.busy.append([0.0] * self.num_workers)
+        uploads, record = super().train(state, t)
+        self.homes.append([self.placement.homes[device] for device in range(len(self.steps))])
+        return uploads, record
+
+    def update(self, state, uploads, record):
+        state = super().update(state, uploads, record)
+        self.records.append(record)
+        return state
+
+    def evaluate(self, state, seconds):
+        return {"accuracy": 0.0, "accuracy_global": 0.0}
+
+
+def run_job(job, exchange):
+    """All rounds; the server on rank 0, None on the others."""
+    if exchange.rank:
+        serve(exchange, Worker(job.config, job.data, job.partition, None, job.tuning, exchange))
+        return None
+    Path(job.config.run_dir).mkdir(parents=True)
+    server = TimedServer(job, exchange, SimpleNamespace(lost=False))
+    server.run(None)
+    return server
+
+
+def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examples=None, **sections):
+    """A job without data and backbone, which exchanges the first layers; so many examples on each device."""
     selection = {"strategy": "all"} if ratio == 1 else {"strategy": "first", "ratio": ratio}
     config = Config.model_validate(
         {
@@ -37,6 +84,7 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, **sec
     tuning = make_tuning(TuningConfig(num_tokens=20), shape, num_classes=2)
     description = SimpleNamespace(class_names=["no", "yes"], metric="accuracy")
     data = SimpleNamespace(description=description, split=lambda name: [])
-    partition = SimpleNamespace(train=[np.arange(EXAMPLES)] * num_devices, validation=[np.arange(1)] * num_devices)
+    train = [np.arange(count) for count in examples or [EXAMPLES] * num_devices]
+    partition = SimpleNamespace(train=train, validation=[np.arange(1)] * num_devices)
     identity = {**config.identity(), "sha256": config.sha256}
     return SimpleNamespace(config=config, data=data, shape=shape, tuning=tuning, partition=partition, identity=identity)
