@@ -50,6 +50,11 @@ def make_packs(config: Config, round_index: int, steps: Sequence[int], pack: int
     return packs
 
 
+STAY = 1.03
+"""A device leaves home only where more than this share of the least possible time is at stake: steps that take the same
+time are never measured to be quite the same, and to move costs more."""
+
+
 class Homes:
     """On which worker each device's state is; worker w is rank w + 1."""
 
@@ -84,11 +89,12 @@ class Placement:
         self.steps = steps
         self.homes = Homes(len(steps), num_workers)
         self._seconds_per_step: dict[int, float] = {}
-        """By device, as last measured."""
+        """By device; each measurement counts as much as all before it, so that one slow round does not decide."""
 
     def measured(self, device: int, seconds: float, steps: int) -> None:
         """A device's update took so long."""
-        self._seconds_per_step[device] = seconds / steps
+        before = self._seconds_per_step.get(device, seconds / steps)
+        self._seconds_per_step[device] = (before + seconds / steps) / 2
 
     def place(self, packs: Packs) -> NDArray[np.int32]:
         """A worker for every pack; where it makes no difference, the one where its first device lives."""
@@ -101,7 +107,7 @@ class Placement:
         workers = [0] * len(packs)
         for index in sorted(range(len(packs)), key=lambda index: -costs[index]):
             home = self.homes[packs[index][0]]
-            worker = home if loads[home] + costs[index] <= bound else loads.index(min(loads))
+            worker = home if loads[home] + costs[index] <= STAY * bound else loads.index(min(loads))
             workers[index] = worker
             loads[worker] += costs[index]
         self.homes.move(packs, workers)

@@ -82,3 +82,18 @@ def test_placing_the_same_packs_again_moves_nothing():
         placement = Placement(rng.integers(1, 30, 20).tolist(), 3)
         packs = [part.tolist() for part in np.array_split(rng.permutation(20), 6)]
         np.testing.assert_array_equal(placement.place(packs), placement.place(packs))
+
+
+def test_devices_stay_where_they_are_while_nothing_is_to_be_gained():
+    rng = np.random.default_rng(0)
+    placement = Placement([10] * 64, num_workers=16)
+    packs = [[device] for device in range(64)]
+    placed = []
+    for _ in range(20):
+        placed.append(placement.place(packs).tolist())
+        for device in range(64):
+            placement.measured(device, 1.0 + 0.01 * rng.standard_normal(), 10)
+    assert placed == [placed[0]] * 20
+    placement.measured(0, 2.0, 10)
+    placement.measured(0, 2.0, 10)
+    assert placement.place(packs).tolist() != placed[0]
