@@ -108,7 +108,6 @@ def equal_rounds(exchange, folder):
     from stand_in import make_job, run_job
 
     from fedhpc import device as device_module
-    from fedhpc.config import ExchangeConfig
 
     device_module.local_updates = sleeping_updates([STEP_S] * DEVICES)
     found = {}
@@ -116,7 +115,7 @@ def equal_rounds(exchange, folder):
         job = make_job(
             folder / mode, ratio=RATIO, rounds=WARM + ROUNDS + 1, num_devices=DEVICES, sampled=DEVICES,
             examples=[STEPS * BATCH] * DEVICES, device={"epochs": 1, "batch_size": BATCH},
-            exchange={"mode": mode} if "mode" in ExchangeConfig.model_fields else {},
+            exchange={"mode": mode},
         )  # fmt: skip
         server = run_job(job, exchange)
         if server:
