@@ -1,7 +1,5 @@
 """The devices' local epochs: from the broadcast parameters to DeviceUpdates, a pack of devices side by side."""
 
-import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -24,9 +22,8 @@ from fedhpc.updates import Vector
 Moments = dict[str, NDArray[np.float32]]
 """Adam's moments and step count by name, `<tensor>.<exp_avg|exp_avg_sq|step>`."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-LENGTH_SPREAD = 1.25
-"""Texts whose lengths differ by less than this factor may share a batch or not, as chance has it."""
-GOLDEN = (math.sqrt(5) - 1) / 2
+WINDOW = 4
+"""Batches; with more of them texts of one length would meet again and again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,39 +213,27 @@ class _Lane:
 def batches(
     config: Config, examples: NDArray[np.int64], lengths: NDArray[np.int64], *, round_index: int, device: int
 ) -> list[NDArray[np.int64]]:
-    """A device's batches of one round, each of texts of similar length; in each epoch one may be short, which is drawn.
+    """A device's batches of one round, of texts of similar length: those of every WINDOW batches are sorted by it.
 
-    Which texts are together is drawn for (seed, round, epoch, device). Whether an epoch's long or short ones come first
-    is drawn for all devices at once, so that texts of devices that train side by side are of similar length too.
+    Which texts share a window is drawn for (seed, round, epoch, device), and so is the last window's short batch.
+    Whether a window's long or short texts come first is drawn for all devices at once, so that the batches of devices
+    that train side by side are of similar length too.
 
     Args:
         lengths: tokens of each example.
     """
-    plan = []
+    size, plan = config.device.batch_size, []
     for epoch in range(config.device.epochs):
+        turns = generator(config.seed, purpose=f"batch lengths {epoch}", round_index=round_index).permutation(WINDOW)
         rng = generator(config.seed, purpose=f"batch order {epoch}", round_index=round_index, device=device)
         order = rng.permutation(len(examples))
-        order = order[np.argsort(lengths[order] * rng.uniform(1, LENGTH_SPREAD, len(order)), kind="stable")]
-        sizes = np.full(-(-len(order) // config.device.batch_size), config.device.batch_size)
-        sizes[rng.integers(len(sizes))] -= sizes.sum() - len(order)
-        parts = np.split(examples[order], np.cumsum(sizes)[:-1])
-        offset = generator(config.seed, purpose=f"batch lengths {epoch}", round_index=round_index).random()
-        plan += [parts[place] for place in _spread(len(parts), offset)]
+        for window in np.split(order, range(WINDOW * size, len(order), WINDOW * size)):
+            by_length = window[np.argsort(lengths[window], kind="stable")]
+            sizes = np.full(-(-len(window) // size), size)
+            sizes[rng.integers(len(sizes))] -= sizes.sum() - len(window)
+            parts = np.split(examples[by_length], np.cumsum(sizes)[:-1])
+            plan += [parts[place] for place in turns if place < len(parts)]
     return plan
-
-
-def _spread(count: int, offset: float) -> list[int]:
-    """The numbers below ``count`` in an order in which step s is about the same share of ``count``, whatever it is.
-
-    The shares follow a golden ratio sequence, which is spread evenly wherever it ends.
-    """
-    left = list(range(count))
-    order = []
-    for step in range(count):
-        share = (offset + step * GOLDEN) % 1
-        near = min(bisect_left(left, share * count - 0.5), len(left) - 1)
-        order.append(left.pop(near))
-    return order
 
 
 def _step(
