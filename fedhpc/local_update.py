@@ -213,18 +213,17 @@ class _Lane:
 def batches(
     config: Config, examples: NDArray[np.int64], lengths: NDArray[np.int64], *, round_index: int, device: int
 ) -> list[NDArray[np.int64]]:
-    """A device's batches of one round, of texts of similar length: those of every WINDOW batches are sorted by it.
+    """A device's batches of one round, in an order fixed by (seed, round, device); one of an epoch's may be short.
 
-    Which texts share a window is drawn for (seed, round, epoch, device), and so is the last window's short batch.
-    Whether a window's long or short texts come first is drawn for all devices at once, so that the batches of devices
-    that train side by side are of similar length too.
+    The texts of every WINDOW batches are sorted by length, so that those of a batch are about equally long. The
+    batches then are shuffled: devices that all ended a round on short texts, or all on long ones, would not average
+    out.
 
     Args:
         lengths: tokens of each example.
     """
     size, plan = config.device.batch_size, []
     for epoch in range(config.device.epochs):
-        turns = generator(config.seed, purpose=f"batch lengths {epoch}", round_index=round_index).permutation(WINDOW)
         rng = generator(config.seed, purpose=f"batch order {epoch}", round_index=round_index, device=device)
         order = rng.permutation(len(examples))
         for window in np.split(order, range(WINDOW * size, len(order), WINDOW * size)):
@@ -232,7 +231,7 @@ def batches(
             sizes = np.full(-(-len(window) // size), size)
             sizes[rng.integers(len(sizes))] -= sizes.sum() - len(window)
             parts = np.split(examples[by_length], np.cumsum(sizes)[:-1])
-            plan += [parts[place] for place in turns if place < len(parts)]
+            plan += [parts[place] for place in rng.permutation(len(parts))]
     return plan
 
 

@@ -218,24 +218,22 @@ def padded(parts, lengths):
     return sum(lengths[part].max() * len(part) for part in parts)
 
 
-def test_texts_of_similar_length_share_a_batch_also_side_by_side(folder, backbone):
+def test_texts_of_similar_length_share_a_batch(folder, backbone):
     config = Device(folder, backbone, epochs=1, batch_size=4).config
     lengths = np.random.default_rng(5).integers(5, 100, 400)
-    few, many = np.arange(120), np.arange(120, 400)
-    for round_index in range(3):
-        plans = [
-            batches(config, mine, lengths[mine], round_index=round_index, device=device)
-            for device, mine in enumerate((few, many))
-        ]
-        for mine, plan in zip((few, many), plans, strict=True):
-            assert sorted(np.concatenate(plan)) == mine.tolist()
-            at_random = np.split(mine, len(plan))
-            tokens = lengths[mine].sum()
-            assert padded(plan, lengths) < 1.25 * tokens < 1.5 * tokens < padded(at_random, lengths)
-        means = [[lengths[part].mean() for part in plan[: len(few) // 4]] for plan in plans]
-        assert np.corrcoef(means)[0, 1] > 0.8
-    again = batches(config, many, lengths[many], round_index=0, device=1)
-    assert {tuple(sorted(part)) for part in again} != {tuple(sorted(part)) for part in plans[1]}
+    examples = np.arange(10, 400)
+    plans = [batches(config, examples, lengths[examples], round_index=r, device=2) for r in range(3)]
+    for plan in plans:
+        assert sorted(np.concatenate(plan)) == examples.tolist()
+        tokens = lengths[examples].sum()
+        assert (
+            padded(plan, lengths) < 1.25 * tokens < 1.5 * tokens < padded(np.split(examples, range(4, 390, 4)), lengths)
+        )
+        means = [lengths[part].mean() for part in plan]
+        first_longest = np.mean([means[i] == max(means[i : i + 4]) for i in range(0, 96, 4)])
+        assert 0.05 < first_longest < 0.6  # a quarter, if the batches of a window come in any order
+    together = [{tuple(sorted(part)) for part in plan} for plan in plans]
+    assert len(together[0] & together[1]) < 5
 
 
 def test_learning_rate(folder, backbone):
