@@ -72,7 +72,7 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
         assert {"broadcast", "local", "gather", "server", "evaluate", "checkpoint", "idle"} <= set(record["seconds"])
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
     majority = 18 / 48  # `mixed` in the validation split
-    assert records[-1]["accuracy"] > majority + 0.3
+    assert records[-1]["accuracy"] > majority + 0.2
 
 
 def test_half_of_the_layers_are_exchanged_and_the_others_stay_on_the_device(fedhpc, run_config):
