@@ -26,9 +26,8 @@ from fedhpc.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
 SHORTEST_NAP_S, LONGEST_NAP_S = 1e-5, 0.005
-NAP_SHARE = 0.05
-"""Of the time waited so far: what a rank may oversleep; more where ranks share cores and would wake for nothing in the
-time of those at work."""
+NAP_SHARE = 0.15
+"""Of the time waited so far: what a rank may oversleep."""
 LOOK_S = 0.002
 """Between two looks at the mail while waiting; a look takes longer than a test."""
 TRANSFER_NAP_S = 1e-4
@@ -208,7 +207,6 @@ class MpiExchange(Exchange):
         host_comm = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
         self.local_rank, self.ranks_here = host_comm.rank, host_comm.size
         host_comm.Free()
-        self._nap_share = NAP_SHARE * max(1.0, self.ranks_here / len(os.sched_getaffinity(0)))
         self._workers = comm.Split(color=min(self.rank, 1))
         """The workers among themselves."""
         hosts = np.zeros((self.size, 64), np.uint8)
@@ -272,7 +270,7 @@ class MpiExchange(Exchange):
             if now - looked > LOOK_S:
                 self.attend()
                 looked = now
-            time.sleep(min(max(SHORTEST_NAP_S, self._nap_share * (now - began)), longest_nap_s))
+            time.sleep(min(max(SHORTEST_NAP_S, NAP_SHARE * (now - began)), longest_nap_s))
 
     def attend(self) -> None:
         """See :class:`Exchange`: send what is due, read what has come, notice who is silent."""
