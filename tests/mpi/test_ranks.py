@@ -66,7 +66,6 @@ MOVING = {
         "checkpoint__every": 4,
     },
     "sums": {"exchange__mode": "reduce", "trace": False, "federation__rounds": 5},
-    "sums, no control variates": {"exchange__mode": "reduce", "trace": False, "server__method": "fedavg"},
     "16 bits": {"exchange__dtype": "bfloat16", "device__pack": 2, "federation__rounds": 5},
 }
 
