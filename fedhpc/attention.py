@@ -2,8 +2,8 @@
 
 The registered attention functions are wrapped so that a `prompts` argument [N, L, 2, T, D], when a forward pass carries
 one, puts the layer's prompt keys and values first, those of an example's own device; `sizes` [N] says how many examples
-each device has, `memory` belongs to fedhpc.last_layer. Without it they do what they did before. No model code is
-patched.
+each device has, `memory` belongs to fedhpc.last_layer, `later` is another mask, from some layer on. Without them they
+do what they did before. No model code is patched.
 
 Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width.
 """
@@ -35,16 +35,17 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
         prompts: Tensor | None = None,
         sizes: Sequence[int] = (),
         memory: Memory | None = None,
+        later: tuple[int, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if later is not None and module.layer_idx >= later[0]:
+            attention_mask = later[1]
         if memory is not None and memory.known is not None:
             key, value, attention_mask = memory.known
-        elif prompts is not None:
-            heads, head_dim = key.shape[1], key.shape[3]  # heads: of keys and values
-            num_tokens = prompts.shape[-2]
-            prefix = prompts[:, module.layer_idx].to(key.device, key.dtype)  # [N, 2, T, D]
-            prefix = prefix.unflatten(3, (heads, head_dim)).transpose(2, 3)  # [N, 2, heads, T, head_dim]
-            key, value = _put_first(prefix[:, 0], key, sizes), _put_first(prefix[:, 1], value, sizes)
+        elif prompts is not None or memory is not None:
+            num_tokens = 0 if prompts is None else prompts.shape[-2]
+            if prompts is not None:
+                key, value = _with_prompts(module, key, value, prompts, sizes)
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             attention_mask = _widen(
@@ -62,6 +63,15 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend
+
+
+def _with_prompts(
+    module: Any, key: Tensor, value: Tensor, prompts: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    heads, head_dim = key.shape[1], key.shape[3]  # heads: of keys and values
+    prefix = prompts[:, module.layer_idx].to(key.device, key.dtype)  # [N, 2, T, D]
+    prefix = prefix.unflatten(3, (heads, head_dim)).transpose(2, 3)  # [N, 2, heads, T, head_dim]
+    return _put_first(prefix[:, 0], key, sizes), _put_first(prefix[:, 1], value, sizes)
 
 
 def _put_first(prefix: Tensor, tensor: Tensor, sizes: Sequence[int]) -> Tensor:

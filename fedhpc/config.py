@@ -23,6 +23,20 @@ PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValid
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
+WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
+"""Kinds of tuning without tensors per layer: nothing to select from."""
+WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
+OF_KINDS = {
+    "num_tokens": WITH_TOKENS,
+    "layer": ("late_prompt",),
+    "bottleneck": ("adapter", "late_prompt", "instance_prompt", "attempt"),
+    "sources": ("attempt",),
+    "rank": ("lora",),
+    "alpha": ("lora",),
+    "position_offset": ("prompt",),
+    "dropout": ("prompt",),
+}
+"""Key of the tuning -> the kinds that use it."""
 RELEASED_LEARNING_RATE = 1e-2
 """Device learning rate below which variant `released` is warned about."""
 
@@ -84,9 +98,32 @@ class FederationConfig(Section):
 class TuningConfig(Section):
     """What is trained on top of the backbone."""
 
-    kind: Literal["prompt"] = "prompt"
+    kind: Literal[
+        "prompt",
+        "prompt_tuning",
+        "late_prompt",
+        "instance_prompt",
+        "attempt",
+        "adapter",
+        "lora",
+        "bitfit",
+        "full",
+    ] = "prompt"
+    """Keys and values in every layer (`prompt`); tokens before the text (`prompt_tuning`), made for each text
+    (`instance_prompt`), mixed from those of other tasks (`attempt`), or from a layer in the middle on (`late_prompt`);
+    networks behind each block (`adapter`); changes of weights: of low rank (`lora`), of biases, or `full`."""
     num_tokens: Annotated[int, Field(gt=0, le=1 << 16)] = 20
-    """Prompt tokens per layer, T."""
+    """Prompt tokens, T; with `prompt`, per layer."""
+    layer: Positive | None = None
+    """Of `late_prompt`: tokens enter where this layer begins; the middle one unless given."""
+    bottleneck: Positive = 32
+    """Width of the small networks of `adapter`, `late_prompt`, `instance_prompt` and `attempt`."""
+    sources: list[PathName] = []
+    """Of `attempt`: folders with the prompts of other tasks, from `fedhpc export` of runs with `prompt_tuning`."""
+    rank: Positive = 8
+    """Of `lora`, r."""
+    alpha: PositiveFloat = 16.0
+    """Of `lora`: the change of a weight is alpha / r B A."""
     head: Literal["verbalizer", "linear"] = "verbalizer"
     """`verbalizer`: class words at the answer slot; `linear`: a trained head, exchanged with the prompts."""
     loss: Literal["verbalizer", "vocabulary"] = "verbalizer"
@@ -95,6 +132,12 @@ class TuningConfig(Section):
     """Sequence positions start after T prompt positions, as in P-tuning v2 and the released code."""
     dropout: Probability = 0.0
     """Dropout on the prompts during training."""
+
+    @property
+    def tokens_before_text(self) -> int:
+        """Positions that are taken before the text's first."""
+        in_positions = self.kind in WITHOUT_LAYERS or (self.kind == "prompt" and self.position_offset)
+        return self.num_tokens if in_positions else 0
 
 
 class SelectionConfig(Section):
@@ -223,6 +266,39 @@ class Config(Section):
     trace: bool = False
     """Write every round's broadcast, uploads and result to traces/."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_to_select(cls, values: Any) -> Any:
+        """A tuning without layers is exchanged whole."""
+        tuning, selection = (values.get(key, {}) for key in ("tuning", "selection"))
+        if isinstance(tuning, dict) and isinstance(selection, dict) and tuning.get("kind") in WITHOUT_LAYERS:
+            return {**values, "selection": {"strategy": "all", **selection}}
+        return values
+
+    @model_validator(mode="after")
+    def _tuning_fits(self) -> "Config":
+        kind = self.tuning.kind
+        if kind in WITHOUT_LAYERS and self.selection.strategy != "all":
+            raise ValueError(
+                f"selection.strategy: {self.selection.strategy} selects layers, but tuning.kind: {kind} trains nothing "
+                "in them; it needs selection.strategy: all"
+            )
+        if kind == "attempt" and not self.tuning.sources:
+            raise ValueError("tuning.kind: attempt needs tuning.sources, folders with the prompts of other tasks")
+        if kind in ("bitfit", "full"):
+            if self.device.pack != 1:
+                raise ValueError(
+                    f"tuning.kind: {kind} changes the weights for one device at a time; it needs device.pack: 1"
+                )
+            if self.model.gradient_checkpointing:
+                raise ValueError(
+                    f"model.gradient_checkpointing: true computes layers again with the frozen weights; tuning.kind: "
+                    f"{kind} needs false"
+                )
+            if self.model.device_map == "auto":
+                raise ValueError(f"tuning.kind: {kind} needs model.device_map: single")
+        return self
+
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         if self.tuning.head == "linear" and self.tuning.loss == "vocabulary":
@@ -242,7 +318,11 @@ class Config(Section):
 
     def notices(self) -> list[str]:
         """What the user should know although it is no error."""
-        found = []
+        found = [
+            f"tuning.kind: {self.tuning.kind} does not use tuning.{key}"
+            for key, kinds in OF_KINDS.items()
+            if self.tuning.kind not in kinds and getattr(self.tuning, key) != getattr(TuningConfig(), key)
+        ]
         ineffective = [key for key in ("variant", "learning_rate", "momentum") if getattr(self.server, key) is not None]
         if self.server.method == "fedavg" and ineffective:
             found.append(f"server.method: fedavg does not use server.{', server.'.join(ineffective)}")

@@ -186,6 +186,7 @@ def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Wo
     """Load the backbone and set up one rank's devices."""
     torch_device = choose_torch_device(exchange.local_rank, environment)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
+    job.tuning.check(backbone)
     return Worker(job.config, job.data, job.partition, backbone, job.tuning, exchange)
 
 
@@ -237,7 +238,7 @@ def _check_data(config: Config, data: PreparedData) -> None:
 def _check_positions(config: Config, data: PreparedData, shape: BackboneShape) -> None:
     words = data.description.word_ids
     longest = max(split["longest"] for split in data.description.splits.values()) + max(map(len, words), default=1) - 1
-    needed = longest + (config.tuning.num_tokens if config.tuning.position_offset else 0)
+    needed = longest + config.tuning.tokens_before_text
     if shape.max_positions is not None and needed > shape.max_positions:
         raise ConfigError(
             f"tuning.num_tokens: {config.tuning.num_tokens} prompt positions and texts of up to {longest} tokens "

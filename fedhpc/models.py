@@ -6,10 +6,10 @@ V words.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,10 +35,12 @@ from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
 from fedhpc.errors import ModelError
 from fedhpc.last_layer import LastLayer
+from fedhpc.overlay import Hooks, Overlay, SoftTokens, with_tokens
 from fedhpc.weights import mapped_weights
 
 attention.register()
 
+NOTHING = Overlay()
 POSITIONS_COUNT_TOKENS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
 """Model types whose positions start at padding_idx + 1 and skip padding."""
 
@@ -62,7 +66,7 @@ class BackboneShape:
 
 def read_shape(name: str) -> BackboneShape:
     """The shape of a local or hub model, from its configuration alone."""
-    return _shape(name, _load(AutoConfig.from_pretrained, name))
+    return _shape(name, load_pretrained(AutoConfig.from_pretrained, name))
 
 
 def _shape(name: str, config: Any) -> BackboneShape:
@@ -90,12 +94,12 @@ def _shape(name: str, config: Any) -> BackboneShape:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a local or hub model."""
-    return _load(AutoTokenizer.from_pretrained, name)
+    return load_pretrained(AutoTokenizer.from_pretrained, name)
 
 
 def count_parameters(name: str) -> int:
     """Parameters of the whole model, counted without its weights."""
-    config = _load(AutoConfig.from_pretrained, name)
+    config = load_pretrained(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
 
@@ -119,35 +123,35 @@ class Backbone(nn.Module):
         self.word_head: nn.Module | None = None
         if data.head == "verbalizer":
             self.base, self.word_head = _split_head(self.model)
+        self._layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._hooks = Hooks(self._layers)
         self._last_layer: LastLayer | None = None
         self._check(config, tuning, data)
         if self.word_head is not None and not self.answers.needs_vocabulary:
             _keep_words(self.model, self.answers.first_tokens)
 
-    def hidden(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
-        """The last layer's hidden states [b, s, H]; prompts [N, L, 2, T, D] (axis 2: key, value) enter every layer."""
-        positions = self._positions(batch.input_ids, batch.attention_mask, first_position)
-        return self._run(batch.input_ids, self._mask(batch), positions, prompts, batch.sizes)
+    def hidden(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+        """The last layer's hidden states [b, s, H] of the texts, without those of soft tokens."""
+        positions = self._positions(batch.input_ids, batch.attention_mask, overlay.first_position)
+        return self._run(batch.input_ids, self._mask(batch), positions, overlay, batch)
 
-    def pooled(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
+    def pooled(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
         """The mean of the last layer's hidden states over each text [b, H], for a trained head."""
-        hidden = self.hidden(batch, prompts, first_position=first_position)
-        mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
+        return mean_over_text(self.hidden(batch, overlay), batch.attention_mask.unsqueeze(-1))
 
-    def word_scores(self, batch: Batch, prompts: Tensor | None = None, *, first_position: int = 0) -> Tensor:
+    def word_scores(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
         """Class scores [b, C] in float32: how well each class word fits the answer slot.
 
         One token per word: its logit (its log-probability where the whole vocabulary is computed). Several: the mean
         log-probability of the word's tokens; all answers share one forward pass of the text.
         """
         if not self.answers.branch_tokens:
-            logits = self._logits(self._at_slots(batch, prompts, first_position))
+            logits = self._logits(self._at_slots(batch, overlay))
             if not self.answers.needs_vocabulary:
                 return logits
             return logits.log_softmax(-1)[:, self.answers.first_tokens]
-        ids, positions, mask = self.answers.branch(batch, first_position)
-        hidden = self._run(ids, mask, positions, prompts, batch.sizes)
+        ids, positions, mask = self.answers.branch(batch, overlay.first_position)
+        hidden = self._run(ids, mask, positions, overlay, batch)
         rows = torch.arange(len(batch.slots), device=batch.slots.device)
         at_slot = hidden[rows, batch.slots].unsqueeze(1)
         in_branches = hidden[:, batch.input_ids.shape[1] :]
@@ -162,8 +166,7 @@ class Backbone(nn.Module):
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
-        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        hooks = [layer.register_forward_hook(keep) for layer in self._layers]
         try:
             self.hidden(batch)
         finally:
@@ -171,15 +174,21 @@ class Backbone(nn.Module):
                 hook.remove()
         return outputs
 
+    @cached_property
+    def parameters_by_path(self) -> dict[str, Tensor]:
+        """The frozen parameters behind the hidden states."""
+        return dict(self.base.named_parameters())
+
     def training_mode(self, training: bool) -> None:
         """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen."""
         self.model.train(training and self._train_mode)
 
-    def _at_slots(self, batch: Batch, prompts: Tensor | None, first_position: int) -> Tensor:
+    def _at_slots(self, batch: Batch, overlay: Overlay) -> Tensor:
         """The last layer's hidden states at the answer slots [b, H]."""
-        positions = self._positions(batch.input_ids, batch.attention_mask, first_position)
-        narrow = {"slots": batch.slots} if self._last_layer and prompts is not None else {}
-        hidden = self._run(batch.input_ids, self._mask(batch), positions, prompts, batch.sizes, **narrow)
+        positions = self._positions(batch.input_ids, batch.attention_mask, overlay.first_position)
+        first = overlay.tokens.count if overlay.tokens else 0
+        narrow = {"slots": batch.slots + first} if self._last_layer and overlay is not NOTHING else {}
+        hidden = self._run(batch.input_ids, self._mask(batch), positions, overlay, batch, **narrow)
         if narrow:
             return hidden[:, 0]
         return hidden[torch.arange(len(hidden), device=hidden.device), batch.slots]
@@ -189,20 +198,53 @@ class Backbone(nn.Module):
         return batch.attention_mask if batch.is_padded or self.kind == "decoder" else None
 
     def _run(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        prompts: Tensor | None,
-        sizes: Sequence[int],
-        **extra: Any,
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, overlay: Overlay, batch: Batch, **extra: Any
     ) -> Tensor:
-        if prompts is not None:
-            extra |= {"prompts": prompts.to(self.base.dtype), "sizes": sizes}
+        inputs: dict[str, Any] = {"input_ids": ids}
+        enter, tokens = None, overlay.tokens
+        if tokens is not None:
+            inputs, mask, positions, enter, more = self._put_first(tokens, ids, mask, positions, batch)
+            extra |= more
+        if overlay.prompts is not None:
+            extra |= {"prompts": overlay.prompts.to(self.base.dtype), "sizes": batch.sizes}
         if self.kind == "decoder":
             extra["use_cache"] = False
-        output = self.base(input_ids=ids, attention_mask=mask, position_ids=positions, **extra)
-        return output.last_hidden_state.to(self.torch_device)
+        self._hooks.set(overlay.edits, enter)
+        inputs |= {"attention_mask": mask, "position_ids": positions, **extra}
+        output = (
+            functional_call(self.base, dict(overlay.weights), (), inputs) if overlay.weights else self.base(**inputs)
+        )
+        hidden: Tensor = output.last_hidden_state.to(self.torch_device)
+        return hidden[:, tokens.count :] if tokens is not None and "slots" not in extra else hidden
+
+    def _put_first(
+        self, tokens: SoftTokens, ids: Tensor, mask: Tensor | None, positions: Tensor, batch: Batch
+    ) -> tuple[dict[str, Any], Tensor, Tensor, tuple[int, Callable[[Tensor], Tensor]] | None, dict[str, Any]]:
+        """Inputs, mask and positions with T tokens first; what they become where they enter; arguments of attention."""
+        (b, _), count = ids.shape, tokens.count
+        words = self.base.get_input_embeddings()(ids)
+        in_text = functional.pad(batch.attention_mask, (0, ids.shape[1] - batch.input_ids.shape[1])).unsqueeze(-1)
+        before = self._positions(ids.new_zeros(b, count), torch.ones_like(ids[:, :1]).expand(b, count), 0)
+        positions = torch.cat([before, positions], dim=1)
+        if mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        if tokens.layer == 0:
+            inputs = torch.cat([tokens.make(words, in_text).to(words.dtype), words], dim=1)
+            whole = (
+                with_tokens(mask, count, visible=True, causal=True)
+                if mask.dim() == 4
+                else functional.pad(mask, (count, 0), value=True)
+            )
+            return {"inputs_embeds": inputs}, whole, positions, None, {}
+        causal = self.kind == "decoder"
+        seen, unseen = (with_tokens(mask, count, visible=visible, causal=causal) for visible in (True, False))
+
+        def enter(hidden: Tensor) -> Tensor:
+            text = hidden[:, count:]
+            return torch.cat([tokens.make(text, in_text).to(text.dtype), text], dim=1)
+
+        inputs = functional.pad(words, (0, 0, count, 0))
+        return {"inputs_embeds": inputs}, unseen, positions, (tokens.layer, enter), {"later": (tokens.layer, seen)}
 
     def _logits(self, hidden: Tensor) -> Tensor:
         assert self.word_head is not None
@@ -224,8 +266,9 @@ class Backbone(nn.Module):
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.torch_device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         positions = self._positions(ids, mask, 0)
+        batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[:, 0], labels=ids[:, 0], sizes=(1,))
         try:
-            hidden = self._run(ids, mask, positions, prompts, [1])
+            hidden = self._run(ids, mask, positions, Overlay(prompts=prompts), batch)
             (gradient,) = torch.autograd.grad(hidden[..., 0].float().sum(), prompts)
         except torch.OutOfMemoryError:
             raise
@@ -235,7 +278,7 @@ class Backbone(nn.Module):
             raise ModelError(f"{who} takes no deep prompts in its layers {deaf}")
         if self.word_head is not None:
             with torch.no_grad():
-                ours = self._logits(self._run(ids, mask, positions, None, [1]))
+                ours = self._logits(self._run(ids, mask, positions, NOTHING, batch))
                 theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
             if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
                 raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
@@ -245,19 +288,26 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _narrow_last_layer(self, prompts: Tensor) -> None:
         """Compute the last layer at the answer slots alone, if that gives the same numbers with this model."""
-        layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
         ids = torch.arange(3, device=self.torch_device).expand(3, 3)
         mask = torch.ones_like(ids, dtype=torch.bool).tril(1)
         batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[0], labels=ids[0], sizes=(3,))
-        wanted = self._at_slots(batch, prompts, 0)
-        self._last_layer = LastLayer(layers[-1])
+        overlays = [Overlay(prompts=prompts), Overlay()]
+        wanted = [self._at_slots(batch, overlay) for overlay in overlays]
+        self._last_layer = LastLayer(self._layers[-1])
         try:
-            same = torch.allclose(self._at_slots(batch, prompts, 0), wanted, rtol=0.01, atol=0.01)
+            found = [self._at_slots(batch, overlay) for overlay in overlays]
+            same = torch.allclose(torch.cat(found), torch.cat(wanted), rtol=0.01, atol=0.01)
         except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
             same = False
         if not same:
             self._last_layer.restore()
             self._last_layer = None
+
+
+def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
+    """The mean [b, H] of hidden states [b, s, H] where the mask [b, s, 1] is set."""
+    mask = in_text.to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -266,7 +316,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torch.device) -> Any:
-    model_config = _load(AutoConfig.from_pretrained, config.name)
+    model_config = load_pretrained(AutoConfig.from_pretrained, config.name)
     if not config.backbone_dropout:
         for key, value in vars(model_config).items():
             if "drop" in key and isinstance(value, float):
@@ -277,7 +327,7 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
         if find_spec("accelerate") is None:
             raise ModelError("model.device_map: auto needs the package accelerate: pip install fedhpc[multi-gpu]")
         extra = {"device_map": "auto"}
-    model, info = _load(
+    model, info = load_pretrained(
         partial(_with_weights, loader, mapped=not extra),
         config.name,
         config=model_config,
@@ -326,8 +376,12 @@ def _check_attention(
         )
     window = getattr(backbone, "sliding_window", None)
     longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.num_tokens
-    if window is not None and longest > window and (flash or answers.branch_tokens):
+    late = tuning.kind == "late_prompt"
+    if flash and late:
+        raise ModelError(f"model.attention: {config.attention} takes no tuning.kind: late_prompt; use sdpa")
+    if window is not None and longest > window and (flash or late or answers.branch_tokens):
         reason = f"model.attention: {config.attention}" if flash else "class words of several tokens"
+        reason = "tuning.kind: late_prompt" if late else reason
         raise ModelError(
             f"model.name: {config.name} attends to {window} positions at a time, but texts and prompts have up to "
             f"{longest}; {reason} cannot handle that; prepare the data with a smaller --max-length"
@@ -352,7 +406,12 @@ def _keep_words(model: Any, tokens: list[int]) -> None:
     output.out_features = len(tokens)
 
 
-def _load(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+def load_pretrained(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+    """What ``load`` of transformers makes of a local or hub model.
+
+    Raises:
+        ModelError: with what was looked for and the reason.
+    """
     try:
         with _quiet():
             return load(name, **kwargs)

@@ -23,6 +23,7 @@ from transformers import (
 from fedhpc.config import Config, ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
 from fedhpc.models import Backbone, read_shape
+from fedhpc.overlay import Overlay
 from fedhpc.tuning import make_tuning
 
 torch.set_num_threads(1)  # these are too small to share
@@ -129,6 +130,11 @@ def random_prompts(backbone_config, dtype=torch.float32, *, num_tokens=NUM_TOKEN
     rng = torch.Generator().manual_seed(11)
     prompts = torch.randn(NUM_LAYERS, 2, num_tokens, heads * head_dim, generator=rng, dtype=torch.float64) * std
     return prompts.to(dtype).requires_grad_()
+
+
+def with_prompts(prompts, first_position=0):
+    """What one device's prompts [L, 2, T, D] add to a forward pass."""
+    return Overlay(prompts=prompts[None], first_position=first_position)
 
 
 def read_tuning(path, *, num_classes=3, **tuning):

@@ -104,6 +104,29 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["tuning.kind=late_prompt", "selection.strategy=first"], "late_prompt trains nothing in them"),
+        (["tuning.kind=attempt"], "attempt needs tuning.sources"),
+        (["tuning.kind=full", "device.pack=2"], "full changes the weights for one device at a time"),
+        (["tuning.kind=bitfit", "model.gradient_checkpointing=true"], "bitfit needs false"),
+        (["tuning.kind=full", "model.device_map=auto"], "full needs model.device_map: single"),
+    ],
+)
+def test_tunings_that_make_no_sense_with_another_key_are_refused_with_the_reason(write, overrides, words):
+    assert words in problems(write(**MINIMAL), *overrides)
+
+
+def test_a_tuning_without_layers_is_exchanged_whole(write):
+    assert load_config(write(**MINIMAL), ["tuning.kind=prompt_tuning"]).selection.strategy == "all"
+
+
+def test_keys_of_another_tuning_are_noticed(write):
+    (notice,) = load_config(write(**MINIMAL), ["tuning.kind=lora", "tuning.num_tokens=5"]).notices()
+    assert notice == "tuning.kind: lora does not use tuning.num_tokens"
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "device: {epochs: 1}\nseed: 1\ndevice: {batch_size: 2}\n")

@@ -11,13 +11,14 @@ from backbones import (
     make_batch,
     random_prompts,
     save_backbone,
+    with_prompts,
 )
 from torch.nn import functional
 
 
 def scores_and_gradient(backbone, batch, prompts, first_position):
     prompts = prompts.detach().requires_grad_()
-    scores = backbone.word_scores(batch, prompts[None], first_position=first_position)
+    scores = backbone.word_scores(batch, with_prompts(prompts, first_position))
     (gradient,) = torch.autograd.grad(functional.cross_entropy(scores, batch.labels), prompts)
     return scores, gradient
 

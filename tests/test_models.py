@@ -20,6 +20,7 @@ from backbones import (
     make_batch,
     random_prompts,
     save_backbone,
+    with_prompts,
 )
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -131,7 +132,7 @@ def test_scores_and_gradients_with_prompts_equal_the_reference(folders, name, le
     prompts = random_prompts(plain.config, torch.float64)
     expected = at_slots(reference_logits(name, plain, batch, prompts, first), batch)[:, FLAT_WORDS]
     backbone, ours = load_backbone(folders[name], name), prompts.detach().float().requires_grad_()
-    scores = backbone.word_scores(batch, ours[None], first_position=first)
+    scores = backbone.word_scores(batch, with_prompts(ours, first))
     assert expected.std() > 0.3
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -147,9 +148,9 @@ def test_prompts_and_positions_matter(folders, name):
     prompts = random_prompts(backbone.base.config)
     with torch.no_grad():
         scores = [
-            backbone.word_scores(batch, prompts[None], first_position=NUM_TOKENS),
-            backbone.word_scores(batch, prompts[None], first_position=0),
-            backbone.word_scores(batch, prompts.flip(1)[None], first_position=0),
+            backbone.word_scores(batch, with_prompts(prompts, NUM_TOKENS)),
+            backbone.word_scores(batch, with_prompts(prompts, 0)),
+            backbone.word_scores(batch, with_prompts(prompts.flip(1), 0)),
             backbone.word_scores(batch),
         ]
     differences = [(a - b).abs().max() for i, a in enumerate(scores) for b in scores[:i]]
@@ -183,7 +184,7 @@ def test_vocabulary_loss_is_the_cross_entropy_over_all_words(folders, name):
     words = torch.tensor(FLAT_WORDS)[batch.labels]
     expected = functional.cross_entropy(logits, words)
     backbone = load_backbone(folders[name], name, loss="vocabulary")
-    scores = backbone.word_scores(batch, prompts.float()[None], first_position=NUM_TOKENS)
+    scores = backbone.word_scores(batch, with_prompts(prompts.float(), NUM_TOKENS))
     torch.testing.assert_close(-scores.gather(1, batch.labels[:, None]).mean().double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -201,7 +202,7 @@ def test_words_of_several_tokens_score_as_in_passes_of_their_own(folders, name, 
             log_probabilities = logits[0, slot:-1].log_softmax(-1)
             expected[row, column] = log_probabilities.gather(1, torch.tensor(word)[:, None]).mean()
     backbone, ours = load_backbone(folders[name], name, words=LONG_WORDS), prompts.detach().float().requires_grad_()
-    scores = backbone.word_scores(batch, ours[None], first_position=first)
+    scores = backbone.word_scores(batch, with_prompts(ours, first))
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
     (wanted,) = torch.autograd.grad(functional.cross_entropy(expected, batch.labels), prompts)
     (gradient,) = torch.autograd.grad(functional.cross_entropy(scores, batch.labels), ours)
@@ -224,7 +225,7 @@ def test_without_prompts_transformers_computes_the_same_bits(folders, name, monk
 def loss_and_gradient(backbone, batch, prompts, *, training=True):
     backbone.training_mode(training)
     leaf = prompts.detach().clone().requires_grad_()
-    loss = functional.cross_entropy(backbone.word_scores(batch, leaf[None], first_position=NUM_TOKENS), batch.labels)
+    loss = functional.cross_entropy(backbone.word_scores(batch, with_prompts(leaf, NUM_TOKENS)), batch.labels)
     loss.backward()
     return loss.detach(), leaf.grad
 
@@ -307,7 +308,7 @@ def test_linear_head_needs_no_language_model_head(folders, name, tmp_path):
     AutoModel.from_pretrained(folders[name]).save_pretrained(tmp_path)
     batch, backbone = make_batch(name), load_backbone(tmp_path, name, head="linear")
     prompts = random_prompts(backbone.base.config)
-    pooled = backbone.pooled(batch, prompts[None], first_position=NUM_TOKENS)
+    pooled = backbone.pooled(batch, with_prompts(prompts, NUM_TOKENS))
     assert pooled.shape == (3, HIDDEN_SIZE)
     (gradient,) = torch.autograd.grad(pooled.square().sum(), prompts)
     assert gradient.flatten(1).any(1).all()
@@ -332,7 +333,7 @@ def test_the_last_position_is_usable(folders, name):
     backbone = load_backbone(folders[name], name)
     batch = make_batch(name, (shape.max_positions - NUM_TOKENS, 4))
     prompts = random_prompts(backbone.base.config)
-    assert backbone.word_scores(batch, prompts[None], first_position=NUM_TOKENS).isfinite().all()
+    assert backbone.word_scores(batch, with_prompts(prompts, NUM_TOKENS)).isfinite().all()
 
 
 # Errors
@@ -474,7 +475,7 @@ def test_spread_backbone_gives_the_same_scores(folders):
         spread = load_backbone(folders[name], name, device_map="auto")
         accelerate.dispatch_model(spread.model, {"": "cpu"}, force_hooks=True)
         prompts = random_prompts(single.base.config)
-        expected, scores = (backbone.word_scores(batch, prompts[None]) for backbone in (single, spread))
+        expected, scores = (backbone.word_scores(batch, with_prompts(prompts)) for backbone in (single, spread))
         assert torch.equal(scores, expected)
 
 

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from backbones import HIDDEN_SIZE, NUM_LAYERS, NUM_TOKENS, load_backbone, make_batch, read_tuning, save_backbone
+from backbones import (
+    HIDDEN_SIZE,
+    NUM_LAYERS,
+    NUM_TOKENS,
+    load_backbone,
+    make_batch,
+    read_tuning,
+    save_backbone,
+    with_prompts,
+)
 from torch.nn import functional
 
 from fedhpc.tuning.base import as_parameters, linear_heads
@@ -85,7 +94,7 @@ def test_initial_tensors_are_normal_and_fixed_by_the_seed(folder):
 def test_forward_is_the_backbones_score_behind_the_prompts(folder, offset):
     tuning, backbone = read_tuning(folder, position_offset=offset), load_backbone(folder, "llama-gqa")
     params, batch = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa")
-    expected = backbone.word_scores(batch, params["prompts"][None], first_position=NUM_TOKENS if offset else 0)
+    expected = backbone.word_scores(batch, with_prompts(params["prompts"], NUM_TOKENS if offset else 0))
     scores = tuning.forward(backbone, [params], batch)
     assert torch.equal(scores, expected)
     losses = functional.cross_entropy(expected, batch.labels, reduction="none")
@@ -97,7 +106,7 @@ def test_linear_head_scores_the_mean_hidden_state_of_the_text(folder):
     params, batch = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa", (9, 4, 7))
     with torch.no_grad():
         params["head.bias"].copy_(torch.tensor([1.0, 2.0, 3.0]))
-        hidden = backbone.hidden(batch, params["prompts"][None], first_position=NUM_TOKENS)
+        hidden = backbone.hidden(batch, with_prompts(params["prompts"], NUM_TOKENS))
         scores = tuning.forward(backbone, [params], batch)
     for row, length in enumerate((9, 4, 7)):
         pooled = hidden[row, :length].mean(0)
@@ -120,7 +129,7 @@ def test_vocabulary_loss_is_minus_the_labels_log_probability(folder):
 def test_prompt_dropout_acts_in_training_alone_and_keeps_the_expected_value(folder):
     tuning, backbone = read_tuning(folder, dropout=0.5), load_backbone(folder, "llama-gqa")
     params, batch, seen = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa"), []
-    backbone.word_scores = lambda _batch, prompts, **_: seen.append(prompts)
+    backbone.word_scores = lambda _batch, overlay: seen.append(overlay.prompts)
     tuning.forward(backbone, [params], batch)
     tuning.forward(backbone, [params], batch, dropout_seeds=[5])
     assert torch.equal(seen[0], params["prompts"][None])

@@ -2,10 +2,27 @@
 
 from fedhpc.config import TuningConfig
 from fedhpc.models import BackboneShape
+from fedhpc.tuning.adapter import Adapter
+from fedhpc.tuning.attempt import Attempt
 from fedhpc.tuning.base import Tuning
+from fedhpc.tuning.instance_prompt import InstancePrompt
+from fedhpc.tuning.late_prompt import LatePrompt
+from fedhpc.tuning.lora import LoRA
 from fedhpc.tuning.prompt import DeepPrompts
+from fedhpc.tuning.prompt_tuning import PromptTuning
+from fedhpc.tuning.weights import BitFit, FullTuning
 
-TUNINGS: dict[str, type[Tuning]] = {"prompt": DeepPrompts}
+TUNINGS: dict[str, type[Tuning]] = {
+    "prompt": DeepPrompts,
+    "prompt_tuning": PromptTuning,
+    "late_prompt": LatePrompt,
+    "instance_prompt": InstancePrompt,
+    "attempt": Attempt,
+    "adapter": Adapter,
+    "lora": LoRA,
+    "bitfit": BitFit,
+    "full": FullTuning,
+}
 
 
 def make_tuning(config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> Tuning:

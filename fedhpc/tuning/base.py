@@ -14,29 +14,42 @@ from torch.nn import functional
 
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
+from fedhpc.errors import ModelError
 from fedhpc.models import Backbone, BackboneShape, at_least_float32
+from fedhpc.overlay import Overlay
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
+
+Params = Mapping[str, Tensor]
+"""A device's trainable tensors by name."""
 
 
 class Tuning(ABC):
     """One kind of trainable parameters on a frozen backbone."""
 
-    per_layer: dict[str, tuple[int, ...]]
-    """Name -> shape [L, ...]."""
-
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         self.config = config
         self.shape = shape
+        self.per_layer: dict[str, tuple[int, ...]] = {}
+        """Name -> shape [L, ...]."""
         self.shared: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
             self.shared = {"head.weight": (num_classes, shape.hidden_size), "head.bias": (num_classes,)}
 
     @abstractmethod
+    def overlay(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
+        """What the parameters add to the backbone's forward pass; arguments as those of :meth:`forward`."""
+
     def forward(
         self,
         backbone: Backbone,
-        params: Sequence[Mapping[str, Tensor]],
+        params: Sequence[Params],
         batch: Batch,
         *,
         dropout_seeds: Sequence[int] | None = None,
@@ -49,6 +62,10 @@ class Tuning(ABC):
             batch: `batch.sizes` says which examples belong to which device.
             dropout_seeds: of each device's dropout; None outside training.
         """
+        overlay = self.overlay(backbone, params, batch, dropout_seeds)
+        if self.config.head == "linear":
+            return linear_heads(params, backbone.pooled(batch, overlay), batch.sizes)
+        return backbone.word_scores(batch, overlay)
 
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Loss of each example [b], from class scores [b, C] and labels [b]."""
@@ -57,14 +74,19 @@ class Tuning(ABC):
         return functional.cross_entropy(scores, labels, reduction="none")
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
-        """All trainable tensors before round 0, the same for every device: normal, standard deviation
-        `initializer_range` of the backbone; biases zero."""
+        """All trainable tensors before round 0, the same for every device: normal, see :meth:`initial_scale`."""
         tensors = {}
         for name, shape in {**self.per_layer, **self.shared}.items():
-            draw = generator(seed, purpose=f"initial {name}").standard_normal(shape, dtype=np.float32)
-            scale = 0.0 if name.endswith("bias") else self.shape.initializer_range
-            tensors[name] = draw * np.float32(scale)
+            scale = self.initial_scale(name)
+            tensors[name] = np.zeros(shape, np.float32)
+            if scale:
+                draw = generator(seed, purpose=f"initial {name}").standard_normal(shape, dtype=np.float32)
+                tensors[name] = draw * np.float32(scale)
         return tensors
+
+    def initial_scale(self, name: str) -> float:
+        """Standard deviation of a tensor before round 0: `initializer_range` of the backbone, 0 for biases."""
+        return 0.0 if name.endswith("bias") else self.shape.initializer_range
 
     def exchanged(self, layers: Sequence[int]) -> Layout:
         """What crosses the network when ``layers`` are selected."""
@@ -105,14 +127,42 @@ class Tuning(ABC):
         """The layers whose tensors stay on the device."""
         return [layer for layer in range(self.shape.num_layers) if layer not in layers]
 
+    def check(self, backbone: Backbone) -> None:
+        """Raise ModelError where a backbone would silently take no notice: two tokens pass through it."""
+        rng = torch.Generator().manual_seed(0)
+        shapes = {**self.per_layer, **self.shared}
+        params = {name: torch.randn(shape, generator=rng).mul_(0.1) for name, shape in shapes.items()}
+        params = {name: tensor.to(backbone.torch_device).requires_grad_() for name, tensor in params.items()}
+        ids = torch.tensor([[0, 1]], device=backbone.torch_device)
+        mask, slot = torch.ones_like(ids, dtype=torch.bool), ids[:, 1]
+        batch = Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
+        who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
+        try:
+            loss = self.losses(self.forward(backbone, [params], batch), batch.labels * 0).sum()
+            gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"{who} does not take it: {error}") from None
+        for name, gradient in zip(params, gradients, strict=True):
+            rows = gradient if name in self.per_layer and gradient is not None else [gradient]
+            if deaf := [row for row, part in enumerate(rows) if part is None or not part.any()]:
+                where = f"layers {deaf}" if name in self.per_layer else "any layer"
+                raise ModelError(f"{who} takes no notice of {name} in {where}")
+
     def _rows(self, count: int) -> dict[str, tuple[int, ...]]:
         return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}
 
 
-def linear_heads(params: Sequence[Mapping[str, Tensor]], pooled: Tensor, sizes: Sequence[int]) -> Tensor:
+def linear_heads(params: Sequence[Params], pooled: Tensor, sizes: Sequence[int]) -> Tensor:
     """Class scores [b, C] from pooled hidden states [b, H], each device's examples by its own trained head."""
     parts = zip(params, at_least_float32(pooled).split(list(sizes)), strict=True)
     return torch.cat([functional.linear(part, head["head.weight"], head["head.bias"]) for head, part in parts])
+
+
+def rows_of_devices(each: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """A tensor [b, ...] with every device's own tensor [...] for each of its examples."""
+    return torch.cat([own.expand(size, *own.shape) for own, size in zip(each, sizes, strict=True)])
 
 
 def dropout(tensor: Tensor, probability: float, seed: int) -> Tensor:

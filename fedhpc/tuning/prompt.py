@@ -4,15 +4,15 @@ P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across S
 Yang, Tang. ACL 2022. https://arxiv.org/abs/2110.07602.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.models import Backbone, BackboneShape
-from fedhpc.tuning.base import Tuning, dropout, linear_heads
+from fedhpc.overlay import Overlay
+from fedhpc.tuning.base import Params, Tuning, dropout
 
 
 class DeepPrompts(Tuning):
@@ -22,20 +22,16 @@ class DeepPrompts(Tuning):
         super().__init__(config, shape, num_classes=num_classes)
         self.per_layer = {"prompts": (shape.num_layers, 2, config.num_tokens, shape.key_width)}
 
-    def forward(
+    def overlay(
         self,
         backbone: Backbone,
-        params: Sequence[Mapping[str, Tensor]],
+        params: Sequence[Params],
         batch: Batch,
-        *,
-        dropout_seeds: Sequence[int] | None = None,
-    ) -> Tensor:
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
         """See :class:`Tuning`."""
         each = [device["prompts"] for device in params]
         if self.config.dropout and dropout_seeds is not None:
             each = [dropout(p, self.config.dropout, seed) for p, seed in zip(each, dropout_seeds, strict=True)]
-        prompts = torch.stack(each)
         first_position = self.config.num_tokens if self.config.position_offset else 0
-        if self.config.head == "linear":
-            return linear_heads(params, backbone.pooled(batch, prompts, first_position=first_position), batch.sizes)
-        return backbone.word_scores(batch, prompts, first_position=first_position)
+        return Overlay(prompts=torch.stack(each), first_position=first_position)

@@ -1,0 +1,107 @@
+"""What a tuning lays over a frozen backbone in one forward pass.
+
+Shapes: N devices, b examples, s positions, L layers, T soft tokens or prompt tokens, D key width, H hidden size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Edit = Callable[[int, Tensor, Tensor], Tensor]
+"""A module's output from its layer's index, its input and what it put out by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTokens:
+    """Tokens put before the texts where ``layer`` begins; layers below do not see them."""
+
+    count: int
+    """T."""
+    layer: int
+    """0: before the word embeddings; positions and normalisation are then added as to words."""
+    make: Callable[[Tensor, Tensor], Tensor]
+    """Tokens [b, T, H] from the texts' hidden states there [b, s, H] and their mask [b, s, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """Nothing, unless something is given."""
+
+    prompts: Tensor | None = None
+    """Keys and values before those of the texts [N, L, 2, T, D]."""
+    first_position: int = 0
+    """Of the texts' first token."""
+    tokens: SoftTokens | None = None
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    """Path of a module within a layer -> what becomes of its output."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters of the backbone, by path, to be used in place of its own."""
+
+
+class Hooks:
+    """The places in a backbone's layers where an overlay acts.
+
+    They stay as the last forward pass set them: gradient checkpointing computes layers again in the backward pass.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._edits: Mapping[str, Edit] = {}
+        self._hooked: set[str] = set()
+        self._enter: tuple[int, Callable[[Tensor], Tensor]] | None = None
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._before(index))
+
+    def set(self, edits: Mapping[str, Edit], enter: tuple[int, Callable[[Tensor], Tensor]] | None) -> None:
+        """From now on, change modules' outputs, and the hidden states [b, s, H] that enter one layer."""
+        for path in sorted(edits.keys() - self._hooked):
+            for index, layer in enumerate(self._layers):
+                layer.get_submodule(path).register_forward_hook(self._after(path, index))
+            self._hooked.add(path)
+        self._edits, self._enter = edits, enter
+
+    def _before(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        def change(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+            if self._enter is None or self._enter[0] != index:
+                return None
+            return (self._enter[1](inputs[0]), *inputs[1:])
+
+        return change
+
+    def _after(self, path: str, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def change(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            edit = self._edits.get(path)
+            return edit(index, inputs[0], output) if edit else None
+
+        return change
+
+
+def each_device(function: Callable[[int, Tensor], Tensor], tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``function(device's place, its examples)`` for every device with examples in ``tensor`` [b, ...]."""
+    if len(sizes) == 1:
+        return function(0, tensor)
+    return torch.cat([function(place, part) for place, part in enumerate(tensor.split(list(sizes)))])
+
+
+def with_tokens(mask: Tensor, count: int, *, visible: bool, causal: bool) -> Tensor:
+    """An attention mask [b, 1, T + s, T + s] from that of the texts [b, s] or [b, 1, s, s].
+
+    Args:
+        count: T; the tokens see each other.
+        visible: whether the texts see them.
+        causal: whether a position of mask [b, s] sees only what is before it.
+    """
+    b, s = mask.shape[0], mask.shape[-1]
+    if mask.dim() == 2:
+        mask = mask.bool()[:, None, None, :].expand(b, 1, s, s)
+        mask = mask.tril() if causal else mask
+    whole = torch.zeros(b, 1, count + s, count + s, dtype=torch.bool, device=mask.device)
+    whole[..., count:, count:] = mask
+    whole[..., count:, :count] = visible
+    whole[..., :count, :count] = torch.ones_like(whole[..., :count, :count]).tril() if causal else True
+    if not causal:
+        whole[..., :count, count:] = mask[..., :1, :]
+    return whole

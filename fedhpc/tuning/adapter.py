@@ -1,0 +1,67 @@
+"""Adapters: a small network with a skip connection behind each layer's attention and feed-forward block.
+
+Parameter-Efficient Transfer Learning for NLP. Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo,
+Attariyan, Gelly. ICML 2019. https://arxiv.org/abs/1902.00751, figure 2.
+
+Shapes: b examples, s positions, L layers, H hidden size, m bottleneck.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional
+
+from fedhpc.config import TuningConfig
+from fedhpc.data import Batch
+from fedhpc.models import Backbone, BackboneShape
+from fedhpc.overlay import Edit, Overlay, each_device
+from fedhpc.structure import read_structure
+from fedhpc.tuning.base import Params, Tuning
+
+BLOCKS = (
+    ("attention.output.dense", "output.dense"),
+    ("self_attn.o_proj", "mlp.down_proj"),
+    ("attn.c_proj", "mlp.c_proj"),
+    ("attention.dense", "mlp.dense_4h_to_h"),
+    ("self_attn.out_proj", "fc2"),
+    ("self_attn.dense", "mlp.fc2"),
+)
+"""Last module of the attention and of the feed-forward block of a layer, in the architectures that have such names."""
+
+
+class Adapter(Tuning):
+    """`down.<module>` [L, m, H], `up.<module>` [L, H, m] and their biases, for the two modules of BLOCKS."""
+
+    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+        super().__init__(config, shape, num_classes=num_classes)
+        num_layers, width, m = shape.num_layers, shape.hidden_size, config.bottleneck
+        self.modules = read_structure(shape.name).first_match(BLOCKS, "tuning.kind: adapter")
+        for module in self.modules:
+            self.per_layer |= {
+                f"down.{module}": (num_layers, m, width),
+                f"down.{module}.bias": (num_layers, m),
+                f"up.{module}": (num_layers, width, m),
+                f"up.{module}.bias": (num_layers, width),
+            }
+
+    def overlay(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
+        """See :class:`Tuning`."""
+        return Overlay(edits={module: self._edit(module, params, batch.sizes) for module in self.modules})
+
+    def _edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
+        names = [f"{part}.{module}{kind}" for part in ("down", "up") for kind in ("", ".bias")]
+
+        def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
+            def of_device(place: int, x: Tensor) -> Tensor:
+                down, down_bias, up, up_bias = (params[place][name][layer].to(x) for name in names)
+                return x + functional.linear(functional.gelu(functional.linear(x, down, down_bias)), up, up_bias)
+
+            return each_device(of_device, output, sizes)
+
+        return adapt

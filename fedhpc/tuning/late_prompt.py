@@ -1,0 +1,45 @@
+"""Late prompts: soft tokens that enter at a layer in the middle, made from the text's hidden states there.
+
+Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts. Liu, Sun, Huang, Qiu. Findings of EMNLP 2022.
+https://arxiv.org/abs/2210.11292, with the naive prompt generator. Below that layer nothing is trained, so no gradient
+passes there.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedhpc.config import TuningConfig
+from fedhpc.data import Batch
+from fedhpc.errors import ConfigError
+from fedhpc.models import Backbone, BackboneShape, mean_over_text
+from fedhpc.overlay import Overlay, SoftTokens
+from fedhpc.tuning.base import Params, Tuning
+from fedhpc.tuning.generator import generate, generator_shapes
+
+
+class LatePrompt(Tuning):
+    """The generator's weights; see :mod:`fedhpc.tuning.generator`."""
+
+    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+        super().__init__(config, shape, num_classes=num_classes)
+        self.shared = {**generator_shapes(config, shape), **self.shared}
+        self.layer = shape.num_layers // 2 if config.layer is None else config.layer
+        if not 0 < self.layer < shape.num_layers:
+            valid = f"valid: 1 to {shape.num_layers - 1}"
+            raise ConfigError(f"tuning.layer: {self.layer} is not in the middle of {shape.num_layers} layers; {valid}")
+
+    def overlay(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
+        """See :class:`Tuning`."""
+
+        def make(hidden: Tensor, in_text: Tensor) -> Tensor:
+            return generate(params, mean_over_text(hidden, in_text), batch.sizes)
+
+        count = self.config.num_tokens
+        return Overlay(tokens=SoftTokens(count=count, layer=self.layer, make=make), first_position=count)

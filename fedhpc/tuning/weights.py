@@ -1,0 +1,68 @@
+"""The backbone's own parameters, all of them or the biases: what is trained is their change, which starts at zero.
+
+So the server needs no backbone, weight decay pulls towards the pretrained model, and the change of a 16-bit backbone is
+kept in float32. The language-model head stays as it is: only the class words' rows of it are ever computed.
+
+BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models. Ben-Zaken, Goldberg,
+Ravfogel. ACL 2022. https://arxiv.org/abs/2106.10199.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedhpc.config import TuningConfig
+from fedhpc.data import Batch
+from fedhpc.errors import ModelError
+from fedhpc.models import Backbone, BackboneShape
+from fedhpc.overlay import Overlay
+from fedhpc.structure import read_structure
+from fedhpc.tuning.base import Params, Tuning
+
+
+class FullTuning(Tuning):
+    """`layer.<path>` [L, ...] and, outside the layers, `model.<path>`: changes of the parameters at these paths."""
+
+    only = ""
+    """Parameters whose path does not end so stay as they are."""
+
+    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+        super().__init__(config, shape, num_classes=num_classes)
+        structure = read_structure(shape.name)
+        inside = {path: size for path, size in structure.in_layer.items() if path.endswith(self.only)}
+        outside = {path: size for path, size in structure.outside.items() if path.endswith(self.only)}
+        if not inside:
+            raise ModelError(f"tuning.kind: {config.kind}: model.name: {shape.name} has no biases in its layers")
+        self.prefixes = structure.layers
+        self.per_layer = {f"layer.{path}": (shape.num_layers, *size) for path, size in inside.items()}
+        self.shared = {**{f"model.{path}": size for path, size in outside.items()}, **self.shared}
+
+    def initial_scale(self, name: str) -> float:
+        """No change."""
+        return 0.0 if name.startswith(("layer.", "model.")) else super().initial_scale(name)
+
+    def overlay(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
+        """See :class:`Tuning`."""
+        (own,) = params
+        changes: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            kind, _, path = name.partition(".")
+            if kind == "layer":
+                changes |= {f"{prefix}.{path}": tensor[index] for index, prefix in enumerate(self.prefixes)}
+            elif kind == "model":
+                changes[path] = tensor
+        frozen = backbone.parameters_by_path
+        weights = {path: frozen[path] + change.to(frozen[path]) for path, change in changes.items()}
+        return Overlay(weights=weights)
+
+
+class BitFit(FullTuning):
+    """The biases."""
+
+    only = "bias"
