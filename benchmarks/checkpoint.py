@@ -33,7 +33,7 @@ from fedhpc.exchange import LocalExchange, MpiExchange
 from fedhpc.files import fsync
 from fedhpc.local_update import DeviceState, DeviceUpdate
 from fedhpc.messages import NO_RECORD, Kind, Note
-from fedhpc.methods import make_method
+from fedhpc.methods import Population, make_method
 from fedhpc.report import start_log
 from fedhpc.saving import CheckpointWriter
 from fedhpc.server import Server
@@ -200,7 +200,7 @@ def measure_server(folder, seen):
     writer = CheckpointWriter(job, exchange, checkpoints)
     writer.control.note_files(sums)
     writer._device_files = sums
-    method = make_method(job.config.server, num_devices=seen, sample_rate=SAMPLED / seen)
+    method = make_method(job.config.server, Population(num_devices=seen, sample_rate=SAMPLED / seen, num_examples=seen))
     params, local = job.tuning.split(job.tuning.initial(1), layers)
     state = RunState(server=method.init(params), layers=layers, unseen_local=local)
     rng, seconds, steps = np.random.default_rng(1), [], []

@@ -171,7 +171,7 @@ class DeviceConfig(Section):
 
     epochs: Positive = 2
     batch_size: Positive = 8
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 5e-3
     """eta."""
     schedule: Literal["constant", "linear"] = "constant"
@@ -188,17 +188,57 @@ class DeviceConfig(Section):
     """CPU threads per rank. Part of the run's identity: another number may round differently."""
 
 
+DEFAULTS = {
+    "drift_corrected": {"learning_rate": 1.5, "momentum": 0.5},
+    "released": {"learning_rate": 0.05, "momentum": 0.9},
+    "fedavgm": {"learning_rate": 1.0, "momentum": 0.9},
+    "moms_adamd": {"learning_rate": 1.0, "momentum": 0.9},
+    "fedadam": {"learning_rate": 0.01, "momentum": 0.9},
+    "fedyogi": {"learning_rate": 0.01, "momentum": 0.9},
+    "scaffold": {"learning_rate": 1.0},
+    "mime": {"momentum": 0.9},
+}
+"""Variant of fedpeptao or method -> what it uses of the server's learning rate and momentum, and the defaults."""
+OF_METHODS = {
+    "variant": ("fedpeptao",),
+    "control_variates": ("fedpeptao",),
+    "second_momentum": ("fedadam", "fedyogi"),
+    "tau": ("fedadam", "fedyogi"),
+    "proximal": ("fedprox",),
+    **{key: tuple(name for name, used in DEFAULTS.items() if key in used) for key in ("learning_rate", "momentum")},
+}
+"""Key of the server -> the methods, or variants, that use it."""
+
+
 class ServerConfig(Section):
     """The server update."""
 
-    method: Literal["fedavg", "fedpeptao"] = "fedpeptao"
+    method: Literal[
+        "fedavg",
+        "fedprox",
+        "fedavgm",
+        "moms_adamd",
+        "fedadam",
+        "fedyogi",
+        "scaffold",
+        "mime",
+        "fedpeptao",
+    ] = "fedpeptao"
     variant: Literal["drift_corrected", "released"] | None = None
     """Of fedpeptao: `drift_corrected` unless given. `released` is the published code's arithmetic: its control variates
     carry 1/(K eta), so it diverges at device.learning_rate 5e-3 and learns at the published 4e-2."""
     learning_rate: PositiveFloat | None = None
-    """eta_s of fedpeptao; 1.5 for drift_corrected, 0.05 for released unless given."""
+    """eta_s; see DEFAULTS."""
     momentum: Probability | None = None
-    """beta of fedpeptao; 0.5 for drift_corrected, 0.9 for released unless given."""
+    """beta, of the first moment; see DEFAULTS."""
+    control_variates: bool = True
+    """Of fedpeptao in the variant drift_corrected: false leaves its control variates out."""
+    second_momentum: Probability = 0.99
+    """beta_2 of fedadam and fedyogi."""
+    tau: PositiveFloat = 1e-3
+    """Of fedadam and fedyogi: added to the root of the second moment."""
+    proximal: NonNegativeFloat = 0.01
+    """mu of fedprox."""
     max_rejected: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """The run ends when a larger share of a round's uploads than this is NaN, infinite or absurdly large."""
 
@@ -208,11 +248,16 @@ class ServerConfig(Section):
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
-        if given.get("method", "fedpeptao") == "fedpeptao":
-            released = given.get("variant") == "released"
-            defaults = {"learning_rate": 0.05, "momentum": 0.9} if released else {"learning_rate": 1.5, "momentum": 0.5}
-            return {"variant": "drift_corrected", **defaults, **given}
-        return given
+        name = given.get("method", "fedpeptao")
+        if name == "fedpeptao":
+            given = {"variant": "drift_corrected", **given}
+            name = given["variant"]
+        return {**DEFAULTS.get(str(name), {}), **given}
+
+    @property
+    def name(self) -> str:
+        """The variant of fedpeptao, or the method."""
+        return self.variant if self.method == "fedpeptao" and self.variant else self.method
 
 
 class ExchangeConfig(Section):
@@ -300,14 +345,29 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _method_fits(self) -> "Config":
+        method, optimizer, exchange = self.server.method, self.device.optimizer, self.exchange
+        if method == "mime" and optimizer != "sgd":
+            raise ValueError("server.method: mime lends devices its momentum for SGD; it needs device.optimizer: sgd")
+        if method == "moms_adamd" and optimizer != "adamw":
+            raise ValueError("server.method: moms_adamd is Adam on the devices; it needs device.optimizer: adamw")
+        if self.server.name == "released" and not self.server.control_variates:
+            raise ValueError("server.control_variates: false needs server.variant: drift_corrected")
+        if method == "mime" and exchange.dtype != "float32":
+            raise ValueError(f"exchange.dtype: {exchange.dtype} sends changes; server.method: mime needs float32")
+        if exchange.mode == "reduce" and self.server.name in ("scaffold", "mime", "released"):
+            raise ValueError(
+                f"server.method: {self.server.name} needs each upload by itself; it needs exchange.mode: gather"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _combinations(self) -> "Config":
         if self.tuning.head == "linear" and self.tuning.loss == "vocabulary":
             raise ValueError("tuning.loss: vocabulary needs tuning.head: verbalizer; a linear head has no vocabulary")
         if self.device.pack != 1 and self.model.backbone_dropout:
             raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
         if self.exchange.mode == "reduce":
-            if self.server.variant == "released":
-                raise ValueError("server.variant: released needs each upload; it needs exchange.mode: gather")
             if self.exchange.dtype != "float32":
                 raise ValueError(f"exchange.dtype: {self.exchange.dtype} needs exchange.mode: gather; sums are exact")
             if self.trace:
@@ -323,16 +383,19 @@ class Config(Section):
             for key, kinds in OF_KINDS.items()
             if self.tuning.kind not in kinds and getattr(self.tuning, key) != getattr(TuningConfig(), key)
         ]
-        ineffective = [key for key in ("variant", "learning_rate", "momentum") if getattr(self.server, key) is not None]
-        if self.server.method == "fedavg" and ineffective:
-            found.append(f"server.method: fedavg does not use server.{', server.'.join(ineffective)}")
+        server = self.server
+        found += [
+            f"server.method: {server.method} does not use server.{key}"
+            for key, methods in OF_METHODS.items()
+            if not {server.method, server.name} & set(methods)
+            and getattr(server, key) != ServerConfig.model_fields[key].default
+        ]
         if self.selection.ratio == "auto" and self.selection.warmup_rounds >= self.federation.rounds:
             found.append(
                 f"selection.ratio: auto decides after selection.warmup_rounds: {self.selection.warmup_rounds}, but the "
                 f"run ends after federation.rounds: {self.federation.rounds}; all layers are exchanged to the end"
             )
-        released = (self.server.method, self.server.variant) == ("fedpeptao", "released")
-        if released and self.device.learning_rate < RELEASED_LEARNING_RATE:
+        if server.name == "released" and self.device.learning_rate < RELEASED_LEARNING_RATE:
             found.append(
                 f"server.variant: released is known to diverge at small device.learning_rate (found "
                 f"{self.device.learning_rate}); it learns at the published 0.04"

@@ -19,7 +19,7 @@ from fedhpc.errors import Halt
 from fedhpc.evaluate import evaluate, evaluation_batches
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
-from fedhpc.federation import Homes, local_steps, make_packs, sample_devices
+from fedhpc.federation import Homes, local_steps, make_packs, population, sample_devices
 from fedhpc.local_update import (
     Assignment,
     DeviceState,
@@ -38,7 +38,7 @@ from fedhpc.selection import layer_score
 from fedhpc.spectrum import lossless_ratio
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
-from fedhpc.updates import Fault, fault_of
+from fedhpc.updates import Fault, Vector, fault_of
 
 NO_ROUND = -1
 NOTHING = messages.NO_RECORD.zeros(0)
@@ -73,9 +73,10 @@ class Worker:
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
         self.steps = [local_steps(config, len(examples)) for examples in partition.train]
-        federation = config.federation
-        method = make_method(config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate)
-        self.encoding = make_encoding(config, method)
+        self.method = make_method(config.server, population(config, partition))
+        self.encoding = make_encoding(config, self.method)
+        self.keeps = self.encoding.keeps or bool(self.method.keeps)
+        """Whether a device needs more of its last update than its own layers."""
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
@@ -120,7 +121,7 @@ class Worker:
         packs = make_packs(self.config, command.round, self.steps, command.pack)
         self._take_over(self.homes.move(packs, command.workers.tolist()), command)
         mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
-        records = self._records(sum(map(len, mine)), command.payload.size)
+        records = self._records(sum(map(len, mine)), self.tuning.exchanged(command.layers).size)
         rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
@@ -134,7 +135,7 @@ class Worker:
 
     def _terms(self, records: np.ndarray, command: Command, *, num_terms: int) -> Terms:
         """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
-        headers, size = messages.upload_headers(records), command.payload.size
+        headers, size = messages.upload_headers(records), self.tuning.exchanged(command.layers).size
         sound = headers["fault"] == Fault.NONE
         num_examples = headers["num_examples"][sound]
         return Terms(
@@ -145,7 +146,7 @@ class Worker:
 
     def _records(self, count: int, size: int) -> np.ndarray:
         """Room for so many upload records, the same memory in every round."""
-        record_type = messages.upload_record(size, self.encoding.dtype)
+        record_type = messages.upload_record(size * self.method.num_uploaded, self.encoding.dtype)
         if len(self._uploads) < count or self._uploads.shape[1:] != record_type.shape:
             self._uploads = record_type.zeros(count)
         return self._uploads[:count]
@@ -155,7 +156,7 @@ class Worker:
         leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
         self.touched.difference_update(device for device, old, _ in moves if old == self.index)
-        if not self.unseen.local.size and self.config.device.reset_moments and not self.encoding.keeps:
+        if not self.unseen.local.size and self.config.device.reset_moments and not self.keeps:
             return  # devices keep nothing
         outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
         received = self.exchange.trade(outgoing, [old for _, old in coming])
@@ -177,15 +178,17 @@ class Worker:
         """The local updates of a pack; their upload records."""
         began = time.perf_counter()
         finished, unfinished = self.progress.finished, self.progress.unfinished
+        start, sent = self._received(command)
         waiting = [device for device in pack if device not in finished]
         if not waiting:
             return
         assignments = [
             Assignment(
                 device=device,
-                state=self.states.get(device, self.unseen),
+                state=(state := self.states.get(device, self.unseen)),
                 examples=self.partition.train[device],
                 begun=unfinished.pop(device, None),
+                rule=self.method.local_rule(sent, state.kept),
             )
             for device in waiting
         ]
@@ -195,11 +198,12 @@ class Worker:
                 self.backbone,
                 self.tuning,
                 command.layers,
-                start=command.payload,
+                start=start,
                 assignments=assignments,
                 split=self.train,
                 round_index=command.round,
                 pack=command.pack,
+                with_gradient=self.method.uploads_gradient,
                 beat=self.exchange.beat,
             ):
                 if isinstance(update, UnfinishedUpdate):
@@ -213,14 +217,26 @@ class Worker:
                 if device in finished:
                     messages.upload_headers(finished[device][None])["seconds"] = share * self.steps[device]
 
+    def _received(self, command: Command) -> tuple[Vector, dict[str, Vector]]:
+        """P^t and the method's vectors that came with it."""
+        layout = self.tuning.exchanged(command.layers)
+        start, *sent = np.split(command.payload, len(self.method.sends) + 1)
+        assert start.size == layout.size
+        return start, dict(zip(self.method.sends, sent, strict=True))
+
     def _upload(self, device: int, update: DeviceUpdate, command: Command, record: np.ndarray) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
+        before, (start, sent) = self.states.get(device, self.unseen), self._received(command)
         steps, rate = update.num_steps, learning_rate(self.config, command.round)
-        before, start = self.states.get(device, self.unseen), command.payload
         fault, norm = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
+        gradient = [] if update.gradient is None else [update.gradient]
+        if fault == Fault.NONE and not all(np.isfinite(vector).all() for vector in gradient):
+            fault = Fault.NAN
         if fault == Fault.NONE:
             payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
-            messages.upload_payloads(record[None], start.size, self.encoding.dtype)[0] = payload
+            kept |= self.method.kept_after(start, update.params, sent, before.kept, num_steps=steps, learning_rate=rate)
+            uploaded = np.concatenate([payload, *gradient])
+            messages.upload_payloads(record[None], uploaded.size, self.encoding.dtype)[0] = uploaded
             local_fault, _ = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
             self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
             self.touched.add(device)

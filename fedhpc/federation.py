@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import Config
+from fedhpc.methods import Population
+from fedhpc.partition import Partition
 from fedhpc.seeding import generator
 
 Packs = list[list[int]]
@@ -22,6 +24,15 @@ def sample_devices(config: Config, round_index: int) -> list[int]:
 def local_steps(config: Config, num_examples: int) -> int:
     """K_i of a device with so many training examples."""
     return config.device.epochs * -(-num_examples // config.device.batch_size)
+
+
+def population(config: Config, partition: Partition) -> Population:
+    """What the server method may know of the devices."""
+    return Population(
+        num_devices=config.federation.num_devices,
+        sample_rate=config.federation.sample_rate,
+        num_examples=sum(map(len, partition.train)),
+    )
 
 
 def count_packs(config: Config, pack: int) -> int:

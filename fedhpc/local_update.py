@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from fedhpc.config import Config
 from fedhpc.data import Split
 from fedhpc.errors import Halt
+from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.models import Backbone
 from fedhpc.seeding import derive_seed, generator
 from fedhpc.tuning import Tuning
@@ -53,6 +54,8 @@ class DeviceUpdate:
     num_steps: int
     loss: float
     state: DeviceState
+    gradient: Vector | None = None
+    """Of the whole shard at P^t; uploaded where the method asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,8 @@ class Assignment:
     """Its shard of the training split."""
     begun: UnfinishedUpdate | None = None
     """Go on with this update instead of beginning at P^t."""
+    rule: LocalRule = UNCHANGED
+    """How the server's method changes this device's steps."""
 
 
 def learning_rate(config: Config, round_index: int) -> float:
@@ -96,14 +101,16 @@ def local_updates(
     split: Split,
     round_index: int,
     pack: int = 1,
+    with_gradient: bool = False,
     beat: Callable[[str], None] = lambda activity: None,
 ) -> Iterator[tuple[int, DeviceUpdate | UnfinishedUpdate]]:
-    """E epochs of AdamW over each device's shard (design, section 4), from P^t and the device's own p_i.
+    """E epochs of AdamW or SGD over each device's shard (design, section 4), from P^t and the device's own p_i.
 
     The first ``pack`` devices that are not done train together, in one forward and backward pass; when one is done the
     next takes its place. So what is computed together depends on the assignments alone.
 
     Args:
+        with_gradient: whether the updates hold the gradients at P^t.
         beat: called with words on what happens before every step.
 
     Yields:
@@ -122,15 +129,18 @@ def local_updates(
     while waiting:
         lanes = waiting[:pack]
         try:
+            if done := [lane for lane in lanes if lane.done]:
+                for lane in done:
+                    # A gradient that a stop interrupts is computed again; the steps are not taken again.
+                    gradient = lane.gradient_at_start(backbone, split, beat) if with_gradient else None
+                    waiting.remove(lane)
+                    yield lane.device, lane.update(gradient)
+                continue
             beat(f"training in round {round_index}: " + ", ".join(lane.activity for lane in lanes))
         except Halt:
             yield from ((lane.device, lane.unfinished()) for lane in waiting if lane.losses)
             raise
         _step(config, backbone, tuning, lanes, split, rate)
-        for lane in lanes:
-            if lane.done:
-                waiting.remove(lane)
-                yield lane.device, lane.update()
 
 
 class _Lane:
@@ -148,16 +158,20 @@ class _Lane:
         round_index: int,
     ) -> None:
         self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
-        self.device, self.state, self.num_examples = assignment.device, assignment.state, len(assignment.examples)
+        self.device, self.state, self.examples = assignment.device, assignment.state, assignment.examples
+        self.start, self.rule = start, assignment.rule
         self.plan = batches(config, assignment.examples, lengths, round_index=round_index, device=assignment.device)
         begun, place = assignment.begun, backbone.torch_device
         tensors = begun.tensors if begun else tuning.merge(start, self.state.local, layers)
         self.params = as_parameters(tensors, place)
+        self.changes = _Changes(self) if self.rule is not UNCHANGED else None
         moments = begun.moments if begun else self.state.moments
         self.moments = (
             {name: torch.tensor(moment, device=place) for name, moment in moments.items()}
             if moments is not None
             else {f"{name}.{key}": moment for name, p in self.params.items() for key, moment in _zeros(p)}
+            if config.device.optimizer == "adamw"
+            else {}
         )
         self.losses = list(torch.tensor(begun.losses, device=place)) if begun else []
 
@@ -188,12 +202,28 @@ class _Lane:
             losses=torch.stack(self.losses).cpu().numpy(),
         )
 
-    def update(self) -> DeviceUpdate:
+    def gradient_at_start(self, backbone: Backbone, split: Split, beat: Callable[[str], None]) -> Vector:
+        """The gradient [n] of the mean loss over the whole shard at P^t, its norm clipped like a step's."""
+        params = as_parameters(self.tuning.merge(self.start, self.state.local, self.layers), backbone.torch_device)
+        total, size = [torch.zeros_like(p) for p in params.values()], self.config.device.batch_size
+        backbone.training_mode(False)
+        for first in range(0, len(self.examples), size):
+            beat(f"computing the gradient of device {self.device}")
+            batch = split.batch(self.examples[first : first + size]).to(backbone.torch_device)
+            losses = self.tuning.losses(self.tuning.forward(backbone, [params], batch), batch.labels)
+            gradients = torch.autograd.grad(losses.sum() / len(self.examples), list(params.values()))
+            torch._foreach_add_(total, gradients)
+        backbone.training_mode(True)
+        _clip(total, self.config.device.max_grad_norm)
+        whole = {name: gradient.cpu().numpy() for name, gradient in zip(params, total, strict=True)}
+        return self.tuning.split(whole, self.layers)[0]
+
+    def update(self, gradient: Vector | None) -> DeviceUpdate:
         uploaded, local = self.tuning.split(self._tensors(), self.layers)
         losses = torch.stack(self.losses).double().cpu().numpy()
         return DeviceUpdate(
             params=uploaded,
-            num_examples=self.num_examples,
+            num_examples=len(self.examples),
             num_steps=len(self.losses),
             loss=float(np.average(losses, weights=[len(batch) for batch in self.plan])),
             state=DeviceState(
@@ -201,6 +231,7 @@ class _Lane:
                 steps_taken=self.state.steps_taken + len(self.losses),
                 moments=None if self.config.device.reset_moments else self._moments(),
             ),
+            gradient=gradient,
         )
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
@@ -208,6 +239,44 @@ class _Lane:
 
     def _moments(self) -> Moments:
         return {name: moment.cpu().numpy() for name, moment in self.moments.items()}
+
+
+class _Changes:
+    """What a method's rule adds to a device's steps; layers that are not exchanged step as they would."""
+
+    def __init__(self, lane: _Lane) -> None:
+        rule, size, own = lane.rule, lane.start.size, lane.state.local
+
+        def tensors(exchanged: Vector | float | None, elsewhere: float = 0.0) -> list[Tensor] | None:
+            if exchanged is None:
+                return None
+            vector = np.broadcast_to(np.asarray(exchanged, np.float32), size)
+            whole = lane.tuning.merge(vector, np.full_like(own, elsewhere), lane.layers)
+            return [torch.from_numpy(whole[name]).to(p.device) for name, p in lane.params.items()]
+
+        self.pull = tensors(rule.proximal or None)
+        start = lane.tuning.merge(lane.start, own, lane.layers)
+        self.start = [torch.from_numpy(start[name]).to(p.device) for name, p in lane.params.items()]
+        self.scale = tensors(None if rule.gradient_scale == 1 else rule.gradient_scale, elsewhere=1.0)
+        self.shift, self.step_shift = tensors(rule.gradient_shift), tensors(rule.step_shift)
+
+    def of_loss(self, gradients: list[Tensor], params: list[Tensor]) -> None:
+        """Add the gradient of the proximal term."""
+        if self.pull:
+            distance = torch._foreach_sub(params, self.start)
+            torch._foreach_addcmul_(gradients, distance, self.pull)
+
+    def of_gradient(self, gradients: list[Tensor]) -> None:
+        """Scale and shift clipped gradients."""
+        if self.scale:
+            torch._foreach_mul_(gradients, self.scale)
+        if self.shift:
+            torch._foreach_add_(gradients, self.shift)
+
+    def of_step(self, params: list[Tensor], rate: float) -> None:
+        """Go the rest of the step."""
+        if self.step_shift:
+            torch._foreach_add_(params, self.step_shift, alpha=-rate)
 
 
 def batches(
@@ -238,7 +307,7 @@ def batches(
 def _step(
     config: Config, backbone: Backbone, tuning: Tuning, lanes: Sequence[_Lane], split: Split, rate: float
 ) -> None:
-    """One step of every lane: its own mean loss, its own gradient norm, its own moments."""
+    """One step of every lane: its own mean loss, gradient norm, rule and moments."""
     chosen = [lane.next_batch for lane in lanes]
     batch = split.batch(np.concatenate(chosen), [len(examples) for examples in chosen]).to(backbone.torch_device)
     seeds = [lane.dropout_seed for lane in lanes] if config.model.backbone_dropout or config.tuning.dropout else None
@@ -247,30 +316,53 @@ def _step(
     scores = tuning.forward(backbone, [lane.params for lane in lanes], batch, dropout_seeds=seeds)
     losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])
     params = [parameter for lane in lanes for parameter in lane.params.values()]
-    gradients = torch.autograd.grad(losses.sum(), params)
+    gradients = list(torch.autograd.grad(losses.sum(), params))
     ends = [0, *accumulate(len(lane.params) for lane in lanes)]
     with torch.no_grad():
         for lane, loss, first, end in zip(lanes, losses.detach(), ends, ends[1:], strict=False):
             lane.losses.append(loss)
-            norm = torch.nn.utils.get_total_norm(gradients[first:end])
-            scale = (config.device.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients[first:end], scale)
-        adamw(
-            params,
-            list(gradients),
-            [lane.moment(name, "exp_avg") for lane in lanes for name in lane.params],
-            [lane.moment(name, "exp_avg_sq") for lane in lanes for name in lane.params],
-            [],
-            [lane.moment(name, "step") for lane in lanes for name in lane.params],
-            fused=True,
-            amsgrad=False,
-            beta1=BETA1,
-            beta2=BETA2,
-            lr=rate,
-            weight_decay=config.device.weight_decay,
-            eps=EPSILON,
-            maximize=False,
-        )
+            own = gradients[first:end]
+            if lane.changes:
+                lane.changes.of_loss(own, params[first:end])
+            _clip(own, config.device.max_grad_norm)
+            if lane.changes:
+                lane.changes.of_gradient(own)
+        _optimize(config, lanes, params, gradients, rate)
+        for lane, first, end in zip(lanes, ends, ends[1:], strict=False):
+            if lane.changes:
+                lane.changes.of_step(params[first:end], rate)
+
+
+def _clip(gradients: list[Tensor], max_norm: float) -> None:
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _optimize(
+    config: Config, lanes: Sequence[_Lane], params: list[Tensor], gradients: list[Tensor], rate: float
+) -> None:
+    """AdamW with each lane's own moments, or SGD; weight decay is decoupled in both."""
+    decay = config.device.weight_decay
+    if config.device.optimizer == "sgd":
+        torch._foreach_mul_(params, 1 - rate * decay)
+        torch._foreach_add_(params, gradients, alpha=-rate)
+        return
+    adamw(
+        params,
+        gradients,
+        [lane.moment(name, "exp_avg") for lane in lanes for name in lane.params],
+        [lane.moment(name, "exp_avg_sq") for lane in lanes for name in lane.params],
+        [],
+        [lane.moment(name, "step") for lane in lanes for name in lane.params],
+        fused=True,
+        amsgrad=False,
+        beta1=BETA1,
+        beta2=BETA2,
+        lr=rate,
+        weight_decay=decay,
+        eps=EPSILON,
+        maximize=False,
+    )
 
 
 def _zeros(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.encoding import make_encoding
-from fedhpc.federation import Homes, count_packs
+from fedhpc.federation import Homes, count_packs, population
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
@@ -76,15 +76,19 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     exchanged = 4 * job.tuning.exchanged(range(_selected(job))).size
     everything = 4 * _trainable(job)
     model = DTYPE_BYTES[job.config.model.dtype] * total
-    config, encoding = job.config, make_encoding(job.config, _method(job))
+    config, method = job.config, _method(job)
+    encoding = make_encoding(config, method)
     devices = config.federation.devices_per_round
     packs = count_packs(config, 1 if config.device.pack == "auto" else config.device.pack)
     uploads, headers = devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize
-    up = ("up, uploads", uploads, encoding.dtype.itemsize / 4, headers)
+    up = ("up, uploads", uploads, method.num_uploaded * encoding.dtype.itemsize / 4, headers)
     if encoding.num_sums:
         up = ("up, sums", min(1, uploads), 2.0 * encoding.num_sums, headers * devices)
     yield "bytes per round        selected layers    all layers    full model"
-    for direction, copies, scale, header in (("down, broadcast", ranks - 1, 1.0, HEADER.itemsize + 4 * packs), up):
+    for direction, copies, scale, header in (
+        ("down, broadcast", ranks - 1, 1.0 + len(method.sends), HEADER.itemsize + 4 * packs),
+        up,
+    ):
         sizes = [human_bytes(copies * (size + header)) for size in (scale * exchanged, scale * everything, model)]
         yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"
 
@@ -117,7 +121,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         "program": PROCESS_BYTES,
         f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,
         "prompts, gradients, Adam moments": 4 * 4 * _trainable(job),
-        "what devices keep": (local + n * encoding.keeps) * -(-config.federation.num_devices // max(1, ranks - 1)),
+        "what devices keep": (local + n * _num_kept(job)) * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,
     }
     roles = {"rank 0, server": server, "each device rank": device}
@@ -137,13 +141,19 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
     unwritten = config.checkpoint.every * sampled
     moments = 0 if config.device.reset_moments else 2 * 4 * _trainable(job)
     server = n * (_server_vectors(job) + unwritten * _has_control(job))
-    kept = n * make_encoding(config, _method(job)).keeps
+    kept = n * _num_kept(job)
     finished = n * sampled + unwritten * (local + moments + kept)
     unfinished = 3 * 4 * _trainable(job) * min(num_workers, sampled)
     yield f"written at a stop: up to {human_bytes(server + finished + unfinished)} in the grace that the job is given"
     yield f"  {human_bytes(server):>9}  server: its vectors, control variates since the last checkpoint"
     yield f"  {human_bytes(finished):>9}  device ranks together: finished uploads, local states"
     yield f"  {human_bytes(unfinished):>9}  device ranks together: half-done updates, prompts and Adam moments"
+
+
+def _num_kept(job: Job) -> int:
+    """Vectors that a device keeps of its uploads."""
+    method = _method(job)
+    return make_encoding(job.config, method).keeps + len(method.keeps)
 
 
 def _server_vectors(job: Job) -> int:
@@ -153,12 +163,12 @@ def _server_vectors(job: Job) -> int:
 
 def _has_control(job: Job) -> bool:
     """Whether the server holds control variates."""
-    return job.config.server.method == "fedpeptao" and job.config.exchange.mode == "gather"
+    has = job.config.server.name == "released" or getattr(_method(job), "has_control", False)
+    return has and job.config.exchange.mode == "gather"
 
 
 def _method(job: Job) -> Method:
-    federation = job.config.federation
-    return make_method(job.config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate)
+    return make_method(job.config.server, population(job.config, job.partition))
 
 
 def _placement(job: Job, ranks: int) -> Iterator[str]:

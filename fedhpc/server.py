@@ -16,7 +16,7 @@ from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt, RanksLost
 from fedhpc.exact_sum import SumSize
 from fedhpc.exchange import Exchange
-from fedhpc.federation import Placement, local_steps, make_packs, sample_devices
+from fedhpc.federation import Placement, local_steps, make_packs, population, sample_devices
 from fedhpc.job import Job
 from fedhpc.local_update import learning_rate
 from fedhpc.lock import RunLock
@@ -54,10 +54,7 @@ class Server:
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
         self.saving = CheckpointWriter(job, exchange, self.checkpoints)
-        federation = job.config.federation
-        self.method = make_method(
-            job.config.server, num_devices=federation.num_devices, sample_rate=federation.sample_rate
-        )
+        self.method = make_method(job.config.server, population(job.config, job.partition))
         self.encoding = make_encoding(job.config, self.method)
         self.state: RunState | None = None
         """The run between two steps of the main loop; what a stop saves."""
@@ -217,9 +214,11 @@ class Server:
         workers = self.placement.place(packs)
         counts = self._count(workers, [len(pack) for pack in packs])
         start, encoding = state.server.params, self.encoding
-        command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=start)
+        sent = [state.server.vectors[name] for name in self.method.sends]
+        payload = np.concatenate([start, *sent]) if sent else start
+        command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=payload)
         summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
-        size = 0 if encoding.num_sums else start.size
+        size = 0 if encoding.num_sums else start.size * self.method.num_uploaded
         self.saving.control.prefetch(devices, state.layers)
         self.state, self.in_round = state, True
         records = self.exchange.request(
@@ -238,7 +237,8 @@ class Server:
             device_ids=headers["device"],
             num_examples=headers["num_examples"],
             num_steps=headers["num_steps"],
-            params=[] if encoding.num_sums else [encoding.decode(payloads[row], start) for row in order],
+            params=[] if encoding.num_sums else [encoding.decode(payloads[row][: start.size], start) for row in order],
+            gradients=[payloads[row][start.size :] for row in order] if self.method.uploads_gradient else (),
             device_learning_rate=learning_rate(self.config, t),
             sums=self._sums(headers) if encoding.num_sums else None,
         )

@@ -22,4 +22,6 @@ def write_trace(
         file["num_steps"] = uploads.num_steps.astype(np.int64)
         write_vector(file, "broadcast", broadcast, layout)
         write_vector(file, "uploads", np.stack(uploads.params), layout)
+        if uploads.gradients:
+            write_vector(file, "gradients", np.stack(uploads.gradients), layout)
         write_vector(file, "result", result, layout)

@@ -86,6 +86,8 @@ class RoundUploads:
     """P_i, m vectors [n]; none where only their sums arrived."""
     device_learning_rate: float
     """eta of this round."""
+    gradients: Sequence[Vector] = ()
+    """Gradients of the devices' whole shards at P^t, m vectors [n], where the method asks for them."""
     sums: Sums | None = None
 
     @property
@@ -101,6 +103,7 @@ class RoundUploads:
             num_examples=self.num_examples[kept],
             num_steps=self.num_steps[kept],
             params=[self.params[place] for place in kept],
+            gradients=[self.gradients[place] for place in kept] if self.gradients else (),
         )
 
     def block(self, elements: slice) -> "RoundUploads":
@@ -108,6 +111,7 @@ class RoundUploads:
         return replace(
             self,
             params=[params[elements] for params in self.params],
+            gradients=[gradient[elements] for gradient in self.gradients],
             sums=self.sums and self.sums.block(elements),
         )
 

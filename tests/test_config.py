@@ -39,6 +39,10 @@ def test_defaults_follow_the_method_and_variant(write):
         "variant": "drift_corrected",
         "learning_rate": 1.5,
         "momentum": 0.5,
+        "control_variates": True,
+        "second_momentum": 0.99,
+        "tau": 1e-3,
+        "proximal": 0.01,
         "max_rejected": 0.2,
     }
     released = load_config(path, ["server.variant=released"]).server
@@ -112,14 +116,27 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
         (["tuning.kind=full", "device.pack=2"], "full changes the weights for one device at a time"),
         (["tuning.kind=bitfit", "model.gradient_checkpointing=true"], "bitfit needs false"),
         (["tuning.kind=full", "model.device_map=auto"], "full needs model.device_map: single"),
+        (["server.method=mime"], "mime lends devices its momentum for SGD"),
+        (["server.method=moms_adamd", "device.optimizer=sgd"], "moms_adamd is Adam on the devices"),
+        (["server={variant: released, control_variates: false}"], "needs server.variant: drift_corrected"),
+        (["server.method=mime", "device.optimizer=sgd", "exchange.dtype=float16"], "mime needs float32"),
+        (["server.method=scaffold", "exchange.mode=reduce"], "scaffold needs each upload by itself"),
     ],
 )
-def test_tunings_that_make_no_sense_with_another_key_are_refused_with_the_reason(write, overrides, words):
+def test_combinations_that_make_no_sense_with_another_key_are_refused_with_the_reason(write, overrides, words):
     assert words in problems(write(**MINIMAL), *overrides)
 
 
 def test_a_tuning_without_layers_is_exchanged_whole(write):
     assert load_config(write(**MINIMAL), ["tuning.kind=prompt_tuning"]).selection.strategy == "all"
+
+
+def test_keys_of_another_method_are_noticed(write):
+    overrides = ["server.method=fedadam", "server.variant=released", "server.proximal=0.5", "server.tau=0.1"]
+    assert load_config(write(**MINIMAL), overrides).notices() == [
+        "server.method: fedadam does not use server.variant",
+        "server.method: fedadam does not use server.proximal",
+    ]
 
 
 def test_keys_of_another_tuning_are_noticed(write):

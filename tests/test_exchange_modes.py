@@ -12,7 +12,7 @@ from tiny import final_prompts, metrics, run_dir
 from fedhpc.checkpoint import SERVER_FILE, Checkpoints
 from fedhpc.encoding import make_encoding
 from fedhpc.exact_sum import NOTHING, SumSize, Terms
-from fedhpc.methods import make_method
+from fedhpc.methods import Population, make_method
 from fedhpc.packing import available_bytes, choose_pack, largest_pack, probe
 from fedhpc.state_file import open_state
 
@@ -76,7 +76,9 @@ def test_sums_of_extreme_numbers(value):
 
 def encoding(dtype):
     config = make_config("unused", exchange={"dtype": dtype})
-    return make_encoding(config, make_method(config.server, num_devices=10, sample_rate=1.0))
+    return make_encoding(
+        config, make_method(config.server, Population(num_devices=10, sample_rate=1.0, num_examples=100))
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])

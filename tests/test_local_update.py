@@ -19,6 +19,7 @@ from fedhpc.local_update import (
     learning_rate,
     local_updates,
 )
+from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.tuning.base import as_parameters
 
 LAYERS = (0, 2)
@@ -66,8 +67,8 @@ class Device:
         self.start, local = self.tuning.split(self.tensors, layers)
         self.state = DeviceState(local=local)
 
-    def update(self, *, round_index=0, device=4, examples=OURS, begun=None, **beat):
-        assignment = Assignment(device=device, state=self.state, examples=examples, begun=begun)
+    def update(self, *, round_index=0, device=4, examples=OURS, begun=None, rule=UNCHANGED, **beat):
+        assignment = Assignment(device=device, state=self.state, examples=examples, begun=begun, rule=rule)
         ((_, update),) = self.updates([assignment], round_index=round_index, **beat).items()
         return update
 
@@ -136,6 +137,51 @@ def test_an_update_is_adamw_with_clipped_gradients(folder, backbone, max_grad_no
     np.testing.assert_allclose(whole(device, update), vector, rtol=1e-4, atol=1e-5)
     assert np.abs(vector - device.tensors["prompts"].ravel()).max() > 0.03
     assert update.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+RULES = {
+    "proximal": LocalRule(proximal=0.5),
+    "momentum": LocalRule(gradient_scale=0.25, gradient_shift=np.linspace(-0.01, 0.01, 2 * LAYER_SIZE, dtype="f4")),
+    "control": LocalRule(step_shift=np.linspace(-0.5, 0.5, 2 * LAYER_SIZE, dtype="f4")),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_method_changes_the_steps_of_the_exchanged_layers(folder, backbone, rule, optimizer):
+    """optimizer(scale g + shift + mu (P - P^t)) + step_shift, written out for one float64 vector."""
+    device = Device(folder, backbone, max_grad_norm=100.0, optimizer=optimizer, weight_decay=0.1)
+    update = device.update(rule=RULES[rule])
+    chosen = RULES[rule]
+    vector = start = device.tensors["prompts"].ravel().astype(np.float64)
+    exchanged = np.repeat([layer in LAYERS for layer in range(3)], LAYER_SIZE)
+    shift, step_shift = np.zeros(3 * LAYER_SIZE), np.zeros(3 * LAYER_SIZE)
+    for target, source in ((shift, chosen.gradient_shift), (step_shift, chosen.step_shift)):
+        target[exchanged] = 0 if source is None else source
+    scale = np.where(exchanged, chosen.gradient_scale, 1)
+    adamw = AdamW(vector.size)
+    for examples in batches(device.config, OURS, make_split().lengths[OURS], round_index=0, device=4):
+        _, _, gradient = gradient_at(device, vector, examples)
+        gradient = scale * gradient + shift + chosen.proximal * exchanged * (vector - start)
+        if optimizer == "adamw":
+            vector = adamw.apply(vector, gradient, rate=0.01, decay=0.1)
+        else:
+            vector = vector - 0.01 * 0.1 * vector - 0.01 * gradient
+        vector = vector - 0.01 * step_shift
+    plain = whole(device, device.update())
+    assert np.abs(vector - plain).max() > 1e-5
+    np.testing.assert_allclose(whole(device, update), vector, rtol=0, atol=3e-6)
+
+
+def test_the_gradient_at_the_start_is_that_of_the_whole_shard(folder, backbone):
+    device = Device(folder, backbone, max_grad_norm=100.0)
+    update = device.update(with_gradient=True)
+    _, _, gradient = gradient_at(device, device.tensors["prompts"].ravel(), OURS)
+    np.testing.assert_allclose(update.gradient, gradient.reshape(3, -1)[list(LAYERS)].ravel(), atol=1e-6)
+    clipped = Device(folder, backbone, max_grad_norm=0.01).update(with_gradient=True)
+    norm = np.linalg.norm(gradient)
+    assert norm > 0.02
+    np.testing.assert_allclose(clipped.gradient, update.gradient * (0.01 / norm), rtol=1e-3)
 
 
 def test_counts_and_sizes(folder, backbone):

@@ -9,24 +9,27 @@ import numpy as np
 import pytest
 
 from fedhpc.config import ServerConfig
-from fedhpc.methods import METHODS, make_method
+from fedhpc.methods import METHODS, LocalRule, Population, make_method
 from fedhpc.updates import RoundUploads
 
 VECTORS = Path(os.environ.get("FEDHPC_VECTORS", Path(__file__).parents[2] / "shared" / "vectors"))
 P0 = np.array([1.0, -2.0], np.float32)
+GRADIENTS = [np.array([2, 0], np.float32), np.array([0, 4], np.float32)]
 
 
-def method(num_devices=4, sample_rate=0.5, **config):
-    return make_method(ServerConfig.model_validate(config), num_devices=num_devices, sample_rate=sample_rate)
+def method(num_devices=4, sample_rate=0.5, num_examples=8, **config):
+    population = Population(num_devices=num_devices, sample_rate=sample_rate, num_examples=num_examples)
+    return make_method(ServerConfig.model_validate(config), population)
 
 
-def uploads(params, ids=(2, 0), examples=(1, 3), steps=(2, 4), eta=0.5):
+def uploads(params, ids=(2, 0), examples=(1, 3), steps=(2, 4), eta=0.5, gradients=()):
     return RoundUploads(
         device_ids=np.array(ids),
         num_examples=np.array(examples),
         num_steps=np.array(steps),
         params=np.array(params, np.float32),
         device_learning_rate=eta,
+        gradients=gradients,
     )
 
 
@@ -99,13 +102,104 @@ def test_the_order_of_the_uploads_does_not_matter_to_the_last_bit(variant):
     assert one.params.tobytes() == other.params.tobytes()
 
 
-@pytest.mark.parametrize(("name", "variant"), METHODS)
-def test_an_update_leaves_the_old_state_as_it_was(name, variant):
-    chosen = method(method=name, variant=variant)
-    old = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]]))
+def test_drift_corrected_without_control_variates_is_momentum_alone():
+    chosen = method(variant="drift_corrected", momentum=0.5, learning_rate=2.0, control_variates=False)
+    first = chosen.update(chosen.init(P0), uploads([[0, -2], [3, -2]]))
+    assert first.params == pytest.approx([2.75, -2.0])  # as with them: they start at zero
+    assert (first.vectors.keys(), first.control) == ({"momentum"}, {})
+    second = chosen.update(first, uploads([[2.75, -4]], ids=(2,), examples=(5,), steps=(2,)))
+    # d_2 = [0, 2]; m = 0.5 [-0.25, 0] + 0.5 [0, 2] = [-0.125, 1], unbiased by 1 / (1 - 0.25)
+    # P = [2.75, -2] - 2 * 2 * 0.5 * [-1/6, 4/3]
+    assert second.params == pytest.approx([2.75 + 2 / 6, -2 - 8 / 3])
+
+
+def test_fedprox_averages_and_pulls_devices_to_the_global_parameters():
+    fedprox = method(method="fedprox", proximal=0.25)
+    assert fedprox.update(fedprox.init(P0), uploads([[0, 4], [8, 0]])).params.tolist() == [6.0, 1.0]
+    assert fedprox.local_rule({}, {}) == LocalRule(proximal=0.25)
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "moms_adamd"])
+def test_fedavgm_by_hand(name):
+    chosen = method(method=name, learning_rate=0.5, momentum=0.9)
+    first = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]]))
+    # Pbar = [6, 1]; v = [1, -2] - [6, 1] = [-5, -3]; P = [1, -2] + 0.5 [5, 3]
+    assert first.params == pytest.approx([3.5, -0.5])
+    second = chosen.update(first, uploads([[3.5, -0.5], [3.5, -4.5]]))
+    # Pbar = [3.5, -3.5]; v = 0.9 [-5, -3] + [0, 3] = [-4.5, 0.3]; P = [3.5, -0.5] - 0.5 v
+    assert second.params == pytest.approx([5.75, -0.65])
+    assert second.vectors["momentum"] == pytest.approx([-4.5, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("name", "first_v", "second_v"),
+    [
+        # tau = 0.5, v_0 = 0.25, beta_2 = 0.75, Delta_1^2 = [25, 9], Delta_2^2 = [0.25, 1]
+        # Adam: 0.75 * 0.25 + 0.25 Delta^2; then 0.75 v + 0.25 Delta^2
+        ("fedadam", [6.4375, 2.4375], [0.75 * 6.4375 + 0.0625, 0.75 * 2.4375 + 0.25]),
+        # Yogi: 0.25 + 0.25 Delta^2, as Delta^2 is larger than 0.25; then it is smaller than v: v - 0.25 Delta^2
+        ("fedyogi", [6.5, 2.5], [6.5 - 0.0625, 2.5 - 0.25]),
+    ],
+)
+def test_adaptive_servers_follow_reddis_algorithm_2(name, first_v, second_v):
+    chosen = method(method=name, learning_rate=0.1, momentum=0.5, second_momentum=0.75, tau=0.5)
+    first = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]]))
+    # Delta = [6, 1] - [1, -2] = [5, 3]; m = 0.5 Delta; P + 0.1 m / (sqrt(v) + tau)
+    assert first.vectors["second_moment"] == pytest.approx(first_v)
+    expected = [p + 0.1 * m / (v**0.5 + 0.5) for p, m, v in zip(P0, (2.5, 1.5), first_v, strict=True)]
+    assert first.params == pytest.approx(expected)
+    start = dataclasses.replace(first, params=P0)
+    second = chosen.update(start, uploads([[1.5, -1], [1.5, -1]]))
+    # Delta = [0.5, 1]; m = 0.5 [2.5, 1.5] + 0.5 Delta = [1.5, 1.25]
+    assert second.vectors["momentum"] == pytest.approx([1.5, 1.25])
+    assert second.vectors["second_moment"] == pytest.approx(second_v)
+    expected = [p + 0.1 * m / (v**0.5 + 0.5) for p, m, v in zip(P0, (1.5, 1.25), second_v, strict=True)]
+    assert second.params == pytest.approx(expected)
+
+
+def test_scaffold_by_hand():
+    chosen = method(method="scaffold", learning_rate=0.5, num_examples=8)
+    first = chosen.update(chosen.init(P0), uploads([[0, -2], [3, -2]]))
+    # changes [-1, 0] and [2, 0]; mean 1/4 [-1, 0] + 3/4 [2, 0] = [1.25, 0]; P = [1, -2] + 0.5 [1.25, 0]
+    assert first.params == pytest.approx([1.625, -2])
+    # c_2+ = [1, 0] / (2 * 0.5) = [1, 0]; c_0+ = [-2, 0] / (4 * 0.5) = [-1, 0]
+    # c = 1/8 [1, 0] + 3/8 [-1, 0]
+    assert first.vectors["control_global"] == pytest.approx([-0.25, 0])
+    sent = {"control_global": first.vectors["control_global"]}
+    facts = {"num_steps": 2, "learning_rate": 0.5}
+    zero = {"control_global": np.zeros(2, np.float32)}
+    kept = chosen.kept_after(P0, np.array([0, -2], np.float32), zero, {}, **facts)
+    assert kept["control"].tolist() == [1, 0]
+    assert chosen.local_rule(sent, kept).step_shift.tolist() == [-1.25, 0]  # c - c_2
+    # The next round: c_2 = [1, 0] - [-0.25, 0] + ([1.625, -2] - [0.625, -3]) / (2 * 0.5) = [2.25, 1]
+    end = np.array([0.625, -3], np.float32)
+    assert chosen.kept_after(first.params, end, sent, kept, **facts)["control"].tolist() == [2.25, 1]
+    second = chosen.update(first, uploads([end], ids=(2,), examples=(1,), steps=(2,)))
+    # c = [-0.25, 0] + 1/8 (c_2+ - c_2) = [-0.25, 0] + 1/8 [1.25, 1]
+    assert second.vectors["control_global"] == pytest.approx([-0.09375, 0.125])
+
+
+def test_mime_by_hand():
+    chosen = method(method="mime", momentum=0.75)
+    first = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]], gradients=GRADIENTS))
+    # gradients [2, 0] and [0, 4]: m = 1/4 (1/4 [2, 0] + 3/4 [0, 4])
+    assert first.params.tolist() == [6.0, 1.0]
+    assert first.vectors["momentum"] == pytest.approx([0.125, 0.75])
+    rule = chosen.local_rule({"momentum": first.vectors["momentum"]}, {})
+    assert (rule.gradient_scale, rule.gradient_shift.tolist()) == (0.25, [0.09375, 0.5625])
+    second = chosen.update(first, uploads([[0, 4], [8, 0]], gradients=GRADIENTS))
+    assert second.vectors["momentum"] == pytest.approx([0.125 + 0.09375, 0.75 + 0.5625])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_leaves_the_old_state_as_it_was(name):
+    chosen = method(variant=name) if name in ("drift_corrected", "released") else method(method=name)
+    gradients = GRADIENTS if chosen.uploads_gradient else ()
+    old = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]], gradients=gradients))
     kept = {key: vector.copy() for key, vector in {"params": old.params, **old.vectors}.items()}
     control = {device: vector.copy() for device, vector in old.control.items()}
-    chosen.update(old, uploads([[1, 1], [2, 2]]))
+    new = chosen.update(old, uploads([[1, 1], [2, 2]], gradients=gradients))
+    assert new.round == 2
     for key, vector in {"params": old.params, **old.vectors}.items():
         assert np.array_equal(vector, kept[key])
     assert old.control.keys() == control.keys()

@@ -4,21 +4,33 @@ A method needs no model, file or MPI: state in, uploads in, state out. A new one
 """
 
 from fedhpc.config import ServerConfig
-from fedhpc.methods.base import Method, ServerState, SummedMethod
+from fedhpc.methods.base import LocalRule, Method, Population, ServerState, SummedMethod
 from fedhpc.methods.fedavg import FedAvg
+from fedhpc.methods.fedavgm import FedAvgM
+from fedhpc.methods.fedopt import FedAdam, FedYogi
 from fedhpc.methods.fedpeptao import DriftCorrected, Released
+from fedhpc.methods.fedprox import FedProx
+from fedhpc.methods.mime import Mime
+from fedhpc.methods.scaffold import Scaffold
 
-METHODS: dict[tuple[str, str | None], type[Method]] = {
-    ("fedavg", None): FedAvg,
-    ("fedpeptao", "drift_corrected"): DriftCorrected,
-    ("fedpeptao", "released"): Released,
+METHODS: dict[str, type[Method]] = {
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "moms_adamd": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "scaffold": Scaffold,
+    "mime": Mime,
+    "drift_corrected": DriftCorrected,
+    "released": Released,
 }
+"""By method, or variant of fedpeptao."""
 
 
-def make_method(config: ServerConfig, *, num_devices: int, sample_rate: float) -> Method:
+def make_method(config: ServerConfig, population: Population) -> Method:
     """The method that a configuration names."""
-    variant = config.variant if config.method == "fedpeptao" else None
-    return METHODS[config.method, variant](config, num_devices=num_devices, sample_rate=sample_rate)
+    return METHODS[config.name](config, population)
 
 
-__all__ = ["METHODS", "Method", "ServerState", "SummedMethod", "make_method"]
+__all__ = ["METHODS", "LocalRule", "Method", "Population", "ServerState", "SummedMethod", "make_method"]

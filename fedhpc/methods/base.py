@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +13,17 @@ from fedhpc.config import ServerConfig
 from fedhpc.updates import BLOCK, RoundUploads, Sums, Vector
 
 _THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """What a method may know of the federation."""
+
+    num_devices: int
+    """N."""
+    sample_rate: float
+    num_examples: int
+    """On all devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,23 @@ class ServerState:
         yield from self.control.values()
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalRule:
+    """How a method changes the devices' steps, on the exchanged parameters; vectors [n].
+
+    A step goes along optimizer(scale g + shift + mu (P - P^t)) + step_shift.
+    """
+
+    gradient_scale: float = 1.0
+    gradient_shift: Vector | None = None
+    proximal: float = 0.0
+    """mu."""
+    step_shift: Vector | None = None
+
+
+UNCHANGED = LocalRule()
+
+
 class Method(ABC):
     """One way to turn a round's uploads into the next global parameters.
 
@@ -60,10 +88,40 @@ class Method(ABC):
     ranks took part.
     """
 
-    def __init__(self, config: ServerConfig, *, num_devices: int, sample_rate: float) -> None:
+    sends: tuple[str, ...] = ()
+    """Vectors of the state that devices receive with P^t."""
+    keeps: tuple[str, ...] = ()
+    """Vectors that a device keeps between its rounds."""
+    uploads_gradient = False
+    """Whether devices upload, beside P_i, the gradient of their whole shard at P^t."""
+
+    def __init__(self, config: ServerConfig, population: Population) -> None:
         self.config = config
-        self.num_devices = num_devices
-        self.sample_rate = sample_rate
+        self.num_devices, self.sample_rate = population.num_devices, population.sample_rate
+        self.num_examples = population.num_examples
+        self.learning_rate, self.momentum = config.learning_rate or 1.0, config.momentum or 0.0
+
+    @property
+    def num_uploaded(self) -> int:
+        """Vectors in a device's upload."""
+        return 2 if self.uploads_gradient else 1
+
+    def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
+        """How a device steps, from what it was sent and what it has kept."""
+        return UNCHANGED
+
+    def kept_after(
+        self,
+        start: Vector,
+        params: Vector,
+        sent: Mapping[str, Vector],
+        kept: Mapping[str, Vector],
+        *,
+        num_steps: int,
+        learning_rate: float,
+    ) -> dict[str, Vector]:
+        """What a device keeps after an update from P^t to P_i."""
+        return {}
 
     @abstractmethod
     def init(self, params: Vector) -> ServerState:

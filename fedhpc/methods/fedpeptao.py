@@ -11,38 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
-from fedhpc.methods.base import Method, ServerState, SummedMethod, f32, weighted_mean
+from fedhpc.methods.base import Method, Population, ServerState, SummedMethod, f32, weighted_mean
 from fedhpc.updates import RoundUploads, Sums, Vector
 
 SERVER_LEARNING_RATE_DECAY = 0.99
 SERVER_LEARNING_RATE_FLOOR = 1e-4
 
 
-class FedPepTAO(Method):
-    """What both variants share: eta_s and beta, which the configuration fills in."""
-
-    def __init__(self, config: ServerConfig, *, num_devices: int, sample_rate: float) -> None:
-        super().__init__(config, num_devices=num_devices, sample_rate=sample_rate)
-        assert config.learning_rate is not None
-        assert config.momentum is not None
-        self.learning_rate, self.momentum = config.learning_rate, config.momentum
-
-
-class DriftCorrected(FedPepTAO, SummedMethod):
+class DriftCorrected(SummedMethod):
     """The paper's ingredients with consistent units: everything is a mean step direction, (P^t - P_i) / (K_i eta).
 
-    The numbers are those of the steps in the design's section 5, `drift_corrected`.
+    The numbers are those of the steps in the design's section 5, `drift_corrected`. With
+    `server.control_variates: false` all c are zero.
     """
 
-    needs_total = has_control = True
+    def __init__(self, config: ServerConfig, population: Population) -> None:
+        super().__init__(config, population)
+        self.needs_total = self.has_control = config.control_variates
 
     def init(self, params: Vector) -> ServerState:
         """Momentum m and the global control variate c start at zero."""
-        return ServerState(
-            round=0,
-            params=params,
-            vectors={"momentum": np.zeros_like(params), "control_global": np.zeros_like(params)},
-        )
+        names = ("momentum", "control_global") if self.has_control else ("momentum",)
+        return ServerState(round=0, params=params, vectors={name: np.zeros_like(params) for name in names})
 
     def change(
         self,
@@ -56,28 +46,26 @@ class DriftCorrected(FedPepTAO, SummedMethod):
         """d_i - c_i, and d_i as the new c_i."""
         direction = start - params
         direction *= 1 / (num_steps * learning_rate)  # 1
-        new_control = f32(direction)
+        new_control = f32(direction) if self.has_control else None
         direction -= control
         return direction, new_control
 
     def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
         """Momentum, the step along it, and the global control variate."""
-        assert sums.total is not None
         beta, eta = self.momentum, uploads.device_learning_rate
-        c = state.vectors["control_global"].astype(np.float64)
+        c = state.vectors["control_global"].astype(np.float64) if self.has_control else np.float64(0)
         # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
         momentum = beta * state.vectors["momentum"] + (1 - beta) * (sums.mean + c)  # 3
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
         step = self.learning_rate * mean_steps * eta
-        return replace(
-            state,
-            params=f32(state.params.astype(np.float64) - step * unbiased),  # 4
-            vectors={"momentum": f32(momentum), "control_global": f32(c + sums.total / self.num_devices)},  # 5
-        )
+        vectors = {"momentum": f32(momentum)}
+        if sums.total is not None:
+            vectors["control_global"] = f32(c + sums.total / self.num_devices)  # 5
+        return replace(state, params=f32(state.params.astype(np.float64) - step * unbiased), vectors=vectors)  # 4
 
 
-class Released(FedPepTAO):
+class Released(Method):
     """The published code's arithmetic, quirks included: sampled order, mixed units, a decaying server learning rate.
 
     Control variates carry 1 / (K_i eta): at a device learning rate of 5e-3 the run diverges, at the published 4e-2 it
