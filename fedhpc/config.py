@@ -143,7 +143,7 @@ class TuningConfig(Section):
 class SelectionConfig(Section):
     """Which layers' prompts are exchanged."""
 
-    strategy: Literal["score", "lowest_score", "random", "first", "last", "all", "explicit"] = "score"
+    strategy: Literal["score", "lowest_score", "sensitivity", "random", "first", "last", "all", "explicit"] = "score"
     ratio: Fraction | Literal["auto"] = 0.5
     """Share of the layers, or `auto`."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
@@ -164,6 +164,26 @@ class SelectionConfig(Section):
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ValueError(f"selection.layers must name at least one layer, each once; found {self.layers}")
         return self
+
+
+class CurriculumConfig(Section):
+    """Which of its batches a device trains on in a round (FibecFed)."""
+
+    order: Literal["random", "fisher"] = "random"
+    """`fisher`: from easy to hard, by the Fisher information of each batch before round 0."""
+    start: Fraction = 0.6
+    """beta_0, the share of the batches in round 0; it grows linearly."""
+    end: Fraction = 0.8
+    """alpha, the share of the rounds after which all batches are used."""
+
+
+class SparseConfig(Section):
+    """Which part of the layers that stay on a device is trained (FibecFed)."""
+
+    fraction: Fraction = 1.0
+    """Of the neurons, rows of the tensors, those that carried most Fisher information in the device's first round."""
+    momentum: Probability = 0.9
+    """Of the diagonal Fisher information from step to step."""
 
 
 class DeviceConfig(Section):
@@ -303,6 +323,8 @@ class Config(Section):
     federation: FederationConfig = FederationConfig()
     tuning: TuningConfig = TuningConfig()
     selection: SelectionConfig = SelectionConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    sparse: SparseConfig = SparseConfig()
     device: DeviceConfig = DeviceConfig()
     server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
     exchange: ExchangeConfig = ExchangeConfig()
@@ -390,6 +412,8 @@ class Config(Section):
             if not {server.method, server.name} & set(methods)
             and getattr(server, key) != ServerConfig.model_fields[key].default
         ]
+        if self.sparse.fraction < 1 and self.selection.strategy == "all":
+            found.append("sparse.fraction has no effect: with selection.strategy: all no layer stays on the devices")
         if self.selection.ratio == "auto" and self.selection.warmup_rounds >= self.federation.rounds:
             found.append(
                 f"selection.ratio: auto decides after selection.warmup_rounds: {self.selection.warmup_rounds}, but the "
@@ -419,7 +443,7 @@ class Config(Section):
         """
         free = ["run_dir", "trace", "data.path", "checkpoint.", "evaluate."]
         free += ["exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"]
-        if self.device.schedule == "constant":
+        if self.device.schedule == "constant" and self.curriculum.order == "random":
             free.append("federation.rounds")
         return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))}
 

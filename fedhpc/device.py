@@ -13,18 +13,20 @@ from fedhpc import messages
 from fedhpc.background import Background
 from fedhpc.checkpoint import Checkpoints, Position
 from fedhpc.config import Config
+from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt
 from fedhpc.evaluate import evaluate, evaluation_batches
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
-from fedhpc.federation import Homes, local_steps, make_packs, population, sample_devices
+from fedhpc.federation import Homes, Packs, batches_per_epoch, make_packs, population, round_steps, sample_devices
 from fedhpc.local_update import (
     Assignment,
     DeviceState,
     DeviceUpdate,
     UnfinishedUpdate,
+    epoch_batches,
     learning_rate,
     local_updates,
 )
@@ -35,6 +37,7 @@ from fedhpc.packing import probe
 from fedhpc.partition import Partition
 from fedhpc.seeding import generator
 from fedhpc.selection import layer_score
+from fedhpc.sensitivity import layer_sensitivity
 from fedhpc.spectrum import lossless_ratio
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
@@ -72,7 +75,8 @@ class Worker:
         self.exchange = exchange
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
-        self.steps = [local_steps(config, len(examples)) for examples in partition.train]
+        self._curricula: dict[int, Batches] = {}
+        """Device -> its batches from easy to hard, as far as they were needed."""
         self.method = make_method(config.server, population(config, partition))
         self.encoding = make_encoding(config, self.method)
         self.keeps = self.encoding.keeps or bool(self.method.keeps)
@@ -118,7 +122,7 @@ class Worker:
         """Local updates of the packs placed here, but for what was done before an interruption."""
         if self.progress.round != command.round:
             self.progress = RoundProgress(round=command.round)
-        packs = make_packs(self.config, command.round, self.steps, command.pack)
+        packs = self._packs(command)
         self._take_over(self.homes.move(packs, command.workers.tolist()), command)
         mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
         records = self._records(sum(map(len, mine)), self.tuning.exchanged(command.layers).size)
@@ -132,6 +136,10 @@ class Worker:
             return records
         self.exchange.add(self._terms(records, command, num_terms=sum(map(len, packs))))
         return records[:, : messages.UPLOAD_HEADER_FLOATS]
+
+    def _packs(self, command: Command) -> Packs:
+        steps = round_steps(self.config, self.partition, command.round)
+        return make_packs(self.config, command.round, steps, command.pack)
 
     def _terms(self, records: np.ndarray, command: Command, *, num_terms: int) -> Terms:
         """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
@@ -182,6 +190,7 @@ class Worker:
         waiting = [device for device in pack if device not in finished]
         if not waiting:
             return
+        plans = {device: self._curriculum(device, command.round) for device in waiting}  # before anything is taken out
         assignments = [
             Assignment(
                 device=device,
@@ -189,6 +198,7 @@ class Worker:
                 examples=self.partition.train[device],
                 begun=unfinished.pop(device, None),
                 rule=self.method.local_rule(sent, state.kept),
+                plan=plans[device],
             )
             for device in waiting
         ]
@@ -212,10 +222,26 @@ class Worker:
                     self._upload(device, update, command, records[device])
                     finished[device] = records[device]
         finally:
-            share = (time.perf_counter() - began) / sum(self.steps[device] for device in waiting)
+            steps = round_steps(self.config, self.partition, command.round)
+            share = (time.perf_counter() - began) / sum(steps[device] for device in waiting)
             for device in waiting:
                 if device in finished:
-                    messages.upload_headers(finished[device][None])["seconds"] = share * self.steps[device]
+                    messages.upload_headers(finished[device][None])["seconds"] = share * steps[device]
+
+    def _curriculum(self, device: int, round_index: int) -> Batches | None:
+        """A device's batches of a round where a curriculum orders them; scored when it first takes part."""
+        if self.config.curriculum.order == "random":
+            return None
+        examples = self.partition.train[device]
+        if device not in self._curricula:
+            rng = generator(self.config.seed, purpose="curriculum batches", device=device)
+            given = epoch_batches(examples, self.train.lengths[examples], self.config.device.batch_size, rng)
+            initial = self.tuning.initial(self.config.seed)
+            self._curricula[device] = easy_first(
+                self.backbone, self.tuning, initial, self.train, given, self.exchange.beat
+            )
+        used = batches_per_epoch(self.config, len(examples), round_index)
+        return self._curricula[device][:used] * self.config.device.epochs
 
     def _received(self, command: Command) -> tuple[Vector, dict[str, Vector]]:
         """P^t and the method's vectors that came with it."""
@@ -252,20 +278,25 @@ class Worker:
         for record, device in zip(records, self.share, strict=True):
             self.exchange.beat(f"scoring layers on device {device}")
             examples = self._one_batch(device, "score batch", selection.batch_size)
-            outputs = self.backbone.layer_outputs(self.train.batch(examples).to(self.backbone.torch_device))
-            scores = [layer_score(output.float().cpu().numpy(), selection.distance) for output in outputs]
+            batch = self.train.batch(examples).to(self.backbone.torch_device)
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
-            record["scores"] = scores
+            if selection.strategy == "sensitivity":
+                initial = self.tuning.initial(self.config.seed)
+                record["scores"] = layer_sensitivity(self.backbone, self.tuning, initial, batch)
+            else:
+                outputs = self.backbone.layer_outputs(batch)
+                record["scores"] = [layer_score(out.float().cpu().numpy(), selection.distance) for out in outputs]
         return records
 
     def probe(self, command: Command) -> np.ndarray:
         """Seconds of a device's step by the number of devices side by side: this worker's devices with most texts."""
-        candidates = sorted(self.share or range(len(self.steps)), key=lambda device: -self.steps[device])
+        train_examples = self.partition.train
+        candidates = sorted(self.share or range(len(train_examples)), key=lambda device: -len(train_examples[device]))
         size = 2 * self.config.device.batch_size
 
         def train(pack: int) -> int:
             assignments = [
-                Assignment(device=device, state=self.unseen, examples=self.partition.train[device][:size])
+                Assignment(device=device, state=self.unseen, examples=train_examples[device][:size])
                 for device in islice(cycle(candidates), pack)
             ]
             updates = local_updates(
@@ -350,7 +381,7 @@ class Worker:
     def restore(self, command: Command) -> np.ndarray:
         """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
         position = Position(command.round, command.generation)
-        self.homes.move(make_packs(self.config, command.round, self.steps, command.pack), command.workers.tolist())
+        self.homes.move(self._packs(command), command.workers.tolist())
         mine = set(self.homes.devices_of(self.index))
         self.states, self.progress = self.checkpoints.load_devices(
             position, mine, self.tuning, command.layers, self.unseen.local

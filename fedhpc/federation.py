@@ -1,5 +1,6 @@
 """Who takes part when, which devices train side by side, and on which worker: the same answer on every rank."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,9 +22,23 @@ def sample_devices(config: Config, round_index: int) -> list[int]:
     return [int(device) for device in chosen]
 
 
-def local_steps(config: Config, num_examples: int) -> int:
+def local_steps(config: Config, num_examples: int, round_index: int) -> int:
     """K_i of a device with so many training examples."""
-    return config.device.epochs * -(-num_examples // config.device.batch_size)
+    return config.device.epochs * batches_per_epoch(config, num_examples, round_index)
+
+
+def batches_per_epoch(config: Config, num_examples: int, round_index: int) -> int:
+    """All batches, or with a curriculum `min(1, beta_0 + (1 - beta_0) t / (alpha T))` of them."""
+    count, curriculum = -(-num_examples // config.device.batch_size), config.curriculum
+    if curriculum.order == "random":
+        return count
+    share = curriculum.start + (1 - curriculum.start) * round_index / (curriculum.end * config.federation.rounds)
+    return math.ceil(min(1.0, share) * count - 1e-9)
+
+
+def round_steps(config: Config, partition: Partition, round_index: int) -> list[int]:
+    """K_i of every device."""
+    return [local_steps(config, len(examples), round_index) for examples in partition.train]
 
 
 def population(config: Config, partition: Partition) -> Population:
@@ -96,9 +111,8 @@ class Homes:
 class Placement:
     """The server's choice of a worker for each pack: longest first, to the one with the least to do."""
 
-    def __init__(self, steps: Sequence[int], num_workers: int) -> None:
-        self.steps = steps
-        self.homes = Homes(len(steps), num_workers)
+    def __init__(self, num_devices: int, num_workers: int) -> None:
+        self.homes = Homes(num_devices, num_workers)
         self._seconds_per_step: dict[int, float] = {}
         """By device; each measurement counts as much as all before it, so that one slow round does not decide."""
 
@@ -107,11 +121,11 @@ class Placement:
         before = self._seconds_per_step.get(device, seconds / steps)
         self._seconds_per_step[device] = (before + seconds / steps) / 2
 
-    def place(self, packs: Packs) -> NDArray[np.int32]:
-        """A worker for every pack; where it makes no difference, the one where its first device lives."""
+    def place(self, packs: Packs, steps: Sequence[int]) -> NDArray[np.int32]:
+        """A worker for every pack, from K_i of every device; where it makes no difference, its first device's home."""
         known = self._seconds_per_step.values()
         usual = sum(known) / len(known) if known else 1.0
-        costs = [sum(self.steps[d] * self._seconds_per_step.get(d, usual) for d in pack) for pack in packs]
+        costs = [sum(steps[d] * self._seconds_per_step.get(d, usual) for d in pack) for pack in packs]
         loads = [0.0] * self.homes.num_workers
         bound = max(sum(costs) / len(loads), *costs)
         """No placement ends sooner."""

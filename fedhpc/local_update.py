@@ -16,6 +16,7 @@ from fedhpc.errors import Halt
 from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.models import Backbone
 from fedhpc.seeding import derive_seed, generator
+from fedhpc.step_rules import FISHER, Changes, Sparse
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import as_parameters
 from fedhpc.updates import Vector
@@ -36,13 +37,15 @@ class DeviceState:
     steps_taken: int = 0
     moments: Moments | None = None
     """Only with `device.reset_moments: false`."""
+    fisher: Vector | None = None
+    """Diagonal Fisher information of p_i from its first round, where `sparse.fraction` asks for it."""
     kept: dict[str, Vector] = field(default_factory=dict)
     """What is left of its uploads, in the layout of the exchanged tensors: see :class:`fedhpc.encoding.Encoding`."""
 
     def narrowed(self, kept_elements: NDArray[np.intp], unseen_local: Vector) -> "DeviceState":
         """The state after layers have left the exchange; their tensors start anew."""
         kept = {name: vector[kept_elements] for name, vector in self.kept.items()}
-        return replace(self, local=unseen_local, kept=kept)
+        return replace(self, local=unseen_local, fisher=None, kept=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,8 @@ class Assignment:
     """Its shard of the training split."""
     begun: UnfinishedUpdate | None = None
     """Go on with this update instead of beginning at P^t."""
+    plan: list[NDArray[np.int64]] | None = None
+    """The batches of its steps, where they do not follow from the seed."""
     rule: LocalRule = UNCHANGED
     """How the server's method changes this device's steps."""
 
@@ -159,12 +164,16 @@ class _Lane:
     ) -> None:
         self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
         self.device, self.state, self.examples = assignment.device, assignment.state, assignment.examples
-        self.start, self.rule = start, assignment.rule
-        self.plan = batches(config, assignment.examples, lengths, round_index=round_index, device=assignment.device)
+        self.start = start
+        self.plan = assignment.plan or batches(
+            config, assignment.examples, lengths, round_index=round_index, device=assignment.device
+        )
         begun, place = assignment.begun, backbone.torch_device
-        tensors = begun.tensors if begun else tuning.merge(start, self.state.local, layers)
+        tensors = tuning.merge(start, self.state.local, layers)
+        if begun:  # a file gives them in another order, and norms are rounded in the order of their terms
+            tensors = {name: begun.tensors[name] for name in tensors}
         self.params = as_parameters(tensors, place)
-        self.changes = _Changes(self) if self.rule is not UNCHANGED else None
+        self.changes = Changes(assignment.rule, tuning, layers, start, self.state.local, list(self.params.values()))
         moments = begun.moments if begun else self.state.moments
         self.moments = (
             {name: torch.tensor(moment, device=place) for name, moment in moments.items()}
@@ -173,6 +182,7 @@ class _Lane:
             if config.device.optimizer == "adamw"
             else {}
         )
+        self.sparse = Sparse(config.sparse, tuning, layers, self.state.fisher, self.params, self.moments)
         self.losses = list(torch.tensor(begun.losses, device=place)) if begun else []
 
     @property
@@ -198,7 +208,7 @@ class _Lane:
     def unfinished(self) -> UnfinishedUpdate:
         return UnfinishedUpdate(
             tensors=self._tensors(),
-            moments=self._moments(),
+            moments=self._moments() | self.sparse.measured(),
             losses=torch.stack(self.losses).cpu().numpy(),
         )
 
@@ -230,6 +240,7 @@ class _Lane:
                 local=local,
                 steps_taken=self.state.steps_taken + len(self.losses),
                 moments=None if self.config.device.reset_moments else self._moments(),
+                fisher=self.sparse.fisher(),
             ),
             gradient=gradient,
         )
@@ -238,45 +249,7 @@ class _Lane:
         return {name: parameter.detach().cpu().numpy() for name, parameter in self.params.items()}
 
     def _moments(self) -> Moments:
-        return {name: moment.cpu().numpy() for name, moment in self.moments.items()}
-
-
-class _Changes:
-    """What a method's rule adds to a device's steps; layers that are not exchanged step as they would."""
-
-    def __init__(self, lane: _Lane) -> None:
-        rule, size, own = lane.rule, lane.start.size, lane.state.local
-
-        def tensors(exchanged: Vector | float | None, elsewhere: float = 0.0) -> list[Tensor] | None:
-            if exchanged is None:
-                return None
-            vector = np.broadcast_to(np.asarray(exchanged, np.float32), size)
-            whole = lane.tuning.merge(vector, np.full_like(own, elsewhere), lane.layers)
-            return [torch.from_numpy(whole[name]).to(p.device) for name, p in lane.params.items()]
-
-        self.pull = tensors(rule.proximal or None)
-        start = lane.tuning.merge(lane.start, own, lane.layers)
-        self.start = [torch.from_numpy(start[name]).to(p.device) for name, p in lane.params.items()]
-        self.scale = tensors(None if rule.gradient_scale == 1 else rule.gradient_scale, elsewhere=1.0)
-        self.shift, self.step_shift = tensors(rule.gradient_shift), tensors(rule.step_shift)
-
-    def of_loss(self, gradients: list[Tensor], params: list[Tensor]) -> None:
-        """Add the gradient of the proximal term."""
-        if self.pull:
-            distance = torch._foreach_sub(params, self.start)
-            torch._foreach_addcmul_(gradients, distance, self.pull)
-
-    def of_gradient(self, gradients: list[Tensor]) -> None:
-        """Scale and shift clipped gradients."""
-        if self.scale:
-            torch._foreach_mul_(gradients, self.scale)
-        if self.shift:
-            torch._foreach_add_(gradients, self.shift)
-
-    def of_step(self, params: list[Tensor], rate: float) -> None:
-        """Go the rest of the step."""
-        if self.step_shift:
-            torch._foreach_add_(params, self.step_shift, alpha=-rate)
+        return {name: moment.cpu().numpy() for name, moment in self.moments.items() if not name.endswith(FISHER)}
 
 
 def batches(
@@ -291,16 +264,24 @@ def batches(
     Args:
         lengths: tokens of each example.
     """
-    size, plan = config.device.batch_size, []
+    plan = []
     for epoch in range(config.device.epochs):
         rng = generator(config.seed, purpose=f"batch order {epoch}", round_index=round_index, device=device)
-        order = rng.permutation(len(examples))
-        for window in np.split(order, range(WINDOW * size, len(order), WINDOW * size)):
-            by_length = window[np.argsort(lengths[window], kind="stable")]
-            sizes = np.full(-(-len(window) // size), size)
-            sizes[rng.integers(len(sizes))] -= sizes.sum() - len(window)
-            parts = np.split(examples[by_length], np.cumsum(sizes)[:-1])
-            plan += [parts[place] for place in rng.permutation(len(parts))]
+        plan += epoch_batches(examples, lengths, config.device.batch_size, rng)
+    return plan
+
+
+def epoch_batches(
+    examples: NDArray[np.int64], lengths: NDArray[np.int64], size: int, rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """One epoch of :func:`batches`."""
+    plan, order = [], rng.permutation(len(examples))
+    for window in np.split(order, range(WINDOW * size, len(order), WINDOW * size)):
+        by_length = window[np.argsort(lengths[window], kind="stable")]
+        sizes = np.full(-(-len(window) // size), size)
+        sizes[rng.integers(len(sizes))] -= sizes.sum() - len(window)
+        parts = np.split(examples[by_length], np.cumsum(sizes)[:-1])
+        plan += [parts[place] for place in rng.permutation(len(parts))]
     return plan
 
 
@@ -322,15 +303,15 @@ def _step(
         for lane, loss, first, end in zip(lanes, losses.detach(), ends, ends[1:], strict=False):
             lane.losses.append(loss)
             own = gradients[first:end]
-            if lane.changes:
-                lane.changes.of_loss(own, params[first:end])
+            lane.sparse.of_gradient(own)
+            lane.changes.of_loss(own, params[first:end])
             _clip(own, config.device.max_grad_norm)
-            if lane.changes:
-                lane.changes.of_gradient(own)
+            lane.changes.of_gradient(own)
+            gradients[first:end] = own
         _optimize(config, lanes, params, gradients, rate)
         for lane, first, end in zip(lanes, ends, ends[1:], strict=False):
-            if lane.changes:
-                lane.changes.of_step(params[first:end], rate)
+            lane.changes.of_step(params[first:end], rate)
+            lane.sparse.of_step(params[first:end])
 
 
 def _clip(gradients: list[Tensor], max_norm: float) -> None:

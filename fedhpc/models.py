@@ -158,6 +158,21 @@ class Backbone(nn.Module):
         log_probabilities = self._logits(torch.cat([at_slot, in_branches], dim=1)).log_softmax(-1)
         return self.answers.mean_log_probability(log_probabilities)
 
+    @contextmanager
+    def watched_embeddings(self, moved: Tensor | float = 0.0) -> Iterator[list[Tensor]]:
+        """In this context, word embeddings [b, s, H] are moved so far, collected, and can be differentiated by."""
+        seen: list[Tensor] = []
+
+        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            seen.append((output + moved).detach().requires_grad_())
+            return seen[-1]
+
+        hook = self.base.get_input_embeddings().register_forward_hook(replace)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
     @torch.no_grad()
     def layer_outputs(self, batch: Batch) -> list[Tensor]:
         """Each layer's output [b, s, H], without prompts."""

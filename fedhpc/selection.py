@@ -16,6 +16,8 @@ from fedhpc.messages import MAX_LAYERS
 from fedhpc.seeding import generator
 
 EIGENVALUE_OFFSET = 1e-5
+SCORED = ("score", "lowest_score", "sensitivity")
+"""Strategies that rank the layers by what every device finds on one batch."""
 
 
 def layer_score(hidden: NDArray[np.floating], distance: str = "cosine") -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fedhpc import messages
 from fedhpc.checkpoint import Checkpoints
@@ -16,7 +16,7 @@ from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt, RanksLost
 from fedhpc.exact_sum import SumSize
 from fedhpc.exchange import Exchange
-from fedhpc.federation import Placement, local_steps, make_packs, population, sample_devices
+from fedhpc.federation import Packs, Placement, make_packs, population, round_steps, sample_devices
 from fedhpc.job import Job
 from fedhpc.local_update import learning_rate
 from fedhpc.lock import RunLock
@@ -26,7 +26,7 @@ from fedhpc.metrics import score
 from fedhpc.packing import choose_pack, largest_pack
 from fedhpc.report import Progress, RunFiles, human_bytes, log
 from fedhpc.saving import CheckpointWriter
-from fedhpc.selection import choose_layers, global_scores
+from fedhpc.selection import SCORED, choose_layers, global_scores
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
 from fedhpc.updates import Fault, RoundUploads, Sums, longest_change
@@ -47,8 +47,8 @@ class Server:
         self.identity = job.identity
         self.tuning = job.tuning
         self.exchange = exchange
-        self.steps = [local_steps(job.config, len(examples)) for examples in job.partition.train]
-        self.placement = Placement(self.steps, exchange.num_workers)
+        self.partition = job.partition
+        self.placement = Placement(job.config.federation.num_devices, exchange.num_workers)
         self.num_layers = job.shape.num_layers
         self.num_workers = exchange.num_workers
         self.files = RunFiles(job.config.run_dir)
@@ -153,7 +153,7 @@ class Server:
     def initial_state(self) -> RunState:
         """Before round 0: layers scored and selected, prompts drawn, every worker told."""
         selection = self.config.selection
-        scores = self.score_layers() if selection.strategy in ("score", "lowest_score") else None
+        scores = self.score_layers() if selection.strategy in SCORED else None
         automatic = selection.ratio == "auto" and selection.strategy not in ("all", "explicit")
         ratio = 1.0 if selection.ratio == "auto" else selection.ratio
         layers = tuple(range(self.num_layers)) if automatic else self._choose(ratio, scores)
@@ -174,7 +174,7 @@ class Server:
         self.saving.go_on_from(state)
         self._announce_layers(state)
         t = state.server.round
-        workers = self.placement.place(make_packs(self.config, t, self.steps, state.pack))
+        _, workers = self.place(state)
         command = Command(
             op=Op.RESTORE, round=t, generation=state.part, layers=state.layers, pack=state.pack, workers=workers
         )
@@ -207,11 +207,16 @@ class Server:
         )
         return pack
 
+    def place(self, state: RunState) -> tuple[Packs, NDArray[np.int32]]:
+        """The packs of the round after the state's, and their workers."""
+        steps = round_steps(self.config, self.partition, state.server.round)
+        packs = make_packs(self.config, state.server.round, steps, state.pack)
+        return packs, self.placement.place(packs, steps)
+
     def train(self, state: RunState, t: int) -> tuple[RoundUploads, dict[str, Any]]:
         """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
         devices = sample_devices(self.config, t)
-        packs = make_packs(self.config, t, self.steps, state.pack)
-        workers = self.placement.place(packs)
+        packs, workers = self.place(state)
         counts = self._count(workers, [len(pack) for pack in packs])
         start, encoding = state.server.params, self.encoding
         sent = [state.server.vectors[name] for name in self.method.sends]

@@ -164,9 +164,12 @@ def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layo
     """What one device keeps between its rounds."""
     with _create(round_index) as file:
         file.attrs.update(layers=layers, steps_taken=state.steps_taken, kept=json.dumps(sorted(state.kept)))
+        file.attrs["has_fisher"] = state.fisher is not None
         write_vector(file, "local", state.local, layouts.local(layers))
         for name, vector in state.kept.items():
             write_vector(file, name, vector, layouts.exchanged(layers))
+        if state.fisher is not None:
+            write_vector(file, "fisher", state.fisher, layouts.local(layers))
         _write_tensors(file, "optimizer", state.moments or {})
         return _image(file)
 
@@ -184,6 +187,7 @@ def read_local_file(
             local=_read_vector(file, "local", layouts.local(written_for)),
             steps_taken=int(file.attrs["steps_taken"]),
             moments=_read_tensors(file, "optimizer") or None,
+            fisher=_read_vector(file, "fisher", layouts.local(written_for)) if file.attrs["has_fisher"] else None,
             kept=kept,
         )
     return state if written_for == layers else state.narrowed(layouts.kept_elements(layers), unseen_local)

@@ -7,9 +7,9 @@ from fedhpc.federation import Homes, Placement, local_steps, make_packs, sample_
 STEPS = [(7 * device) % 23 + 1 for device in range(40)]
 
 
-def config(*, sample_rate=0.5, **device):
-    federation = {"num_devices": 40, "sample_rate": sample_rate}
-    return make_config("unused", federation=federation, device=device)
+def config(*, sample_rate=0.5, rounds=100, curriculum=None, **device):
+    federation = {"num_devices": 40, "sample_rate": sample_rate, "rounds": rounds}
+    return make_config("unused", federation=federation, device=device, curriculum=curriculum or {})
 
 
 def load(devices):
@@ -17,7 +17,14 @@ def load(devices):
 
 
 def test_steps_count_short_batches_and_epochs():
-    assert [local_steps(config(batch_size=8, epochs=3), n) for n in (1, 8, 9)] == [3, 3, 6]
+    assert [local_steps(config(batch_size=8, epochs=3), n, 0) for n in (1, 8, 9)] == [3, 3, 6]
+
+
+def test_a_curriculum_begins_with_a_share_of_the_batches_and_ends_with_all():
+    chosen = config(batch_size=8, epochs=2, curriculum={"order": "fisher", "start": 0.5, "end": 0.5}, rounds=10)
+    # 10 batches; 0.5 + 0.5 t / 5 of them, all from round 5 on
+    steps = [local_steps(chosen, 80, t) for t in range(10)]
+    assert steps == [2 * count for count in (5, 6, 7, 8, 9, 10, 10, 10, 10, 10)]
 
 
 @pytest.mark.parametrize("pack", [1, 2, 3, 8, 19, 20, 30])
@@ -51,49 +58,49 @@ def makespan(packs, workers, seconds):
 
 def test_ten_very_unequal_devices_fill_four_workers_evenly():
     seconds = [0.8, 9.0, 1.3, 4.4, 2.6, 7.1, 0.5, 5.2, 3.1, 6.0]
-    placement = Placement([10] * 10, 4)
+    placement = Placement(10, 4)
     packs = [[device] for device in range(10)]
-    placement.place(packs)
+    placement.place(packs, [10] * 10)
     for device, each in enumerate(seconds):
         placement.measured(device, each, 10)
-    assert makespan(packs, placement.place(packs), seconds) <= 1.15 * sum(seconds) / 4
+    assert makespan(packs, placement.place(packs, [10] * 10), seconds) <= 1.15 * sum(seconds) / 4
 
 
 def test_what_was_not_measured_counts_by_its_steps():
-    placement = Placement([1, 1, 8, 1, 1, 8], 2)
-    workers = placement.place([[device] for device in range(6)])
+    placement = Placement(6, 2)
+    workers = placement.place([[device] for device in range(6)], [1, 1, 8, 1, 1, 8])
     assert workers[2] != workers[5]
     placement.measured(2, 0.8, 8)
     placement.measured(5, 8.0, 8)  # a step takes ten times as long, so do those of its neighbours on average
-    workers = placement.place([[device] for device in range(6)])
+    workers = placement.place([[device] for device in range(6)], [1, 1, 8, 1, 1, 8])
     assert all(workers[device] == workers[2] != workers[5] for device in (0, 1, 3, 4))
 
 
 def test_states_stay_where_they_are_if_nothing_is_gained():
-    placement = Placement([5] * 8, 4)
+    placement = Placement(8, 4)
     packs = [[device] for device in (7, 2, 5, 0)]
-    np.testing.assert_array_equal(placement.place(packs), [3, 2, 1, 0])
-    assert placement.place(packs).dtype == np.int32
+    np.testing.assert_array_equal(placement.place(packs, [5] * 8), [3, 2, 1, 0])
+    assert placement.place(packs, [5] * 8).dtype == np.int32
 
 
 def test_placing_the_same_packs_again_moves_nothing():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        placement = Placement(rng.integers(1, 30, 20).tolist(), 3)
+        placement, steps = Placement(20, 3), rng.integers(1, 30, 20).tolist()
         packs = [part.tolist() for part in np.array_split(rng.permutation(20), 6)]
-        np.testing.assert_array_equal(placement.place(packs), placement.place(packs))
+        np.testing.assert_array_equal(placement.place(packs, steps), placement.place(packs, steps))
 
 
 def test_devices_stay_where_they_are_while_nothing_is_to_be_gained():
     rng = np.random.default_rng(0)
-    placement = Placement([10] * 64, num_workers=16)
+    placement = Placement(64, num_workers=16)
     packs = [[device] for device in range(64)]
     placed = []
     for _ in range(20):
-        placed.append(placement.place(packs).tolist())
+        placed.append(placement.place(packs, [10] * 64).tolist())
         for device in range(64):
             placement.measured(device, 1.0 + 0.01 * rng.standard_normal(), 10)
     assert placed == [placed[0]] * 20
     placement.measured(0, 2.0, 10)
     placement.measured(0, 2.0, 10)
-    assert placement.place(packs).tolist() != placed[0]
+    assert placement.place(packs, [10] * 64).tolist() != placed[0]

@@ -15,6 +15,7 @@ FLOORS = [
     {"models", "encoding", "packing", "federation"},
     {"structure"},
     {"tuning", "selection"},
+    {"step_rules", "curriculum", "sensitivity"},
     {"local_update", "evaluate", "spectrum"},
     {"state_file", "report"},
     {"exchange"},

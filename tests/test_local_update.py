@@ -53,12 +53,15 @@ def make_split():
 class Device:
     """A device between its rounds."""
 
-    def __init__(self, folder, backbone, *, layers=LAYERS, model=None, tuning=None, seed=1, pack=1, **device):
+    def __init__(
+        self, folder, backbone, *, layers=LAYERS, model=None, tuning=None, sparse=None, seed=1, pack=1, **device
+    ):
         self.config = make_config(
             folder,
             seed=seed,
             model=model or {},
             tuning=tuning or {},
+            sparse=sparse or {},
             device={"epochs": 2, "batch_size": 2, "learning_rate": 0.01, **device},
         )
         self.backbone, self.layers, self.pack = backbone, layers, pack

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from tiny import final_prompts, metrics
+from tiny import final_tensors, metrics
 
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange
@@ -59,6 +59,13 @@ SETTINGS = {
         "selection__warmup_rounds": 2,
         "selection__auto_by": "density",
     },
+    "fibecfed": {
+        "tuning__kind": "lora",
+        "curriculum": {"order": "fisher", "start": 0.4},
+        "selection__strategy": "sensitivity",
+        "sparse": {"fraction": 0.5},
+        "server__method": "fedavg",
+    },
     "16 bits": {"exchange__dtype": "float16", "device__pack": 3},
 }
 
@@ -72,7 +79,7 @@ def test_interruptions_leave_no_trace_in_the_results(run_config, fedhpc, stop_af
     statuses = run_to_the_end(fedhpc, config, stop_after, counts)
     assert statuses[:3] == [EXIT_STOPPED] * 3
     assert statuses[-1] == 0
-    assert final_prompts(config) == final_prompts(undisturbed)
+    assert final_tensors(config) == final_tensors(undisturbed)
     ours, theirs = (
         [{key: value for key, value in record.items() if key not in VOLATILE} for record in metrics(path)]
         for path in (config, undisturbed)

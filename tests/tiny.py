@@ -9,7 +9,7 @@ import h5py
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedhpc.checkpoint import SERVER_FILE, Checkpoints
 from fedhpc.seeding import generator
@@ -41,31 +41,33 @@ def load_script(name):
 
 def word_tokenizer():
     """Whole words behind a start token."""
-    common = ["<s>", "<pad>", "<unk>", "the", "place", "was", "and", "It", ".", "terrible", "great", "okay"]
+    common = ["<s>", "<pad>", "<unk>", "<mask>", "the", "place", "was", "and", "It", ".", "terrible", "great", "okay"]
     words = [*common, *WORDS["bad"], *WORDS["good"], *WORDS["mixed"]]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    special = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write_backbone(folder, seed=0):
-    """A LLaMA with grouped-query attention and random weights."""
+def write_backbone(folder, seed=0, kind="decoder"):
+    """A LLaMA with grouped-query attention, or a BERT, with random weights."""
     tokenizer = word_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **common))
+    if kind == "encoder":
+        model = BertForMaskedLM(BertConfig(**common))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -84,9 +86,9 @@ def write_source(folder, num_train=240, num_validation=48):
     return folder
 
 
-def write_world(folder):
+def write_world(folder, kind="decoder", **source):
     """Everything a run needs; the run's configuration file."""
-    backbone, source = write_backbone(folder / "backbone"), write_source(folder / "source")
+    backbone, source = write_backbone(folder / "backbone", kind=kind), write_source(folder / "source", **source)
     arguments = ["--task", source / "task.yaml", "--source", source, "--model", backbone, "--out", folder / "prepared"]
     assert load_script("prepare").main([str(argument) for argument in arguments]) == 0
     config = {
@@ -113,6 +115,17 @@ def run_dir(config):
 def metrics(config):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir(config) / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_tensors(config):
+    """Every dataset of a run's newest checkpoint, as bytes."""
+    checkpoints, found = Checkpoints(run_dir(config)), {}
+    with h5py.File(checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE) as file:
+        file.visititems(
+            lambda name, item: found.update({name: item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None
+        )
+    found.pop("history/record")  # it has seconds in it
+    return found
 
 
 def final_prompts(config):

@@ -27,6 +27,9 @@ Params = Mapping[str, Tensor]
 class Tuning(ABC):
     """One kind of trainable parameters on a frozen backbone."""
 
+    packable = True
+    """Whether several devices can pass through the backbone together."""
+
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         self.config = config
         self.shape = shape
@@ -173,4 +176,5 @@ def dropout(tensor: Tensor, probability: float, seed: int) -> Tensor:
 
 def as_parameters(tensors: Mapping[str, np.ndarray], torch_device: torch.device) -> dict[str, Tensor]:
     """Trainable copies on a torch device."""
-    return {name: torch.from_numpy(tensor.copy()).to(torch_device).requires_grad_() for name, tensor in tensors.items()}
+    # Not from_numpy: products round by how their operands lie in memory, and PyTorch's own memory always lies alike.
+    return {name: torch.tensor(tensor, device=torch_device, requires_grad=True) for name, tensor in tensors.items()}

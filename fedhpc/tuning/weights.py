@@ -23,6 +23,7 @@ from fedhpc.tuning.base import Params, Tuning
 class FullTuning(Tuning):
     """`layer.<path>` [L, ...] and, outside the layers, `model.<path>`: changes of the parameters at these paths."""
 
+    packable = False
     only = ""
     """Parameters whose path does not end so stay as they are."""
 

@@ -1,0 +1,66 @@
+"""A curriculum: batches from easy to hard, by the Fisher information that a device's examples carry.
+
+FibecFed: Fisher Information-based Efficient Curriculum Federated Learning with Large Language Models. Liu, Ren, Jin,
+Zhang, Zhou, Valduriez, Dou. EMNLP 2024. https://arxiv.org/abs/2410.00131.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedhpc.data import Split
+from fedhpc.models import Backbone
+from fedhpc.tuning import Tuning
+from fedhpc.tuning.base import as_parameters
+
+Batches = list[NDArray[np.int64]]
+
+
+def easy_first(
+    backbone: Backbone,
+    tuning: Tuning,
+    tensors: dict[str, np.ndarray],
+    split: Split,
+    batches: Batches,
+    beat: Callable[[str], None],
+) -> Batches:
+    """The batches by rising trace of the empirical Fisher information, ties in the given order.
+
+    Args:
+        tensors: all trainable tensors before round 0.
+        beat: called before every batch.
+    """
+    backbone.training_mode(False)
+    traces = []
+    for batch in batches:
+        beat("measuring how hard batches are")
+        traces.append(fisher_trace(backbone, tuning, tensors, split, batch))
+    return [batches[place] for place in np.argsort(traces, kind="stable")]
+
+
+def fisher_trace(
+    backbone: Backbone,
+    tuning: Tuning,
+    tensors: dict[str, np.ndarray],
+    split: Split,
+    examples: NDArray[np.int64],
+) -> float:
+    """Mean over the examples of the squared gradient of the log-likelihood, summed over all trainable parameters.
+
+    Where devices can be packed, every example counts as a device: one pass gives each its own gradient.
+    """
+    groups = [examples] if tuning.packable else np.split(examples, len(examples))
+    squares = [_squared_gradients(backbone, tuning, tensors, split, group) for group in groups]
+    return sum(squares) / len(examples)
+
+
+def _squared_gradients(
+    backbone: Backbone, tuning: Tuning, tensors: dict[str, np.ndarray], split: Split, examples: NDArray[np.int64]
+) -> float:
+    batch = split.batch(examples, [1] * len(examples)).to(backbone.torch_device)
+    params = [as_parameters(tensors, backbone.torch_device) for _ in examples]
+    losses = tuning.losses(tuning.forward(backbone, params, batch), batch.labels)
+    gradients = torch.autograd.grad(losses.sum(), [tensor for own in params for tensor in own.values()])
+    return float(sum(gradient.double().square().sum() for gradient in gradients))

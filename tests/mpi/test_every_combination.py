@@ -1,0 +1,80 @@
+"""Every tuning with every server method on encoder and decoder: stopped and resumed on three ranks, the bits are those
+of one process that went through."""
+
+import pytest
+import torch
+import yaml
+from launch import MPIRUN, mpirun
+from run_each import run
+from safetensors.torch import save_file
+from tiny import final_tensors, metrics, write_world
+
+from fedhpc.config import WITHOUT_LAYERS
+from fedhpc.messages import Op
+from fedhpc.methods import METHODS
+from fedhpc.tuning import TUNINGS
+
+pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
+
+FACTS = ("round", "devices", "steps", "loss", "accuracy", "accuracy_global", "update_norm")
+COMBINATIONS = [
+    (backbone, kind, method)
+    for backbone in ("encoder", "decoder")
+    for kind in TUNINGS
+    for method in METHODS
+    if (backbone, kind) != ("decoder", "bitfit")  # a LLaMA has no biases
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small world for each kind of backbone, and a source prompt for ATTEMPT."""
+    folder = tmp_path_factory.mktemp("combinations")
+    for backbone in ("encoder", "decoder"):
+        (folder / backbone).mkdir()
+        write_world(folder / backbone, backbone, num_train=48, num_validation=12)
+    save_file({"prompt_embeddings": torch.randn(2, 32)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def write_config(folder, where, backbone, kind, method):
+    """A configuration file of three rounds of two devices, half of the layers exchanged where there are some."""
+    values = yaml.safe_load((folder / backbone / "config.yaml").read_text())
+    name = f"{where}-{backbone}-{kind}-{method}"
+    values |= {
+        "run_dir": str(folder / name),
+        "federation": {"num_devices": 4, "sample_rate": 0.5, "rounds": 3, "partition": "iid"},
+        "tuning": {"kind": kind, "num_tokens": 2, "rank": 2, "bottleneck": 3},
+        "selection": {"strategy": "all"} if kind in WITHOUT_LAYERS else {"strategy": "first", "ratio": 0.5},
+        "server": {"variant": method} if method in ("drift_corrected", "released") else {"method": method},
+        "checkpoint": {"every": 3},
+        "evaluate": {"every": 3},
+        "trace": False,
+    }
+    values["device"] |= {"optimizer": "sgd" if method == "mime" else "adamw"}
+    if kind == "attempt":
+        values["tuning"]["sources"] = [str(folder)]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    """All combinations on three ranks, in one start of them."""
+    paths = {combination: write_config(folder, "together", *combination) for combination in COMBINATIONS}
+    done = mpirun(3, "tests/mpi/run_each.py", *paths.values())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return paths
+
+
+def outcome(config):
+    """All tensors of the last checkpoint; what the metrics say."""
+    return final_tensors(config), [[record[key] for key in FACTS] for record in metrics(config)]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_ranks_and_interruptions_leave_no_trace(folder, together, combination):
+    alone = write_config(folder, "alone", *combination)
+    assert run(alone) == Op.STOP
+    assert outcome(together[combination]) == outcome(alone)
