@@ -48,6 +48,8 @@ class Server:
         self.tuning = job.tuning
         self.exchange = exchange
         self.steps = [local_steps(job.config, len(examples)) for examples in job.partition.train]
+        self.shares = [len(examples) for examples in job.partition.validation]
+        """Each device's examples of the evaluation split."""
         self.placement = Placement(self.steps, exchange.num_workers)
         self.num_layers = job.shape.num_layers
         self.num_workers = exchange.num_workers
@@ -346,13 +348,19 @@ class Server:
     def evaluate(self, state: RunState, seconds: dict[str, float]) -> dict[str, Any]:
         """Personalised and global metrics of the current prompts."""
         start = time.perf_counter()
-        record = messages.evaluation_record(len(self.description.class_names))
+        record = messages.evaluation_record(len(self.description.class_names), len(self.shares))
         command = Command(op=Op.EVALUATE, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record, [1] * self.num_workers)
         personal = score(records["personal"].sum(axis=0), self.description.metric)
         overall = score(records["global"].sum(axis=0), self.description.metric)
         seconds["evaluate"] = time.perf_counter() - start
-        return {**personal, **{f"{name}_global": value for name, value in overall.items()}}
+        correct = records["correct"].sum(axis=0).tolist()
+        devices = [round(right / size, 6) if size else None for right, size in zip(correct, self.shares, strict=True)]
+        return {
+            **personal,
+            **{f"{name}_global": value for name, value in overall.items()},
+            "device_accuracy": devices,
+        }
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
         return choose_layers(
