@@ -1,0 +1,223 @@
+"""Tables of groups: columns of means and deviations, the best in bold; as CSV and LaTeX too."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedhpc.pages.groups import Group, Stat, facts, leaf_name, stat
+from fedhpc.pages.units import Quantity, Unit, unit_for
+
+UNKNOWN = "–"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What stands in a row's column."""
+
+    text: str
+    is_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as text; the first column names the row."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
+    is_text: bool = False
+    """Whether the cells hold words rather than numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One number of the groups."""
+
+    heading: str
+    key: str
+    quantity: Quantity
+    best: Literal["highest", "lowest"] | None = None
+
+
+Summary = Mapping[str, Stat | None]
+
+
+def summarise(group: Group, target: float | None) -> Summary:
+    """Every number of a group."""
+    numbers = [facts(run, target) for run in group.counted]
+    return {key: stat(run.get(key, math.nan) for run in numbers) for key in numbers[0]}
+
+
+def group_table(
+    title: str,
+    groups: Sequence[Group],
+    summaries: Sequence[Summary],
+    columns: Sequence[Column],
+    *,
+    with_runs: bool = False,
+    notes: Sequence[str] = (),
+) -> Table:
+    """One row for each group; only groups with finished runs, known for each of them, can be the best."""
+    columns = [column for column in columns if any(summary.get(column.key) for summary in summaries)]
+    drawn = [_column(groups, [summary.get(column.key) for summary in summaries], column) for column in columns]
+    names = [[name_cell(group), *([Cell(text=group.state)] if with_runs else [])] for group in groups]
+    rows = [[*name, *(cells[index] for _, cells in drawn)] for index, name in enumerate(names)]
+    headings = ["configuration", *(["runs"] if with_runs else []), *(heading for heading, _ in drawn)]
+    if any(not group.is_finished for group in groups):
+        notes = [*notes, "† no run is finished: the latest values, not compared with the others"]
+    return Table(title=title, headings=headings, rows=rows, notes=notes)
+
+
+def name_cell(group: Group) -> Cell:
+    """The group's label; a dagger on those without a finished run."""
+    return Cell(text=group.label + ("" if group.is_finished else " †"))
+
+
+def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
+    """Heading with unit, and the cells; the best are all that look like the best."""
+    unit = unit_for(column.quantity, (found.mean for found in stats if found))
+    rivals = [
+        found.mean
+        for group, found in zip(groups, stats, strict=True)
+        if found and group.is_finished and found.runs == len(group.counted)
+    ]
+    choose = {"highest": max, "lowest": min}.get(column.best or "")
+    best = unit.text(choose(rivals)) if choose and len(rivals) > 1 else None
+    cells = [
+        Cell(
+            text=_text(found, unit, len(group.counted)),
+            is_best=found is not None and found.mean in rivals and unit.text(found.mean) == best,
+        )
+        for group, found in zip(groups, stats, strict=True)
+    ]
+    return f"{column.heading} ({unit.name})" if unit.name else column.heading, cells
+
+
+def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summary]]]) -> Table:
+    """The task's own metric, configurations by tasks, and its mean over all tasks where it is known for each."""
+    columns: list[dict[str, Cell]] = []
+    means: dict[str, list[float]] = {}
+    labels: dict[str, Cell] = {}
+    for _, column, groups, summaries in tasks:
+        stats = [summary.get(column.key) for summary in summaries]
+        columns.append({})
+        for group, found, cell in zip(groups, stats, _column(groups, stats, column)[1], strict=True):
+            text = cell.text if group.is_finished else f"{cell.text} †"
+            columns[-1][group.label] = Cell(text=text, is_best=cell.is_best)
+            labels[group.label] = Cell(text=group.label)
+            means.setdefault(group.label, []).extend([found.mean] if found and group.is_finished else [])
+    whole = {label: f"{sum(known) / len(known):.3f}" for label, known in means.items() if len(known) == len(tasks)}
+    best = max(whole.values(), key=float) if len(whole) > 1 else None
+    none = Cell(text=UNKNOWN)
+    rows = [
+        [
+            cell,
+            *(column.get(label, none) for column in columns),
+            Cell(text=whole[label], is_best=whole[label] == best) if label in whole else none,
+        ]
+        for label, cell in labels.items()
+    ]
+    headings = [task if column.key == "accuracy" else f"{task} ({column.heading})" for task, column, *_ in tasks]
+    dagger = any("†" in cell.text for row in rows for cell in row)
+    return Table(
+        title="final accuracy, personalised",
+        headings=["configuration", *headings, "mean"],
+        rows=rows,
+        notes=["† no run is finished: the latest value, not compared with the others"] if dagger else [],
+    )
+
+
+def _text(found: Stat | None, unit: Unit, runs: int) -> str:
+    if found is None:
+        return UNKNOWN
+    deviation = "" if math.isnan(found.deviation) else f" ± {unit.text(found.deviation)}"
+    return unit.text(found.mean) + deviation + (f" ({found.runs} of {runs})" if found.runs < runs else "")
+
+
+SCORE_KINDS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "f1": "F1"}
+
+
+def metric_columns(metrics: Sequence[str]) -> list[Column]:
+    """The task's metrics, its own one first; personalised, then of the whole evaluation split."""
+    columns = []
+    for name in reversed(metrics):
+        words = SCORE_KINDS.get(name, name)
+        columns.append(Column(heading=words, key=name, quantity="score", best="highest"))
+        columns.append(Column(heading=f"{words}, global", key=f"{name}_global", quantity="score", best="highest"))
+    return columns
+
+
+COST = (
+    Column(heading="loss", key="loss", quantity="score"),
+    Column(heading="bytes", key="bytes", quantity="bytes"),
+    Column(heading="time", key="seconds", quantity="seconds"),
+)
+TO_TARGET = (
+    Column(heading="rounds", key="rounds_to_target", quantity="rounds", best="lowest"),
+    Column(heading="bytes", key="bytes_to_target", quantity="bytes", best="lowest"),
+    Column(heading="time", key="seconds_to_target", quantity="seconds", best="lowest"),
+)
+SPREAD = (
+    Column(heading="mean of devices", key="device_mean", quantity="score", best="highest"),
+    Column(heading="deviation", key="device_deviation", quantity="score", best="lowest"),
+    Column(heading="worst tenth", key="device_worst", quantity="score", best="highest"),
+    Column(heading="best tenth", key="device_best", quantity="score", best="highest"),
+)
+
+
+def csv_text(tasks: Mapping[str, tuple[Sequence[Group], Sequence[Summary], float | None]]) -> str:
+    """One line for each group: its settings, then every number as mean, deviation and number of runs."""
+    groups = [(task, target, pair) for task, (gs, ss, target) in tasks.items() for pair in zip(gs, ss, strict=True)]
+    settings = list(dict.fromkeys(key for _, _, (group, _) in groups for key in group.settings))
+    keys = list(dict.fromkeys(key for _, _, (_, summary) in groups for key in summary))
+    head = ["task", "configuration", *(leaf_name(key, settings) for key in settings), "runs", "finished", "target"]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*head, *(f"{key}{part}" for key in keys for part in ("_mean", "_sd", "_n"))])
+    for task, target, (group, summary) in groups:
+        finished = sum(run.is_finished for run in group.runs)
+        numbers = [value for key in keys for value in (summary.get(key) or ("", math.nan, 0))]
+        values = [task, group.label, *group.settings.values(), len(group.runs), finished, target, *numbers]
+        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
+    return stream.getvalue()
+
+
+def latex_text(tables: Iterable[tuple[str, Table]]) -> str:
+    """Tables for a paper, each with what goes before its title; they need the package booktabs."""
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(_latex(*named) for named in tables)
+
+
+def _latex(name: str, table: Table) -> str:
+    rows = [" & ".join(map(_escaped, table.headings)), *(" & ".join(map(_latex_cell, row)) for row in table.rows)]
+    head, *body = (row + r" \\" for row in rows)
+    caption = "; ".join([f"{name}: {table.title}", *table.notes])
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_escaped(caption)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(table.headings) - 1)}}}",
+        *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cell(cell: Cell) -> str:
+    return rf"\textbf{{{_escaped(cell.text)}}}" if cell.is_best else _escaped(cell.text)
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
