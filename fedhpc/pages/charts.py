@@ -122,18 +122,18 @@ def box_bar(title: str, values: Floats, index: int) -> Markup:
 
 
 def layer_bar(title: str, layers: Layers) -> Markup:
-    """A cell for each layer, darker for a higher score, underlined where it is exchanged."""
+    """A cell for each layer, stronger for a higher score, underlined where it is exchanged."""
     chart = _svg(title, layers.count, 10, class_="bar c0")
     scores = np.ones(layers.count) if layers.scores is None else layers.scores
     low, span = scores.min(initial=math.inf), np.ptp(scores) if scores.size else 0.0
     for layer, score in enumerate(scores):
         shade = 0.15 + 0.85 * (score - low) / span if span else 0.15
         is_exchanged = layer in layers.exchanged
-        cell = _add(chart, "rect", class_="f", x=f"{layer + 0.04}", width="0.92", height="7", opacity=f"{shade:.2f}")
+        cell = _add(chart, "rect", class_="f", x=f"{layer + 0.02}", width="0.96", height="7", opacity=f"{shade:.2f}")
         words = f"layer {layer}" + ("" if layers.scores is None else f": score {score:.4g}")
         _add(cell, "title").text = words + (", exchanged" if is_exchanged else "")
         if is_exchanged:
-            _add(chart, "rect", class_="mark", x=f"{layer + 0.04}", y="8", width="0.92", height="2")
+            _add(chart, "rect", class_="mark", x=f"{layer + 0.02}", y="8", width="0.96", height="2")
     return _markup(chart)
 
 

@@ -80,7 +80,7 @@ def _charts(task: str, groups: Sequence[Group]) -> Iterator[tuple[str, Markup]]:
         (f"{words} by round", metric, "rounds"),
         (f"{words} by bytes moved", metric, "bytes"),
         (f"{words} by time", metric, "seconds"),
-        (f"{words} of the global model by round", metric + GLOBAL, "rounds"),
+        (f"global {words} by round", metric + GLOBAL, "rounds"),
         ("training loss by round", "loss", "rounds"),
     ]
     if not _is_personal(groups, metric):
@@ -141,7 +141,11 @@ def _tables(groups: Sequence[Group], summaries: Sequence[Summary], target: float
         words = tables.SCORE_KINDS.get(metrics[-1], metrics[-1])
         title = f"cost to reach {words} {target:.3f}"
         yield tables.group_table(
-            title, groups, summaries, tables.TO_TARGET, notes=["at the first evaluation that reached it"]
+            title,
+            groups,
+            summaries,
+            tables.TO_TARGET,
+            notes=["at the first evaluation that reached it; means over the runs that did"],
         )
     if any(summary.get("device_mean") for summary in summaries):
         notes = ["every device alike, whatever it holds; deviation over all devices; means of the worst and best tenth"]
@@ -172,7 +176,9 @@ def _bars(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[Bar
         names = [PHASE_NAMES.get(phase, phase) for phase in PHASES]
         yield Bars(title="Time of a round by phase", rows=phases, colours=names)
     if layers := list(_layer_rows(groups)):
-        note = "Darker: higher score; underlined: exchanged with the server. Of the first seed's newest checkpoint."
+        note = (
+            "Stronger: higher score; underlined: exchanged with the server. From the lowest seed's newest checkpoint."
+        )
         yield Bars(title="Layers and their scores", rows=layers, ends=("first layer", "last layer"), note=note)
 
 

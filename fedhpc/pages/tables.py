@@ -89,19 +89,19 @@ def name_cell(group: Group) -> Cell:
 def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
     """Heading with unit, and the cells; the best are all that look like the best."""
     unit = unit_for(column.quantity, (found.mean for found in stats if found))
-    rivals = [
-        found.mean
+    are_rivals = [
+        found is not None and group.is_finished and found.runs == len(group.counted)
         for group, found in zip(groups, stats, strict=True)
-        if found and group.is_finished and found.runs == len(group.counted)
     ]
+    rivals = [found.mean for found, is_rival in zip(stats, are_rivals, strict=True) if found and is_rival]
     choose = {"highest": max, "lowest": min}.get(column.best or "")
     best = unit.text(choose(rivals)) if choose and len(rivals) > 1 else None
     cells = [
         Cell(
             text=_text(found, unit, len(group.counted)),
-            is_best=found is not None and found.mean in rivals and unit.text(found.mean) == best,
+            is_best=found is not None and is_rival and unit.text(found.mean) == best,
         )
-        for group, found in zip(groups, stats, strict=True)
+        for group, found, is_rival in zip(groups, stats, are_rivals, strict=True)
     ]
     return f"{column.heading} ({unit.name})" if unit.name else column.heading, cells
 
@@ -174,7 +174,7 @@ SPREAD = (
     Column(heading="mean of devices", key="device_mean", quantity="score", best="highest"),
     Column(heading="deviation", key="device_deviation", quantity="score", best="lowest"),
     Column(heading="worst tenth", key="device_worst", quantity="score", best="highest"),
-    Column(heading="best tenth", key="device_best", quantity="score", best="highest"),
+    Column(heading="best tenth", key="device_best", quantity="score"),
 )
 
 
