@@ -58,6 +58,7 @@ class Page(HTMLParser):
 def record(round_index, accuracy=None, **values):
     return {
         "round": round_index,
+        "steps": 30,
         "loss": 2 / (round_index + 1),
         "accuracy": accuracy,
         "accuracy_global": accuracy,
@@ -122,9 +123,18 @@ def two_methods(make_run):
 
 def test_runs_that_differ_in_seed_alone_are_one_row_with_mean_and_deviation(report, two_methods):
     head, *rows = report(*two_methods).tables["final results"]
-    assert head == ["configuration", "runs", "accuracy", "accuracy, global", "loss", "bytes (MB)", "time (s)"]
-    # Four rounds of 1 MB and 2 s; the loss of the fourth is 2/4.
-    cost = ["0.500 ± 0.000", "4.00 ± 0.00", "8.00 ± 0.00"]
+    assert head == [
+        "configuration",
+        "runs",
+        "accuracy",
+        "accuracy, global",
+        "loss",
+        "local steps",
+        "bytes (MB)",
+        "time (s)",
+    ]
+    # Four rounds of 30 steps, 1 MB and 2 s; the loss of the fourth is 2/4.
+    cost = ["0.500 ± 0.000", "120 ± 0", "4.00 ± 0.00", "8.00 ± 0.00"]
     assert rows == [
         ["method=fedavg", "3", "0.800 ± 0.100", "0.800 ± 0.100", *cost],
         ["method=fedpeptao", "2", "**0.860 ± 0.014**", "**0.860 ± 0.014**", *cost],
@@ -135,11 +145,19 @@ def test_cost_to_reach_a_target(report, two_methods):
     # 0.8 is reached by two of the three after four rounds, and by fedpeptao at the first evaluation, after two.
     page = report(*two_methods, target=0.8)
     _, averaged, better = page.tables["cost to reach accuracy 0.800"]
-    assert averaged == [
-        "method=fedavg",
-        *(f"{x} ± {y} (2 of 3)" for x, y in (("4.0", "0.0"), ("4.00", "0.00"), ("8.00", "0.00"))),
-    ]
-    assert better == ["method=fedpeptao", "2.0 ± 0.0", "2.00 ± 0.00", "4.00 ± 0.00"]
+    reached = ["4.0 ± 0.0", "120 ± 0", "4.00 ± 0.00", "8.00 ± 0.00"]
+    assert averaged == ["method=fedavg", *(f"{cost} (2 of 3)" for cost in reached)]
+    assert better == ["method=fedpeptao", "2.0 ± 0.0", "60 ± 0", "2.00 ± 0.00", "4.00 ± 0.00"]
+
+
+def test_methods_are_compared_after_equally_many_bytes_too(report, make_run):
+    # The second run's two rounds up to an evaluation move 1 MB and 3 MB: 4 MB before the first, 8 MB at the end.
+    dear = {"bytes_up": 2_300_000}
+    head, *rows = report(
+        make_run("a", [0.5, 0.6]), make_run("b", [0.55, 0.9], extra=dear, server__method="mime")
+    ).tables["final results"]
+    columns = head.index("accuracy"), head.index("accuracy within 4.00 MB")
+    assert [[row[column] for column in columns] for row in rows] == [["0.600", "**0.600**"], ["**0.900**", "0.550"]]
 
 
 def test_the_target_is_95_percent_of_the_best_unless_given(report, two_methods):

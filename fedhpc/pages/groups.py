@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedhpc.pages.runs import GLOBAL, PHASES, Run
+from fedhpc.pages.runs import GLOBAL, PHASES, Floats, Run
 
 FREE = ("run_dir", "seed")
 """Keys in which the runs of a group may differ."""
@@ -21,6 +21,15 @@ class Stat(NamedTuple):
     mean: float
     deviation: float
     runs: int
+
+
+class Goal(NamedTuple):
+    """What the runs of a task are held to."""
+
+    target: float | None
+    """Of the task's own metric."""
+    budget: float | None
+    """Bytes: as many as the most thrifty run moved; None where all moved as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,31 +128,39 @@ def stat(values: Iterable[float]) -> Stat | None:
     return Stat(float(known.mean()), deviation, len(known))
 
 
-def default_target(groups: Iterable[Group]) -> float | None:
-    """95 % of the best final value of the task's own metric, over all runs that are finished, or all."""
-    runs = [run for group in groups for run in group.runs]
-    finals = [final(run, run.metrics[-1]) for run in [run for run in runs if run.is_finished] or runs]
-    best = max(filter(math.isfinite, finals), default=None)
-    return None if best is None else best - (1 - DEFAULT_TARGET) * abs(best)
+def goal_of(groups: Sequence[Group], target: float | None) -> Goal:
+    """What a task's runs are held to; 95 % of the best final value of the task's own metric unless a target is given.
+
+    Finished runs alone decide, or all while none is finished.
+    """
+    every = [run for group in groups for run in group.runs]
+    runs = [run for run in every if run.is_finished] or every
+    best = max(filter(math.isfinite, (final(run, run.metrics[-1]) for run in runs)), default=None)
+    if target is None and best is not None:
+        target = best - (1 - DEFAULT_TARGET) * abs(best)
+    moved = {float(run.bytes[-1]) for run in runs if run.bytes.any()}
+    return Goal(target, min(moved) if len(moved) > 1 else None)
 
 
-def final(run: Run, key: str) -> float:
-    """The latest value of a metric; NaN if there is none."""
+def final(run: Run, key: str, within: float = math.inf) -> float:
+    """The latest value of a metric, before so many bytes were exceeded; NaN if there is none."""
     values = run.column(key)
-    known = values[np.isfinite(values)]
+    known = values[np.isfinite(values) & (run.bytes <= within)]
     return float(known[-1]) if known.size else math.nan
 
 
-def facts(run: Run, target: float | None) -> dict[str, float]:
+def facts(run: Run, goal: Goal) -> dict[str, float]:
     """All single numbers of a run that the tables show; NaN where one is not known."""
+    own = run.metrics[-1]
     numbers = {key: final(run, key) for name in run.metrics for key in (name, name + GLOBAL)}
+    numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, own, within=goal.budget)
     numbers["loss"] = final(run, "loss")
-    numbers["bytes"] = float(run.bytes[-1]) if run.bytes.any() else math.nan
-    numbers["seconds"] = float(run.seconds[-1]) if run.seconds.any() else math.nan
-    reached = np.flatnonzero(run.column(run.metrics[-1]) >= (math.inf if target is None else target))
-    for name, values in (("rounds", run.rounds), ("bytes", run.bytes), ("seconds", run.seconds)):
-        known = reached.size and values.any()
-        numbers[f"{name}_to_target"] = float(values[reached[0]]) if known else math.nan
+    reached = np.flatnonzero(run.column(own) >= (math.inf if goal.target is None else goal.target))
+    for name in ("rounds", "steps", "bytes", "seconds"):
+        values: Floats = getattr(run, name)
+        is_known = bool(values.any())  # a single process moves no bytes
+        numbers[name] = float(values[-1]) if is_known else math.nan
+        numbers[f"{name}_to_target"] = float(values[reached[0]]) if is_known and reached.size else math.nan
     numbers |= _spread(run)
     for phase in PHASES:
         numbers[f"seconds_{phase}"] = float(np.nanmean(run.phase(phase))) if run.records else math.nan

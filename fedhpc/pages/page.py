@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 import fedhpc
 from fedhpc.errors import ReportError
-from fedhpc.pages import charts, tables
+from fedhpc.pages import charts, exports, tables
 from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
 from fedhpc.pages.parts import TaskPart, task_metrics, task_part
 from fedhpc.pages.runs import Run, read_run
@@ -41,8 +41,8 @@ def write_report(run_dirs: Sequence[Path], out: Path, target: float | None = Non
     ]
     texts = {
         ".html": _html(runs=runs, parts=parts, whole=whole, ending=ending, is_given=target is not None),
-        ".csv": tables.csv_text({part.name: (part.groups, part.summaries, part.target) for part in parts}),
-        ".tex": tables.latex_text(named),
+        ".csv": exports.csv_text({part.name: (part.groups, part.summaries, part.goal) for part in parts}),
+        ".tex": exports.latex_text(named),
     }
     for suffix, text in texts.items():
         try:
@@ -70,9 +70,8 @@ def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> s
 
 
 def _overview(parts: Sequence[TaskPart]) -> Table:
-    own = [
-        (part.name, tables.metric_columns(task_metrics(part.groups))[0], part.groups, part.summaries) for part in parts
-    ]
+    columns = [tables.metric_columns(task_metrics(part.groups), None)[0] for part in parts]
+    own = [(part.name, column, part.groups, part.summaries) for part, column in zip(parts, columns, strict=True)]
     return tables.overview(own)
 
 

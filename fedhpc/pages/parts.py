@@ -9,7 +9,7 @@ from markupsafe import Markup
 from fedhpc.errors import UserError
 from fedhpc.pages import charts, tables
 from fedhpc.pages.charts import Axis, Series
-from fedhpc.pages.groups import Group, default_target
+from fedhpc.pages.groups import Goal, Group, goal_of
 from fedhpc.pages.mix import class_mix, partition_setting
 from fedhpc.pages.runs import GLOBAL, PHASES, Floats, Run
 from fedhpc.pages.tables import Column, Summary, Table
@@ -48,7 +48,7 @@ class TaskPart:
     name: str
     groups: Sequence[Group]
     summaries: Sequence[Summary]
-    target: float | None
+    goal: Goal
     charts: Sequence[tuple[str, Markup]]
     tables: Sequence[Table]
     bars: Sequence[Bars]
@@ -57,16 +57,16 @@ class TaskPart:
 
 def task_part(name: str, groups: Sequence[Group], given: float | None) -> TaskPart:
     """Everything about a task's groups, with the target given, or one of its own."""
-    target = default_target(groups) if given is None else given
-    summaries = [tables.summarise(group, target) for group in groups]
+    goal = goal_of(groups, given)
+    summaries = [tables.summarise(group, goal) for group in groups]
     notes: list[str] = []
     return TaskPart(
         name=name,
         groups=groups,
         summaries=summaries,
-        target=target,
+        goal=goal,
         charts=list(_charts(name, groups)),
-        tables=list(_tables(groups, summaries, target)),
+        tables=list(_tables(groups, summaries, goal)),
         bars=[*_bars(groups, summaries), *_mixes(groups, notes)],
         notes=notes,
     )
@@ -132,14 +132,14 @@ def _axis(along: Quantity, largest: float) -> Axis:
     return Axis(title=AXES[along].format(unit.name), unit=unit.size)
 
 
-def _tables(groups: Sequence[Group], summaries: Sequence[Summary], target: float | None) -> Iterator[Table]:
+def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -> Iterator[Table]:
     metrics = task_metrics(groups)
-    columns = [*tables.metric_columns(metrics), *tables.COST]
+    columns = [*tables.metric_columns(metrics, goal.budget), *tables.COST]
     notes = ["mean ± standard deviation over seeds; best in bold"]
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
-    if target is not None:
+    if goal.target is not None:
         words = tables.SCORE_KINDS.get(metrics[-1], metrics[-1])
-        title = f"cost to reach {words} {target:.3f}"
+        title = f"cost to reach {words} {goal.target:.3f}"
         yield tables.group_table(
             title,
             groups,

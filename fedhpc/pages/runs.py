@@ -97,6 +97,11 @@ class Run:
         return np.cumsum(np.nan_to_num(self.column("bytes_down") + self.column("bytes_up")))
 
     @cached_property
+    def steps(self) -> Floats:
+        """Local steps of all devices up to the end of every record."""
+        return np.cumsum(np.nan_to_num(self.column("steps")))
+
+    @cached_property
     def seconds(self) -> Floats:
         """Seconds spent in rounds up to the end of every record."""
         return np.cumsum(np.nan_to_num(self.phase("round")))

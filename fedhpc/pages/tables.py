@@ -1,25 +1,14 @@
-"""Tables of groups: columns of means and deviations, the best in bold; as CSV and LaTeX too."""
+"""Tables of groups: columns of means and deviations, the best in bold."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedhpc.pages.groups import Group, Stat, facts, leaf_name, stat
+from fedhpc.pages.groups import Goal, Group, Stat, facts, stat
 from fedhpc.pages.units import Quantity, Unit, unit_for
 
 UNKNOWN = "–"
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-    "±": r"$\pm$",
-    "†": r"$^\dagger$",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +44,11 @@ class Column:
 Summary = Mapping[str, Stat | None]
 
 
-def summarise(group: Group, target: float | None) -> Summary:
+def summarise(group: Group, goal: Goal) -> Summary:
     """Every number of a group."""
-    numbers = [facts(run, target) for run in group.counted]
-    return {key: stat(run.get(key, math.nan) for run in numbers) for key in numbers[0]}
+    numbers = [facts(run, goal) for run in group.counted]
+    keys = dict.fromkeys(key for run in numbers for key in run)
+    return {key: stat(run.get(key, math.nan) for run in numbers) for key in keys}
 
 
 def group_table(
@@ -150,23 +140,28 @@ def _text(found: Stat | None, unit: Unit, runs: int) -> str:
 SCORE_KINDS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "f1": "F1"}
 
 
-def metric_columns(metrics: Sequence[str]) -> list[Column]:
+def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]:
     """The task's metrics, its own one first; personalised, then of the whole evaluation split."""
-    columns = []
+    columns: list[Column] = []
     for name in reversed(metrics):
         words = SCORE_KINDS.get(name, name)
         columns.append(Column(heading=words, key=name, quantity="score", best="highest"))
+        if name == metrics[-1] and budget is not None:
+            within = f"{words} within {unit_for('bytes', [budget]).full_text(budget)}"
+            columns.append(Column(heading=within, key="at_equal_bytes", quantity="score", best="highest"))
         columns.append(Column(heading=f"{words}, global", key=f"{name}_global", quantity="score", best="highest"))
     return columns
 
 
 COST = (
     Column(heading="loss", key="loss", quantity="score"),
+    Column(heading="local steps", key="steps", quantity="steps"),
     Column(heading="bytes", key="bytes", quantity="bytes"),
     Column(heading="time", key="seconds", quantity="seconds"),
 )
 TO_TARGET = (
     Column(heading="rounds", key="rounds_to_target", quantity="rounds", best="lowest"),
+    Column(heading="local steps", key="steps_to_target", quantity="steps", best="lowest"),
     Column(heading="bytes", key="bytes_to_target", quantity="bytes", best="lowest"),
     Column(heading="time", key="seconds_to_target", quantity="seconds", best="lowest"),
 )
@@ -176,48 +171,3 @@ SPREAD = (
     Column(heading="worst tenth", key="device_worst", quantity="score", best="highest"),
     Column(heading="best tenth", key="device_best", quantity="score"),
 )
-
-
-def csv_text(tasks: Mapping[str, tuple[Sequence[Group], Sequence[Summary], float | None]]) -> str:
-    """One line for each group: its settings, then every number as mean, deviation and number of runs."""
-    groups = [(task, target, pair) for task, (gs, ss, target) in tasks.items() for pair in zip(gs, ss, strict=True)]
-    settings = list(dict.fromkeys(key for _, _, (group, _) in groups for key in group.settings))
-    keys = list(dict.fromkeys(key for _, _, (_, summary) in groups for key in summary))
-    head = ["task", "configuration", *(leaf_name(key, settings) for key in settings), "runs", "finished", "target"]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*head, *(f"{key}{part}" for key in keys for part in ("_mean", "_sd", "_n"))])
-    for task, target, (group, summary) in groups:
-        finished = sum(run.is_finished for run in group.runs)
-        numbers = [value for key in keys for value in (summary.get(key) or ("", math.nan, 0))]
-        values = [task, group.label, *group.settings.values(), len(group.runs), finished, target, *numbers]
-        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
-    return stream.getvalue()
-
-
-def latex_text(tables: Iterable[tuple[str, Table]]) -> str:
-    """Tables for a paper, each with what goes before its title; they need the package booktabs."""
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(_latex(*named) for named in tables)
-
-
-def _latex(name: str, table: Table) -> str:
-    rows = [" & ".join(map(_escaped, table.headings)), *(" & ".join(map(_latex_cell, row)) for row in table.rows)]
-    head, *body = (row + r" \\" for row in rows)
-    caption = "; ".join([f"{name}: {table.title}", *table.notes])
-    lines = [
-        r"\begin{table}",
-        rf"\caption{{{_escaped(caption)}}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(table.headings) - 1)}}}",
-        *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _latex_cell(cell: Cell) -> str:
-    return rf"\textbf{{{_escaped(cell.text)}}}" if cell.is_best else _escaped(cell.text)
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
