@@ -53,41 +53,61 @@ class Axis:
 
 def line_chart(title: str, series: Sequence[Series], x: Axis) -> Markup:
     """Lines over a common grid, with a tooltip at each marker."""
-    x_ticks = ticks(0.0, max(float(line.x.max()) for line in series) / x.unit)
-    y_ticks = ticks(min(float(line.low.min()) for line in series), max(float(line.high.max()) for line in series))
-
-    def across(value: float) -> float:
-        return LEFT + (value / x.unit - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (RIGHT - LEFT)
-
-    def up(value: float) -> float:
-        return BOTTOM - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (BOTTOM - TOP)
-
     chart = _svg(title, WIDTH, HEIGHT, class_="chart")
-    for tick in y_ticks:
-        _add(chart, "path", class_="grid", d=_path([(LEFT, up(tick)), (RIGHT, up(tick))]))
-        _add(chart, "text", class_="end", x=_number(LEFT - 6), y=_number(up(tick) + 4)).text = _tick(tick, y_ticks)
-    for tick in x_ticks:
-        at = across(tick * x.unit)
-        _add(chart, "text", class_="middle", x=_number(at), y=_number(BOTTOM + 18)).text = _tick(tick, x_ticks)
-    _add(chart, "path", class_="axis", d=_path([(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
-    _add(chart, "text", class_="middle", x=_number((LEFT + RIGHT) / 2), y=_number(HEIGHT - 6)).text = x.title
+    plot = _Plot(
+        x=x,
+        x_ticks=ticks(0.0, max(float(line.x.max()) for line in series) / x.unit),
+        y_ticks=ticks(min(float(line.low.min()) for line in series), max(float(line.high.max()) for line in series)),
+    )
+    plot.draw_axes(chart)
     for line in series:
-        points = [(across(a), up(b)) for a, b in zip(line.x, line.y, strict=True)]
-        group = _add(chart, "g", class_=f"c{line.index % COLOURS} s{line.index}")
+        plot.draw(line, _add(chart, "g", class_=f"c{line.index % COLOURS} s{line.index}"))
+    return _markup(chart)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plot:
+    """Where numbers are in a line chart."""
+
+    x: Axis
+    x_ticks: list[float]
+    y_ticks: list[float]
+
+    def across(self, value: float) -> float:
+        first, *_, last = self.x_ticks
+        return LEFT + (value / self.x.unit - first) / (last - first) * (RIGHT - LEFT)
+
+    def up(self, value: float) -> float:
+        first, *_, last = self.y_ticks
+        return BOTTOM - (value - first) / (last - first) * (BOTTOM - TOP)
+
+    def points(self, x: Floats, y: Floats) -> list[tuple[float, float]]:
+        return [(self.across(a), self.up(b)) for a, b in zip(x, y, strict=True)]
+
+    def draw_axes(self, chart: Element) -> None:
+        for tick in self.y_ticks:
+            at = self.up(tick)
+            _add(chart, "path", class_="grid", d=_path([(LEFT, at), (RIGHT, at)]))
+            _text(chart, _tick(tick, self.y_ticks), LEFT - 6, at + 4, class_="end")
+        for tick in self.x_ticks:
+            _text(chart, _tick(tick, self.x_ticks), self.across(tick * self.x.unit), BOTTOM + 18, class_="middle")
+        _add(chart, "path", class_="axis", d=_path([(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
+        _text(chart, self.x.title, (LEFT + RIGHT) / 2, HEIGHT - 6, class_="middle")
+
+    def draw(self, line: Series, group: Element) -> None:
         if not np.array_equal(line.low, line.high):
-            above = [(point[0], up(value)) for point, value in zip(points, line.high, strict=True)]
-            below = [(point[0], up(value)) for point, value in zip(points, line.low, strict=True)]
-            _add(group, "path", class_="band", d=_path([*above, *reversed(below)]) + "z")
+            outline = [*self.points(line.x, line.high), *reversed(self.points(line.x, line.low))]
+            _add(group, "path", class_="band", d=_path(outline) + "z")
+        points = self.points(line.x, line.y)
         drawn = _add(group, "path", class_="line", d=_path(points), stroke_dasharray=_dash(line.index))
         _add(drawn, "title").text = line.name
         every = -(-len(points) // MOST_MARKERS)
         for place in range(len(points) - 1, -1, -every):
-            mark = _marker(group, line.index, *points[place])
-            words = f"{line.name}: {_plain(line.y[place])}"
-            if line.low[place] != line.high[place]:
-                words += f" ({_plain(line.low[place])} to {_plain(line.high[place])})"
-            _add(mark, "title").text = f"{words}; {x.title}: {_plain(line.x[place] / x.unit)}"
-    return _markup(chart)
+            _add(_marker(group, line.index, *points[place]), "title").text = self.words(line, place)
+
+    def words(self, line: Series, place: int) -> str:
+        x, y, low, high = (_plain(values[place]) for values in (line.x / self.x.unit, line.y, line.low, line.high))
+        return f"{line.name}: {y}{f' ({low} to {high})' if low != high else ''}; {self.x.title}: {x}"
 
 
 def key(index: int) -> Markup:
@@ -185,6 +205,10 @@ def _add(parent: Element, tag: str, **attributes: str) -> Element:
     child = Element(tag, named)
     parent.append(child)
     return child
+
+
+def _text(parent: Element, text: str, x: float, y: float, class_: str) -> None:
+    _add(parent, "text", class_=class_, x=_number(x), y=_number(y)).text = text
 
 
 def _marker(parent: Element, index: int, x: float, y: float) -> Element:

@@ -13,6 +13,7 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "–": "--",
+    "\u00a0": "~",
     "±": r"$\pm$",
     "†": r"$^\dagger$",
     **{character: f"\\{character}" for character in "&%$#_{}"},

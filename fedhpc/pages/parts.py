@@ -134,9 +134,10 @@ def _axis(along: Quantity, largest: float) -> Axis:
 
 def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -> Iterator[Table]:
     metrics = task_metrics(groups)
-    columns = [*tables.metric_columns(metrics, goal.budget), *tables.COST]
+    columns = [*tables.metric_columns(metrics, goal.budget), tables.LOSS]
     notes = ["mean ± standard deviation over seeds; best in bold"]
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
+    yield tables.group_table("cost of the whole run", groups, summaries, tables.COST)
     if goal.target is not None:
         words = tables.SCORE_KINDS.get(metrics[-1], metrics[-1])
         title = f"cost to reach {words} {goal.target:.3f}"

@@ -9,6 +9,8 @@ from fedhpc.pages.groups import Goal, Group, Stat, facts, stat
 from fedhpc.pages.units import Quantity, Unit, unit_for
 
 UNKNOWN = "–"
+UNFINISHED = "\u00a0†"
+"""Marks what comes of no finished run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def group_table(
 
 def name_cell(group: Group) -> Cell:
     """The group's label; a dagger on those without a finished run."""
-    return Cell(text=group.label + ("" if group.is_finished else " †"))
+    return Cell(text=group.label + ("" if group.is_finished else UNFINISHED))
 
 
 def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
@@ -105,7 +107,7 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
         stats = [summary.get(column.key) for summary in summaries]
         columns.append({})
         for group, found, cell in zip(groups, stats, _column(groups, stats, column)[1], strict=True):
-            text = cell.text if group.is_finished else f"{cell.text} †"
+            text = cell.text if group.is_finished else cell.text + UNFINISHED
             columns[-1][group.label] = Cell(text=text, is_best=cell.is_best)
             labels[group.label] = Cell(text=group.label)
             means.setdefault(group.label, []).extend([found.mean] if found and group.is_finished else [])
@@ -153,8 +155,9 @@ def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]
     return columns
 
 
+LOSS = Column(heading="training loss", key="loss", quantity="score")
 COST = (
-    Column(heading="loss", key="loss", quantity="score"),
+    Column(heading="rounds", key="rounds", quantity="rounds"),
     Column(heading="local steps", key="steps", quantity="steps"),
     Column(heading="bytes", key="bytes", quantity="bytes"),
     Column(heading="time", key="seconds", quantity="seconds"),
