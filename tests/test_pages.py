@@ -284,9 +284,9 @@ def test_several_tasks_have_an_overview_with_means(report, make_run):
     ]
 
 
-def test_labels_name_choices_and_leave_out_numbers_that_follow_from_them(report, make_run):
+def test_labels_name_choices_and_leave_out_what_follows_from_them(report, make_run):
     runs = [
-        make_run("a", [0.5, 0.6], server__method="fedavg", device__learning_rate=0.1),
+        make_run("a", [0.5, 0.6], server__method="fedavg", device__learning_rate=0.1, selection__strategy="all"),
         make_run("b", [0.5, 0.6], server__method="fedpeptao", device__learning_rate=0.2),
         make_run("c", [0.5, 0.6], server__method="fedpeptao", server__variant="released", device__learning_rate=0.3),
     ]

@@ -11,6 +11,8 @@ from fedhpc.pages.runs import GLOBAL, PHASES, Floats, Run
 
 FREE = ("run_dir", "seed")
 """Keys in which the runs of a group may differ."""
+AXES = ("tuning.kind", "server.method")
+"""Keys that name a configuration before all others."""
 DEFAULT_TARGET = 0.95
 """Of the best final value."""
 
@@ -90,7 +92,7 @@ def _differing(tasks: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
 def _labels(tasks: Mapping[str, Sequence[Sequence[Run]]], differing: list[str]) -> Callable[[Mapping[str, Any]], str]:
     """Names for configurations: by as few keys as tell the groups of every task apart.
 
-    Numbers and what only some groups have often follow from a choice, `method` for example; they go first.
+    What follows from another choice goes: numbers first, then what only some groups have, then the later keys.
     """
     tables = [[members[0].config for members in parts] for parts in tasks.values()]
 
@@ -100,12 +102,13 @@ def _labels(tasks: Mapping[str, Sequence[Sequence[Run]]], differing: list[str]) 
     values = {key: [config.get(key) for configs in tables for config in configs] for key in differing}
     numbers = [key for key in differing if not any(isinstance(value, str) for value in values[key])]
     partial = [key for key in differing if key not in numbers and None in values[key]]
+    others = [key for key in differing if key not in (*numbers, *partial, *AXES)]
     keys = list(differing)
-    for key in [*reversed(numbers), *reversed(partial)]:
-        without = [other for other in keys if other != key]
+    for key in [*reversed(numbers), *reversed(partial), *reversed(others)]:
+        without = [kept for kept in keys if kept != key]
         if without and are_distinct(without):
             keys = without
-    return lambda config: _label(config, keys) or _label(config, ("tuning.kind", "server.method")) or "all runs"
+    return lambda config: _label(config, keys) or _label(config, AXES) or "all runs"
 
 
 def _label(config: Mapping[str, Any], keys: Sequence[str]) -> str:
