@@ -46,6 +46,7 @@ demo: $(VENV)/base-$(MPI)
 	    'The run is in $(DEMO)/run: metrics.jsonl, log.txt, checkpoints/. Next, for example:' \
 	    '  . $(BIN)/activate' \
 	    '  fedhpc inspect $(DEMO)/run' \
+	    '  fedhpc report $(DEMO)/run --out $(DEMO)/report.html' \
 	    '  fedhpc plan jobs/demo.yaml --ranks 17' \
 	    '  mpirun -np 5 fedhpc run jobs/demo.yaml --set run_dir=runs/mine --set selection.ratio=0.25'
 

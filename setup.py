@@ -16,11 +16,13 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedhpc", "fedhpc.*"]),
+    package_data={"fedhpc.pages": ["page.html", "page.css"]},
     install_requires=[
         "mpi4py>=4.1",
         "torch>=2.10",
         "transformers>=5.0",
         "h5py>=3.14",
+        "Jinja2>=3.1",
         "numpy>=2.0",
         "pydantic>=2.10",
         "PyYAML>=6.0",

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import fedhpc
 from fedhpc.config import load_config
@@ -156,6 +157,16 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0 if valid else EXIT_USER_ERROR
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """`fedhpc report`: a page about runs, and its tables."""
+    with quick_start():
+        from fedhpc.pages import write_report
+
+        write_report(arguments.run_dirs, arguments.out, arguments.target)
+    print(f"page: {arguments.out}; tables: {arguments.out.with_suffix('.csv')}, {arguments.out.with_suffix('.tex')}")
+    return 0
+
+
 @contextmanager
 def all_ranks_or_none(exchange: Exchange) -> Iterator[None]:
     """A part of the set-up that succeeds on all ranks, or raises one UserError on all."""
@@ -216,6 +227,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="a run directory or a checkpoint in words")
     command.add_argument("path")
     command.set_defaults(action=inspect)
+
+    command = commands.add_parser("report", help="a page about one or more runs, with tables as CSV and LaTeX")
+    command.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
+    command.add_argument(
+        "--out", metavar="FILE.html", type=Path, required=True, help="the page; the tables go beside it"
+    )
+    command.add_argument(
+        "--target",
+        type=positive_rate,
+        metavar="X",
+        help="accuracy to be reached, or what the task has in its place; 95 %% of the task's best unless given",
+    )
+    command.set_defaults(action=report)
     return parser
 
 

@@ -17,7 +17,7 @@ from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt
-from fedhpc.evaluate import evaluate, evaluation_batches
+from fedhpc.evaluate import evaluation_batches, predict
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
 from fedhpc.federation import Homes, Packs, batches_per_epoch, make_packs, population, round_steps, sample_devices
@@ -32,6 +32,7 @@ from fedhpc.local_update import (
 )
 from fedhpc.messages import Command, Op
 from fedhpc.methods import make_method
+from fedhpc.metrics import confusion
 from fedhpc.models import Backbone
 from fedhpc.packing import probe
 from fedhpc.partition import Partition
@@ -45,6 +46,8 @@ from fedhpc.updates import Fault, Vector, fault_of
 
 NO_ROUND = -1
 NOTHING = messages.NO_RECORD.zeros(0)
+ELSEWHERE = -1
+"""In place of a class: another worker predicts it."""
 
 
 def serve(exchange: MpiExchange, worker: "Worker") -> Op:
@@ -342,19 +345,22 @@ class Worker:
         return NOTHING
 
     def evaluate(self, command: Command) -> np.ndarray:
-        """Confusion matrices: each device's own share with its own local tensors, and a part of the whole split."""
-        record = messages.evaluation_record(self.num_classes).zeros(1)
+        """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
+        record = messages.evaluation_record(self.num_classes, len(self.steps)).zeros(1)
         size = self.config.evaluate.batch_size
         # Interleaved batches give every worker short and long texts alike.
         everything = evaluation_batches(self.validation, np.arange(len(self.validation)), size)
-        mine = islice(everything, self.index, None, self.num_workers)
-        record["global"] = self._confusion(command, self.unseen, mine)
-        if not self.unseen.local.size:
-            record["personal"] = record["global"]
-            return record
-        for device in self.homes.devices_of(self.index):
-            own = evaluation_batches(self.validation, self.partition.validation[device], size)
-            record["personal"] += self._confusion(command, self.states.get(device, self.unseen), own)
+        shared = np.full(len(self.validation), ELSEWHERE, np.int64)
+        self._predict(command, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
+        personal = shared
+        if self.unseen.local.size:
+            personal = np.full_like(shared, ELSEWHERE)
+            for device in self.homes.devices_of(self.index):
+                own = evaluation_batches(self.validation, self.partition.validation[device], size)
+                self._predict(command, self.states.get(device, self.unseen), own, personal)
+        record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
+        is_right = personal == self.validation.labels
+        record["correct"] = [np.count_nonzero(is_right[examples]) for examples in self.partition.validation]
         return record
 
     def save(self, command: Command) -> np.ndarray:
@@ -389,7 +395,13 @@ class Worker:
         self.touched.clear()
         return NOTHING
 
-    def _confusion(self, command: Command, state: DeviceState, batches: Iterator[NDArray[np.int64]]) -> np.ndarray:
+    def _predict(
+        self,
+        command: Command,
+        state: DeviceState,
+        batches: Iterator[NDArray[np.int64]],
+        predictions: NDArray[np.int64],
+    ) -> None:
         tensors = self.tuning.merge(command.payload, state.local, command.layers)
 
         def announced() -> Iterator[NDArray[np.int64]]:
@@ -397,7 +409,11 @@ class Worker:
                 self.exchange.beat("evaluating")
                 yield batch
 
-        return evaluate(self.backbone, self.tuning, tensors, self.validation, announced(), self.num_classes)
+        predict(self.backbone, self.tuning, tensors, self.validation, announced(), predictions)
+
+    def _confusion(self, predictions: NDArray[np.int64]) -> np.ndarray:
+        here = predictions != ELSEWHERE
+        return confusion(self.validation.labels[here], predictions[here], self.num_classes)
 
     def _one_batch(self, device: int, purpose: str, size: int) -> np.ndarray:
         rng = generator(self.config.seed, purpose=purpose, device=device)

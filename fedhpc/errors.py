@@ -28,6 +28,10 @@ class CheckpointError(UserError):
     """A checkpoint or run directory is at fault."""
 
 
+class ReportError(UserError):
+    """A report cannot be written as asked."""
+
+
 class Halt(Exception):  # noqa: N818 - not an error
     """A stop was requested: what is under way ends here, kept for the checkpoint."""
 

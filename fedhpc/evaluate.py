@@ -1,4 +1,4 @@
-"""Accuracy as counts: confusion matrices that add up exactly, whatever the number of ranks."""
+"""The classes that a model predicts for the examples of a split."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 
 from fedhpc.data import Split
-from fedhpc.metrics import confusion
 from fedhpc.models import Backbone
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import as_parameters
@@ -21,20 +20,17 @@ def evaluation_batches(split: Split, examples: NDArray[np.int64], batch_size: in
 
 
 @torch.no_grad()
-def evaluate(
+def predict(
     backbone: Backbone,
     tuning: Tuning,
     tensors: dict[str, np.ndarray],
     split: Split,
     batches: Iterator[NDArray[np.int64]],
-    num_classes: int,
-) -> NDArray[np.int64]:
-    """Confusion matrix [C, C] of the batches' examples."""
+    predictions: NDArray[np.int64],
+) -> None:
+    """Write the class predicted for each of the batches' examples to its place in ``predictions`` [examples]."""
     params = as_parameters(tensors, backbone.torch_device)
     backbone.training_mode(False)
-    total = np.zeros((num_classes, num_classes), np.int64)
-    for batch_examples in batches:
-        batch = split.batch(batch_examples).to(backbone.torch_device)
-        predictions = tuning.forward(backbone, [params], batch).argmax(1)
-        total += confusion(batch.labels.cpu().numpy(), predictions.cpu().numpy(), num_classes)
-    return total
+    for examples in batches:
+        batch = split.batch(examples).to(backbone.torch_device)
+        predictions[examples] = tuning.forward(backbone, [params], batch).argmax(1).cpu().numpy()

@@ -168,10 +168,12 @@ def probe_record() -> RecordType:
     return RecordType(np.dtype([("seconds", "<f8", (PROBES,))]))
 
 
-def evaluation_record(num_classes: int) -> RecordType:
-    """A worker's sums of confusion matrices (rows true, columns predicted)."""
+def evaluation_record(num_classes: int, num_devices: int) -> RecordType:
+    """A worker's part of sums: confusion matrices (rows true, columns predicted), each device's right answers."""
     matrix = (num_classes, num_classes)
-    return RecordType(np.dtype([("personal", "<i8", matrix), ("global", "<i8", matrix)]))
+    return RecordType(
+        np.dtype([("personal", "<i8", matrix), ("global", "<i8", matrix), ("correct", "<i4", (num_devices,))])
+    )
 
 
 class Kind(IntEnum):

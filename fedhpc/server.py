@@ -351,13 +351,20 @@ class Server:
     def evaluate(self, state: RunState, seconds: dict[str, float]) -> dict[str, Any]:
         """Personalised and global metrics of the current prompts."""
         start = time.perf_counter()
-        record = messages.evaluation_record(len(self.description.class_names))
+        record = messages.evaluation_record(len(self.description.class_names), len(self.partition.validation))
         command = Command(op=Op.EVALUATE, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record, [1] * self.num_workers)
         personal = score(records["personal"].sum(axis=0), self.description.metric)
         overall = score(records["global"].sum(axis=0), self.description.metric)
         seconds["evaluate"] = time.perf_counter() - start
-        return {**personal, **{f"{name}_global": value for name, value in overall.items()}}
+        correct = records["correct"].sum(axis=0).tolist()
+        shares = map(len, self.partition.validation)
+        devices = [round(right / size, 6) if size else None for right, size in zip(correct, shares, strict=True)]
+        return {
+            **personal,
+            **{f"{name}_global": value for name, value in overall.items()},
+            "device_accuracy": devices,
+        }
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
         return choose_layers(

@@ -22,7 +22,7 @@ FLOORS = [
     {"checkpoint", "trace"},
     {"device", "control"},
     {"job"},
-    {"saving", "plan", "inspection"},
+    {"saving", "plan", "inspection", "pages"},
     {"server"},
     {"cli"},
     {"__main__"},

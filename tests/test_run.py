@@ -75,6 +75,29 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
     assert records[-1]["accuracy"] > majority + 0.2
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_each_device_has_an_accuracy_of_its_own(fedhpc, run_config, ratio):
+    # 40 devices share 48 examples for evaluation; some have none.
+    config = run_config(
+        selection__ratio=ratio,
+        federation__num_devices=40,
+        federation__rounds=2,
+        evaluate__every=2,
+        device__learning_rate=0.3,
+    )
+    assert fedhpc("run", config)[0] == 0
+    first, last = metrics(config)
+    assert (last["accuracy"] == last["accuracy_global"]) == (ratio == 1)
+    assert "device_accuracy" not in first
+    shares = [len(examples) for examples in job.load_job(load_config(config)).partition.validation]
+    assert 0 in shares
+    assert [accuracy is None for accuracy in last["device_accuracy"]] == [share == 0 for share in shares]
+    right = [share * (accuracy or 0) for share, accuracy in zip(shares, last["device_accuracy"], strict=True)]
+    assert right == pytest.approx([round(count) for count in right], abs=1e-4)
+    assert sum(right) / 48 == pytest.approx(last["accuracy"], abs=1e-5)
+    assert len({accuracy for accuracy in last["device_accuracy"] if accuracy is not None}) > 1
+
+
 def test_half_of_the_layers_are_exchanged_and_the_others_stay_on_the_device(fedhpc, run_config):
     config = run_config()
     assert fedhpc("run", config)[0] == 0

@@ -1,0 +1,106 @@
+"""The page: charts and tables of all runs, in one HTML file that needs no other."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import fedhpc
+from fedhpc.errors import ReportError
+from fedhpc.pages import charts, exports, tables
+from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
+from fedhpc.pages.parts import TaskPart, task_metrics, task_part
+from fedhpc.pages.runs import Run, read_run
+from fedhpc.pages.tables import Cell, Table
+
+
+def write_report(run_dirs: Sequence[Path], out: Path, target: float | None = None) -> None:
+    """Write the page, and its tables beside it with the endings .csv and .tex.
+
+    Args:
+        run_dirs: of `fedhpc run`; unfinished ones are marked.
+        out: ends in .html.
+        target: of the task's own metric; 95 % of each task's best final value unless given.
+
+    Raises:
+        UserError: a folder is no run directory, or `out` cannot be written.
+    """
+    if out.suffix != ".html":
+        raise ReportError(f"--out {out}: must end in .html; the tables go beside it, with .csv and .tex")
+    runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in run_dirs)]
+    tasks = group_runs(runs)
+    parts = [task_part(name, groups, target) for name, groups in tasks.items()]
+    whole = [_overview(parts)] if len(parts) > 1 else []
+    ending = [_configurations(parts), _runs(runs, tasks)]
+    named = [
+        *(("all tasks", table) for table in whole),
+        *((part.name, table) for part in parts for table in part.tables),
+    ]
+    texts = {
+        ".html": _html(runs=runs, parts=parts, whole=whole, ending=ending, is_given=target is not None),
+        ".csv": exports.csv_text({part.name: (part.groups, part.summaries, part.goal) for part in parts}),
+        ".tex": exports.latex_text(named),
+    }
+    for suffix, text in texts.items():
+        try:
+            out.with_suffix(suffix).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ReportError(f"--out {out.with_suffix(suffix)}: cannot be written: {error.strerror}") from None
+
+
+def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("fedhpc.pages", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        css=Markup(files("fedhpc.pages").joinpath("page.css").read_text(encoding="utf-8")),
+        key=charts.key,
+        unfinished=sum(not run.is_finished for run in runs),
+        most_groups=max(len(part.groups) for part in parts),
+        colours=charts.COLOURS,
+        share=f"{DEFAULT_TARGET:.0%}",
+        version=fedhpc.__version__,
+        runs=runs,
+        parts=parts,
+        **values,
+    )
+
+
+def _overview(parts: Sequence[TaskPart]) -> Table:
+    columns = [tables.metric_columns(task_metrics(part.groups), None)[0] for part in parts]
+    own = [(part.name, column, part.groups, part.summaries) for part, column in zip(parts, columns, strict=True)]
+    return tables.overview(own)
+
+
+def _configurations(parts: Sequence[TaskPart]) -> Table:
+    """The keys in which configurations differ, in full."""
+    groups = {group.label: group for part in parts for group in part.groups}
+    keys = list(next(iter(groups.values())).settings)
+    rows = [
+        [Cell(text=label), *(Cell(text=_setting_text(group.settings[key])) for key in keys)]
+        for label, group in groups.items()
+    ]
+    headings = ["configuration", *(leaf_name(key, keys) for key in keys)]
+    return Table(title="Configurations", headings=headings, rows=rows, is_text=True)
+
+
+def _setting_text(value: Any) -> str:
+    return tables.UNKNOWN if value is None else str(value)
+
+
+def _runs(runs: Sequence[Run], tasks: Mapping[str, Sequence[Group]]) -> Table:
+    labels = {id(run): group.label for groups in tasks.values() for group in groups for run in group.runs}
+    rows = [
+        [
+            Cell(text=str(run.path)),
+            Cell(text=run.task),
+            Cell(text=labels[id(run)]),
+            Cell(text=str(run.seed)),
+            Cell(text=f"{run.rounds_done} of {run.rounds_wanted}" + ("" if run.is_finished else ", unfinished")),
+        ]
+        for run in runs
+    ]
+    return Table(title="Runs", headings=["folder", "task", "configuration", "seed", "rounds"], rows=rows, is_text=True)

@@ -1,0 +1,149 @@
+"""Run directories as a report reads them: configuration, metrics, layers of the newest checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from fedhpc.config import YAML_ERRORS, Config, flatten
+from fedhpc.errors import CheckpointError
+from fedhpc.report import RunFiles
+
+Floats = NDArray[np.float64]
+GLOBAL = "_global"
+PHASES = ("broadcast", "local", "idle", "gather", "server", "evaluate", "checkpoint")
+"""Parts of a round's seconds; together they are the round."""
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What a checkpoint says about the layers."""
+
+    count: int
+    """Layers known of: all where they were scored, else up to the last one exchanged."""
+    exchanged: tuple[int, ...]
+    scores: Floats | None
+    """One for each layer, where the strategy scores them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run directory, whatever there is of it so far."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """Dotted key -> value."""
+    records: Sequence[Mapping[str, Any]]
+    """Lines of metrics.jsonl by ascending round."""
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed."""
+        return self.config.get("seed")
+
+    @property
+    def task(self) -> str:
+        """The task's name, or that of the folder of prepared data."""
+        return str(self.config.get("data.task") or Path(str(self.config.get("data.path", "unknown"))).name)
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds recorded."""
+        return int(self.records[-1]["round"]) + 1 if self.records else 0
+
+    @property
+    def rounds_wanted(self) -> int:
+        """Rounds that the configuration asks for."""
+        return int(self.config.get("federation.rounds", 0))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self.rounds_done > 0 and self.rounds_done >= self.rounds_wanted
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Names of the task's metrics, its own one last: accuracy alone, or accuracy and one more."""
+        found = (key.removesuffix(GLOBAL) for record in self.records for key in record if key.endswith(GLOBAL))
+        return list(dict.fromkeys(("accuracy", *found)))
+
+    def column(self, key: str) -> Floats:
+        """A number of every record; NaN where there is none."""
+        return np.array([_number(record.get(key)) for record in self.records])
+
+    def phase(self, name: str) -> Floats:
+        """Seconds of every round in one phase, or in the whole `round`; waiting is not part of `local` here."""
+        seconds = [record.get("seconds") or {} for record in self.records]
+        values = np.array([_number(phases.get(name, 0.0)) for phases in seconds])
+        return values - self.phase("idle") if name == "local" else values
+
+    @cached_property
+    def rounds(self) -> Floats:
+        """Rounds completed at the end of every record."""
+        return self.column("round") + 1
+
+    @cached_property
+    def bytes(self) -> Floats:
+        """Bytes moved between ranks up to the end of every record."""
+        return np.cumsum(np.nan_to_num(self.column("bytes_down") + self.column("bytes_up")))
+
+    @cached_property
+    def steps(self) -> Floats:
+        """Local steps of all devices up to the end of every record."""
+        return np.cumsum(np.nan_to_num(self.column("steps")))
+
+    @cached_property
+    def seconds(self) -> Floats:
+        """Seconds spent in rounds up to the end of every record."""
+        return np.cumsum(np.nan_to_num(self.phase("round")))
+
+    @cached_property
+    def device_accuracy(self) -> Floats:
+        """Of the devices that have examples to be evaluated on, at the latest evaluation; empty if unknown."""
+        lists = [record["device_accuracy"] for record in self.records if record.get("device_accuracy")]
+        return np.array([value for value in lists[-1] if value is not None], float) if lists else np.empty(0)
+
+    @cached_property
+    def layers(self) -> Layers | None:
+        """From the newest checkpoint that can be read."""
+        for file in sorted(self.path.glob("checkpoints/round_*/server.h5"), reverse=True):
+            with suppress(OSError, KeyError, ValueError), h5py.File(file) as state:
+                exchanged = tuple(int(layer) for layer in state["selection/layers"][:])
+                scores = state["selection/scores"][:].astype(float) if "selection/scores" in state else None
+                count = max(exchanged, default=-1) + 1 if scores is None else len(scores)
+                return Layers(count=count, exchanged=exchanged, scores=scores)
+        return None
+
+
+def read_run(path: Path) -> Run:
+    """One run directory.
+
+    Raises:
+        CheckpointError: it is none, or its configuration cannot be read.
+    """
+    files = RunFiles(path)
+    if not files.config.is_file():
+        found = "holds no config.yaml" if path.is_dir() else "is no folder"
+        raise CheckpointError(f"{path} {found}; give run directories of fedhpc run")
+    try:
+        values = yaml.load(files.config.read_text(encoding="utf-8"), _LOADER)
+    except (OSError, *YAML_ERRORS) as error:
+        raise CheckpointError(f"{files.config}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{files.config}: must hold keys and values, found {type(values).__name__}")
+    with suppress(ValidationError):  # keys that came later than the run have their defaults
+        values = Config.model_validate(values).model_dump()
+    return Run(path=path, config=flatten(values), records=files.read_metrics())
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

@@ -1,0 +1,342 @@
+"""`fedhpc report`: the page, its numbers, and the tables beside it."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from tiny import run_dir
+
+from fedhpc.errors import CheckpointError, ReportError
+from fedhpc.pages import write_report
+
+VOID = {"meta", "input", "br", "link", "img"}
+
+
+class Page(HTMLParser):
+    """A page's tables by caption, best cells as **cell**, and whatever is not well-formed in it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text = path.read_text()
+        self.tables, self.open, self.faults, self.links = {}, [], [], []
+        self.words, self.row, self.caption = "", [], ""
+        self.feed(self.text)
+        self.faults += self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
+        if tag in ("th", "td", "caption"):
+            self.words = ""
+        elif tag == "tr":
+            self.row = []
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}>")
+        if tag == "caption":
+            self.caption = self.words
+            self.tables[self.caption] = []
+        elif tag == "strong":
+            self.words = f"**{self.words}**"
+        elif tag in ("th", "td"):
+            self.row.append(self.words)
+        elif tag == "tr":
+            self.tables[self.caption].append(self.row)
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def record(round_index, accuracy=None, **values):
+    return {
+        "round": round_index,
+        "steps": 30,
+        "loss": 2 / (round_index + 1),
+        "accuracy": accuracy,
+        "accuracy_global": accuracy,
+        "bytes_down": 700_000,
+        "bytes_up": 300_000,
+        "seconds": {"broadcast": 0.5, "local": 1.0, "idle": 0.25, "gather": 0.5, "round": 2.0},
+        **values,
+    }
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Write a run directory with one evaluation every two rounds; None: no metrics at all."""
+
+    def make(name, accuracies, rounds=4, extra=None, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {
+            "run_dir": str(folder),
+            "seed": 1,
+            "model": {"name": "some/model"},
+            "data": {"path": str(tmp_path / "prepared"), "task": "moods"},
+            "federation": {"num_devices": 10, "rounds": rounds},
+            "server": {"method": "fedavg"},
+        }
+        for key, value in changes.items():
+            section, _, leaf = key.rpartition("__")
+            (config.setdefault(section, {}) if section else config)[leaf] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        if accuracies is not None:
+            lines = []
+            for index, accuracy in enumerate(accuracies):
+                evaluated = record(2 * index + 1, accuracy, **(extra or {}))
+                lines += [record(2 * index), evaluated]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def report(tmp_path):
+    def write(*runs, target=None):
+        out = tmp_path / "page.html"
+        write_report(runs, out, target)
+        return Page(out)
+
+    return write
+
+
+@pytest.fixture
+def two_methods(make_run):
+    """Final accuracies 0.7, 0.8, 0.9: mean 0.8, squares of 0.1, 0, 0.1, so 0.1; and 0.85, 0.87: 0.86, 0.01 sqrt 2."""
+    seeds = enumerate(([0.5, 0.7], [0.5, 0.8], [0.5, 0.9]))
+    averaged = [make_run(f"a{seed}", accuracies, seed=seed) for seed, accuracies in seeds]
+    better = [
+        make_run(f"b{seed}", [0.84, final], seed=seed, server__method="fedpeptao")
+        for seed, final in ((7, 0.85), (8, 0.87))
+    ]
+    return [*averaged, *better]
+
+
+def test_runs_that_differ_in_seed_alone_are_one_row_with_mean_and_deviation(report, two_methods):
+    head, *rows = report(*two_methods).tables["final results"]
+    # The loss of the fourth round is 2/4.
+    assert head == ["configuration", "runs", "accuracy", "accuracy, global", "training loss"]
+    assert rows == [
+        [
+            "method=fedavg",
+            "3",
+            "0.800 ± 0.100",
+            "0.800 ± 0.100",
+            "0.500 ± 0.000",
+        ],  # the loss of the fourth round is 2/4
+        ["method=fedpeptao", "2", "**0.860 ± 0.014**", "**0.860 ± 0.014**", "0.500 ± 0.000"],
+    ]
+
+
+def test_cost_of_the_whole_run(report, two_methods):
+    # Four rounds of 30 steps, 1 MB and 2 s.
+    assert report(*two_methods).tables["cost of the whole run"] == [
+        ["configuration", "rounds", "local steps", "bytes (MB)", "time (s)"],
+        ["method=fedavg", "4.0 ± 0.0", "120 ± 0", "4.00 ± 0.00", "8.00 ± 0.00"],
+        ["method=fedpeptao", "4.0 ± 0.0", "120 ± 0", "4.00 ± 0.00", "8.00 ± 0.00"],
+    ]
+
+
+def test_cost_to_reach_a_target(report, two_methods):
+    # 0.8 is reached by two of the three after four rounds, and by fedpeptao at the first evaluation, after two.
+    page = report(*two_methods, target=0.8)
+    _, averaged, better = page.tables["cost to reach accuracy 0.800"]
+    reached = ["4.0 ± 0.0", "120 ± 0", "4.00 ± 0.00", "8.00 ± 0.00"]
+    assert averaged == ["method=fedavg", *(f"{cost} (2 of 3)" for cost in reached)]
+    assert better == ["method=fedpeptao", "2.0 ± 0.0", "60 ± 0", "2.00 ± 0.00", "4.00 ± 0.00"]
+
+
+def test_methods_are_compared_after_equally_many_bytes_too(report, make_run):
+    # The second run's two rounds up to an evaluation move 1 MB and 3 MB: 4 MB before the first, 8 MB at the end.
+    dear = {"bytes_up": 2_300_000}
+    head, *rows = report(
+        make_run("a", [0.5, 0.6]), make_run("b", [0.55, 0.9], extra=dear, server__method="mime")
+    ).tables["final results"]
+    columns = head.index("accuracy"), head.index("accuracy within 4.00 MB")
+    assert [[row[column] for column in columns] for row in rows] == [["0.600", "**0.600**"], ["**0.900**", "0.550"]]
+
+
+def test_the_target_is_95_percent_of_the_best_unless_given(report, two_methods):
+    assert "cost to reach accuracy 0.855" in report(*two_methods).tables  # 0.95 * 0.9
+
+
+def test_tables_are_also_csv_and_latex(report, two_methods, tmp_path):
+    report(*two_methods)
+    averaged, better = csv.DictReader((tmp_path / "page.csv").open())
+    assert averaged["task"] == "moods"
+    assert (averaged["method"], averaged["runs"], averaged["finished"]) == ("fedavg", "3", "3")
+    assert float(averaged["accuracy_mean"]) == pytest.approx(0.8)
+    assert float(averaged["accuracy_sd"]) == pytest.approx(0.1)
+    assert float(better["bytes_mean"]) == 4_000_000
+    assert better["rounds_to_target_n"] == "1"  # 0.87 of 0.85 and 0.87
+    assert better["rounds_to_target_sd"] == ""
+    latex = (tmp_path / "page.tex").read_text()
+    assert r"method=fedpeptao & 2 & \textbf{0.860 $\pm$ 0.014} &" in latex
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
+
+
+def test_the_page_needs_no_network_and_is_well_formed(report, two_methods):
+    page = report(*two_methods)
+    assert page.faults == []
+    assert page.links == ["#task-1"]
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link", page.text)
+    assert page.text.count('class="chart"') == 4  # accuracy by round, bytes and time, and loss
+    assert len(re.findall(r'<svg[^>]*role="img"', page.text)) == len(
+        re.findall(r'<svg[^>]*aria-label="[^"]', page.text)
+    )
+
+
+def test_names_are_text_and_nothing_else(report, make_run, tmp_path):
+    name = '<script>alert("1")</script> & 50%_x'
+    page = report(make_run("a", [0.5]), make_run("b", [0.6], model__name=name))
+    assert page.faults == []
+    assert "<script>" not in page.text
+    assert f"name={name}" in [row[0] for row in page.tables["Configurations"]]
+    assert r"50\%\_x" in (tmp_path / "page.tex").read_text()
+
+
+def test_unfinished_runs_are_shown_marked_and_not_counted_beside_finished_ones(report, make_run):
+    page = report(
+        make_run("a1", [0.5, 0.7], seed=1),
+        make_run("a2", [0.9], seed=2),
+        make_run("b", [0.95], server__method="fedprox"),
+        make_run("c", None, server__method="scaffold"),
+        make_run("d", [0.5, 0.6], server__method="mime"),
+    )
+    _, *rows = page.tables["final results"]
+    assert [row[:3] for row in rows] == [
+        ["method=fedavg", "1 of 2 finished", "**0.700**"],
+        ["method=fedprox\u00a0†", "0 of 1 finished", "0.950"],
+        ["method=scaffold\u00a0†", "0 of 1 finished", "–"],
+        ["method=mime", "1", "0.600"],
+    ]
+    assert [row[-1] for row in page.tables["Runs"] if row[0].endswith("/a2")] == ["2 of 4, unfinished"]
+    assert "<strong>3 unfinished</strong>" in page.text
+
+
+def test_a_run_that_has_just_begun(report, make_run):
+    page = report(make_run("a", None))
+    assert page.faults == []
+    assert "Nothing has been recorded yet." in page.text
+
+
+def test_prepared_data_that_are_gone_leave_a_note(report, make_run, tmp_path):
+    page = report(make_run("a", [0.5, 0.6]))
+    assert f"left out: {tmp_path / 'prepared'} is no directory" in page.text
+
+
+def test_devices_beside_each_other(report, make_run):
+    # Of 20 known devices the worst two have 0 and 0.1, the best two 0.9 and 1. Mean 0.5; the others are at 0.5, so the
+    # variance is (2 * 0.25 + 2 * 0.16) / 20 = 0.041.
+    devices = [0.5] * 8 + [None, 0.0, 1.0, 0.1, 0.9] + [0.5] * 8
+    page = report(make_run("a", [0.5, 0.6], extra={"device_accuracy": devices}))
+    assert page.tables["accuracy by device"][1] == [
+        page.tables["final results"][1][0],
+        "0.500",
+        "0.202",
+        "0.050",
+        "0.950",
+    ]
+
+
+def test_waiting_is_not_counted_as_local_work_too(report, make_run):
+    head, row = report(make_run("a", [0.5, 0.6])).tables["time of a round by phase"]
+    times = dict(zip(head, row, strict=True))
+    assert times["local work (ms)"] == "750"
+    assert times["waiting for others (ms)"] == "250"
+
+
+def test_a_tasks_own_metric_leads(report, make_run):
+    better = {"matthews": 0.4, "matthews_global": 0.3}
+    page = report(make_run("a", [0.5, 0.7], extra=better))
+    assert page.tables["final results"][0][2:6] == [
+        "Matthews correlation",
+        "Matthews correlation, global",
+        "accuracy",
+        "accuracy, global",
+    ]
+    assert "cost to reach Matthews correlation 0.380" in page.tables
+    assert "global Matthews correlation by round" in page.text
+
+
+def test_several_tasks_have_an_overview_with_means(report, make_run):
+    runs = [
+        make_run("a1", [0.5, 0.6], data__task="one"),
+        make_run("a2", [0.5, 0.8], data__task="two"),
+        make_run("b1", [0.5, 0.7], data__task="one", server__method="mime"),
+        make_run("b2", [0.5, 0.6], data__task="two", server__method="mime"),
+        make_run("c1", [0.5, 0.9], data__task="one", server__method="fedprox"),
+    ]
+    assert report(*runs).tables["final accuracy, personalised"] == [
+        ["configuration", "one", "two", "mean"],
+        ["method=fedavg", "0.600", "**0.800**", "**0.700**"],
+        ["method=mime", "0.700", "0.600", "0.650"],
+        ["method=fedprox", "**0.900**", "–", "–"],
+    ]
+
+
+def test_labels_name_choices_and_leave_out_what_follows_from_them(report, make_run):
+    runs = [
+        make_run("a", [0.5, 0.6], server__method="fedavg", device__learning_rate=0.1, selection__strategy="all"),
+        make_run("b", [0.5, 0.6], server__method="fedpeptao", device__learning_rate=0.2),
+        make_run("c", [0.5, 0.6], server__method="fedpeptao", server__variant="released", device__learning_rate=0.3),
+    ]
+    page = report(*runs)
+    assert [row[0] for row in page.tables["final results"][1:]] == [
+        "method=fedavg",
+        "method=fedpeptao, variant=drift_corrected",
+        "method=fedpeptao, variant=released",
+    ]
+    rates = [
+        row[page.tables["Configurations"][0].index("device.learning_rate")] for row in page.tables["Configurations"]
+    ]
+    assert rates == ["device.learning_rate", "0.1", "0.2", "0.3"]
+
+
+def test_a_real_run(fedhpc, run_config, tmp_path):
+    config = run_config(federation__rounds=2, selection__ratio=0.5, evaluate__every=1)
+    assert fedhpc("run", config)[0] == 0
+    status, said, _ = fedhpc("report", run_dir(config), "--out", tmp_path / "page.html", "--target", "0.01")
+    assert status == 0
+    assert str(tmp_path / "page.csv") in said
+    page = Page(tmp_path / "page.html")
+    assert page.faults == []
+    assert page.tables["cost to reach accuracy 0.010"][1][1] == "1.0"
+    assert "bytes" not in page.tables["cost to reach accuracy 0.010"][0]  # one process moves nothing
+    assert re.search(r"<title>layer 0: score [\d.]+", page.text)
+    assert page.text.count(", exchanged</title>") == 2  # half of 4 layers
+    # 240 training examples on 12 devices, in the three classes of tiny.py
+    shares = re.findall(r"<title>device \d+: ([^<]*)</title>", page.text)
+    assert len(shares) == 12
+    assert sum(int(count) for share in shares for count in re.findall(r"(?:bad|good|mixed) (\d+)", share)) == 240
+    assert len(page.tables["accuracy by device"]) == 2
+
+
+def test_what_is_no_run_directory_is_refused(fedhpc, make_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _, err = fedhpc("report", make_run("a", [0.5]), tmp_path / "empty", "--out", tmp_path / "page.html")
+    assert status == 2
+    assert f"{tmp_path / 'empty'} holds no config.yaml" in err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(report, make_run):
+    folder = make_run("a", [0.5])
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"config\.yaml: cannot be read"):
+        report(folder)
+
+
+@pytest.mark.parametrize(("out", "words"), [("page.csv", "must end in .html"), ("nowhere/page.html", "No such file")])
+def test_a_page_that_cannot_be_written_is_refused(make_run, tmp_path, out, words):
+    with pytest.raises(ReportError, match=words):
+        write_report([make_run("a", [0.5])], tmp_path / out)
