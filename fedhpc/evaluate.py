@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedhpc.data import Split
 from fedhpc.metrics import confusion
@@ -21,6 +22,20 @@ def evaluation_batches(split: Split, examples: NDArray[np.int64], batch_size: in
 
 
 @torch.no_grad()
+def class_scores(
+    backbone: Backbone,
+    tuning: Tuning,
+    tensors: dict[str, np.ndarray],
+    split: Split,
+    batches: Iterator[NDArray[np.int64]],
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Each batch's examples [b] and their class scores [b, C]."""
+    params = as_parameters(tensors, backbone.torch_device)
+    backbone.training_mode(False)
+    for examples in batches:
+        yield examples, tuning.forward(backbone, [params], split.batch(examples).to(backbone.torch_device))
+
+
 def evaluate(
     backbone: Backbone,
     tuning: Tuning,
@@ -30,11 +45,7 @@ def evaluate(
     num_classes: int,
 ) -> NDArray[np.int64]:
     """Confusion matrix [C, C] of the batches' examples."""
-    params = as_parameters(tensors, backbone.torch_device)
-    backbone.training_mode(False)
     total = np.zeros((num_classes, num_classes), np.int64)
-    for batch_examples in batches:
-        batch = split.batch(batch_examples).to(backbone.torch_device)
-        predictions = tuning.forward(backbone, [params], batch).argmax(1)
-        total += confusion(batch.labels.cpu().numpy(), predictions.cpu().numpy(), num_classes)
+    for examples, scores in class_scores(backbone, tuning, tensors, split, batches):
+        total += confusion(split.labels[examples], scores.argmax(1).cpu().numpy(), num_classes)
     return total
