@@ -102,13 +102,6 @@ def auto_class(*, head: str, kind: str) -> Any:
     return AutoModel if head == "linear" else AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
 
 
-def outline(name: str, *, head: str, kind: str) -> Any:
-    """The model as `auto_class` loads it, without its weights."""
-    config = load_pretrained(AutoConfig.from_pretrained, name)
-    with torch.device("meta"):
-        return auto_class(head=head, kind=kind).from_config(config)
-
-
 def count_parameters(name: str) -> int:
     """Parameters of the whole model, counted without its weights."""
     config = load_pretrained(AutoConfig.from_pretrained, name)

@@ -49,6 +49,8 @@ def predict_text(
     description = trained.job.data.description
     fields = template_fields(description.template)
     rows = list(_checked(_given(texts, fields) if file is None else _read(Path(file), description, fields)))
+    if not rows:
+        raise DataError(f"{file}: holds no text")
     probabilities = class_probabilities(trained, rows)
     records = (_record(*pair, description, all_classes) for pair in zip(rows, probabilities, strict=True))
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -124,10 +126,7 @@ def _column(field: str, fields: Sequence[str], task: str, available: Sequence[st
 
 
 def _checked(rows: Iterable[tuple[str, Row]]) -> Iterator[Row]:
-    where = None
     for where, row in rows:
         if not any(text.strip() for text in row.values()):
             raise DataError(f"{where}: holds no text")
         yield row
-    if where is None:
-        raise DataError("no text given")

@@ -5,10 +5,10 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from fedhpc.errors import ConfigError
-from fedhpc.export.forms import peft_form
+from fedhpc.export.forms import PeftForm, peft_form
 from fedhpc.export.readme import readme
 from fedhpc.files import write_whole
-from fedhpc.trained import load_trained
+from fedhpc.trained import Trained, load_trained
 
 
 def export_peft(run_dir: str, out: str, *, device: int | None = None) -> str:
@@ -24,16 +24,22 @@ def export_peft(run_dir: str, out: str, *, device: int | None = None) -> str:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"--out: {out} is there already; give a new or empty folder")
     trained = load_trained(run_dir, device)
+    try:
+        form, names = write_adapter(trained, folder)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
+    whose = "global parameters" if device is None else f"parameters of device {device}"
+    return f"{whose} after round {trained.rounds} as {form.config['peft_type']} in {out}: {', '.join(names)}"
+
+
+def write_adapter(trained: Trained, folder: Path) -> tuple[PeftForm, list[str]]:
+    """Write an adapter's files; its form and their names."""
     form = peft_form(trained)
     files = {**form.files, "README.md": readme(trained, form, trained.text_encoder()).encode()}
     if trained.job.config.tuning.head == "linear":
         head = {name: trained.tensors[f"head.{name}"] for name in ("weight", "bias")}
         files["head.safetensors"] = save(head, {"format": "pt"})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_whole(folder / name, content)
-    except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
-    whose = "global parameters" if device is None else f"parameters of device {device}"
-    return f"{whose} after round {trained.rounds} as {form.config['peft_type']} in {out}: {', '.join(sorted(files))}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return form, sorted(files)

@@ -17,8 +17,8 @@ from safetensors.numpy import save
 from transformers.pytorch_utils import Conv1D
 
 from fedhpc.errors import ConfigError, ModelError
-from fedhpc.models import POSITIONS_COUNT_TOKENS, outline
-from fedhpc.structure import read_structure
+from fedhpc.models import POSITIONS_COUNT_TOKENS
+from fedhpc.structure import outline, read_structure
 from fedhpc.trained import Trained
 
 
