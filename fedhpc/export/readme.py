@@ -24,7 +24,7 @@ Batches are padded on the right, with an `attention_mask`.
 """
 WITH_POSITIONS = """
 The prompts take no positions (`tuning.position_offset: false`), but PEFT counts them. Without `position_ids` as above,
-the model gives other numbers.
+the model gives other numbers. Tested with peft 0.21.
 """
 MASKED = """
 PEFT has no task type for masked words; with this one, it hands on what `AutoModelForMaskedLM` puts out.
