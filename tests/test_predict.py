@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import h5py
 import pytest
 import tiny
 import yaml
+from safetensors.numpy import load_file
 
 from fedhpc import cli
 from fedhpc.config import load_config
@@ -211,3 +213,17 @@ def test_a_run_is_exported_with_its_readme(fedhpc, finished, tmp_path):
     status, _, err = fedhpc("export", finished, "--out", tmp_path / "adapter")
     assert status == 2
     assert "is there already" in err
+
+
+def test_a_devices_adapter_differs_from_the_global_one_where_layers_stay_at_home(fedhpc, finished, tmp_path):
+    device = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])["devices"][0]
+    prompts = []
+    for name, personal in (("global", []), ("personal", ["--device", device])):
+        assert fedhpc("export", finished, "--out", tmp_path / name, *personal)[0] == 0
+        flat = load_file(tmp_path / name / "adapter_model.safetensors")["prompt_embeddings"]
+        prompts.append(flat.reshape(tiny.NUM_TOKENS, tiny.NUM_LAYERS, 2, tiny.KEY_WIDTH))
+    differing = [layer for layer in range(tiny.NUM_LAYERS) if (prompts[0] != prompts[1])[:, layer].all()]
+    assert f"parameters of device {device}" in (tmp_path / "personal/README.md").read_text()
+    (server,) = (finished / "checkpoints").glob("round_000002/server.h5")
+    with h5py.File(server) as file:
+        assert differing == sorted({*range(tiny.NUM_LAYERS)} - {*file["selection/layers"][:].tolist()})
