@@ -1,5 +1,6 @@
 """What a run has tuned, as of its newest valid checkpoint."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -29,10 +30,12 @@ class Trained:
     """Whole, by the names that the tuning gives them."""
 
     def text_encoder(self) -> TextEncoder:
-        """What puts and cuts new text as the prepared data were."""
-        found = self.job.data.description
-        tokenizer = checked_tokenizer(self.job)
-        return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=found.max_length)
+        """What puts and cuts new text as the prepared data were, and to the positions that the backbone has."""
+        job, found = self.job, self.job.data.description
+        taken = job.config.tuning.tokens_before_text + max(map(len, found.word_ids), default=1) - 1
+        max_length = min(found.max_length, (job.shape.max_positions or math.inf) - taken)
+        tokenizer = checked_tokenizer(job)
+        return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=int(max_length))
 
 
 def load_trained(run_dir: str, device: int | None = None) -> Trained:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import h5py
+import numpy as np
 import pytest
 import tiny
 import yaml
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file
 from fedhpc import cli
 from fedhpc.config import load_config
 from fedhpc.job import load_job
+from fedhpc.predict import class_probabilities
 from fedhpc.trained import load_trained
 
 
@@ -102,11 +105,17 @@ def test_all_classes_have_a_probability(predict, finished):
     assert found["probability"] == max(found["probabilities"].values()) == found["probabilities"][found["label"]]
 
 
-def test_too_long_a_text_is_cut_as_in_preparation(predict, finished):
-    assert load_trained(str(finished)).job.data.description.max_length == 128
-    words = ["the", *["calm"] * 300]
-    long, cut = predict(finished, "--text", " ".join(words), "--text", " ".join(words[:125]))
-    assert long["probability"] == cut["probability"]  # <s> 125 words It was
+@pytest.mark.parametrize("max_length", [20, 128])
+def test_too_long_a_text_is_cut(finished, max_length):
+    """As in preparation, and where a text within that has no place in the backbone's 64 positions, to those."""
+    trained = load_trained(str(finished))
+    trained.job.data.description = replace(trained.job.data.description, max_length=max_length)
+    num_words = min(max_length, 64 - tiny.NUM_TOKENS) - 3  # <s> ... It was
+    exact = ["calm", *["dull"] * (num_words - 2), "bright"]
+    texts = [exact, [*exact, "plain"], exact + 300 * ["plain"], exact[:-1]]
+    found = class_probabilities(trained, [{"a": " ".join(words)} for words in texts])
+    assert np.allclose(found[1:3], found[0], rtol=0, atol=1e-6)
+    assert not np.allclose(found[3], found[0], rtol=0, atol=1e-4)
 
 
 def test_a_task_of_two_texts_takes_two(fedhpc, predict, world, tmp_path):
