@@ -7,7 +7,6 @@ The source is a folder with the task's original files (TSV, unquoted, or JSON li
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,23 +20,13 @@ from tqdm import tqdm
 from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
 from fedhpc.errors import EXIT_USER_ERROR, DataError, ModelError, UserError
 from fedhpc.seeding import generator
+from fedhpc.tables import Record, read_table
 from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, TextEncoder, find_word_ids, load_task
 
 HEADERLESS = {"cola": ["source", "label", "star", "sentence"]}
-# Names that the built-in tasks' columns have in other distributions of the same data.
-COLUMN_ALIASES = {
-    "sentence": ("text",),
-    "#1 String": ("sentence1",),
-    "#2 String": ("sentence2",),
-    "Quality": ("label",),
-    "answer": ("label",),
-    "label": ("coarse_label",),
-}
 PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
 PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
 BATCH = 1000
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,33 +84,9 @@ def refuse_pickle(file: Path) -> None:
 
 def _read_file(task: Task, file: Path) -> Rows:
     refuse_pickle(file)
-    try:
-        # Only "\n" ends a line: text may hold other characters that str.splitlines takes for line ends.
-        lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if file.suffix in (".jsonl", ".json"):
-        return _rows(task, str(file), map(_json_record, lines), first_line=1)
-    header, first_line = lines[0].removesuffix("\r").split("\t"), 2
     headerless = HEADERLESS.get(task.name, []) if task in TASKS.values() else []
-    if len(headerless) == len(header):
-        header, first_line = headerless, 1
-    records = (_tsv_record(header, line) for line in lines[first_line - 1 :])
+    records, first_line = read_table(file, headerless=headerless)
     return _rows(task, str(file), records, first_line=first_line)
-
-
-def _tsv_record(header: list[str], line: str) -> Record:
-    values = line.removesuffix("\r").split("\t")
-    if len(values) != len(header):
-        raise ValueError(f"{len(values)} columns, expected {len(header)}: {', '.join(header)}")
-    return dict(zip(header, values, strict=True))
-
-
-def _json_record(line: str) -> Record:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"expected one JSON object a line, found {type(record).__name__}")
-    return record
 
 
 def _load_datasets(source: str) -> Any:
@@ -188,11 +153,10 @@ def _rows(
 
 
 def _resolve(task: Task, field: str, available: list[str]) -> str:
-    wanted = task.columns[field]
-    aliases = COLUMN_ALIASES.get(wanted, ()) if task in TASKS.values() else ()
-    for name in (wanted, *aliases):
+    for name in task.column_names(field):
         if name in available:
             return name
+    wanted = task.columns[field]
     raise ValueError(f"no column {wanted!r}, which task {task.name} needs; there are {', '.join(available)}")
 
 
@@ -260,13 +224,7 @@ def encode(rows: Rows, encoder: TextEncoder, pad_id: int, title: str) -> tuple[S
     encoded = []
     for start in tqdm(range(0, len(rows.texts), BATCH), desc=title, unit_scale=BATCH, unit=" ex", disable=None):
         encoded += encoder(rows.texts[start : start + BATCH])
-    split = Split(
-        tokens=np.concatenate([np.asarray(example.ids, np.int32) for example in encoded]),
-        offsets=np.cumsum([0, *(len(example.ids) for example in encoded)]),
-        labels=np.asarray(rows.labels, np.int32),
-        slots=np.asarray([example.slot for example in encoded], np.int32),
-        pad_id=pad_id,
-    )
+    split = Split.of([(example.ids, example.slot) for example in encoded], rows.labels, pad_id=pad_id)
     return split, sum(example.truncated for example in encoded)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import fedhpc
 from fedhpc.config import load_config
-from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, RanksLost, UserError
+from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, RanksLost, UserError
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
+from fedhpc.files import write_whole
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.lock import RunLock
 from fedhpc.messages import Op
@@ -167,6 +168,36 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """`fedhpc export`: what a run has tuned, for other tools."""
+    with quick_start():
+        from fedhpc.export import export_peft
+
+    print(export_peft(arguments.run_dir, arguments.out, device=arguments.device))
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """`fedhpc predict`: class and probability for new text."""
+    if arguments.out:
+        check_target(arguments.out)
+    with quick_start():
+        from fedhpc.predict import predict_text
+
+    text = predict_text(
+        arguments.run_dir,
+        texts=arguments.text or (),
+        file=arguments.file,
+        device=arguments.device,
+        all_classes=arguments.all_classes,
+    )
+    if arguments.out:
+        write_whole(Path(arguments.out), text.encode())
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
 @contextmanager
 def all_ranks_or_none(exchange: Exchange) -> Iterator[None]:
     """A part of the set-up that succeeds on all ranks, or raises one UserError on all."""
@@ -240,7 +271,42 @@ def _parser() -> argparse.ArgumentParser:
         help="accuracy to be reached, or what the task has in its place; 95 %% of the task's best unless given",
     )
     command.set_defaults(action=report)
+
+    command = commands.add_parser("export", help="what a run has tuned, as an adapter that Hugging Face PEFT loads")
+    _add_trained(command)
+    command.add_argument("--format", choices=("peft",), default="peft")
+    command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    command.set_defaults(action=export)
+
+    command = commands.add_parser(
+        "predict", help="class and probability for new text", description="Writes one JSON object a text."
+    )
+    _add_trained(command)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text",
+        action="append",
+        nargs="+",
+        metavar="T",
+        help="a text; for a task of several fields one for each, in the order of its template; repeatable",
+    )
+    source.add_argument(
+        "--file", metavar="F", help="TSV with a header line (.tsv), JSON lines (.jsonl), or one text a line"
+    )
+    command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
+    command.add_argument("--out", metavar="FILE", help="write there, not to standard output")
+    command.set_defaults(action=predict)
     return parser
+
+
+def _add_trained(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", metavar="RUN_DIR", help="of its newest valid checkpoint")
+    command.add_argument(
+        "--device",
+        type=int,
+        metavar="ID",
+        help="this device's personal parameters; otherwise the global ones, untrained where they are not exchanged",
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -248,6 +314,14 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key of the file; repeatable"
     )
+
+
+def check_target(name: str) -> None:
+    """Refuse a file that could not be written, before there is anything to write."""
+    path = Path(name)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        found = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is no folder or not writable"
+        raise ConfigError(f"--out: {name} {found}; give a file")
 
 
 def positive_number(text: str) -> int:

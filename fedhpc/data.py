@@ -134,6 +134,17 @@ class Split:
     slots: np.ndarray
     pad_id: int
 
+    @classmethod
+    def of(cls, examples: Sequence[tuple[Sequence[int], int]], labels: Sequence[int], *, pad_id: int) -> Self:
+        """A split of examples in memory, each its token ids and slot."""
+        return cls(
+            tokens=np.concatenate([np.asarray(ids, np.int32) for ids, _ in examples]),
+            offsets=np.cumsum([0, *(len(ids) for ids, _ in examples)]),
+            labels=np.asarray(labels, np.int32),
+            slots=np.asarray([slot for _, slot in examples], np.int32),
+            pad_id=pad_id,
+        )
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -17,7 +17,7 @@ from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt
-from fedhpc.evaluate import evaluation_batches, predict
+from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
 from fedhpc.federation import Homes, Packs, batches_per_epoch, make_packs, population, round_steps, sample_devices
@@ -346,7 +346,7 @@ class Worker:
 
     def evaluate(self, command: Command) -> np.ndarray:
         """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
-        record = messages.evaluation_record(self.num_classes, len(self.steps)).zeros(1)
+        record = messages.evaluation_record(self.num_classes, len(self.partition.validation)).zeros(1)
         size = self.config.evaluate.batch_size
         # Interleaved batches give every worker short and long texts alike.
         everything = evaluation_batches(self.validation, np.arange(len(self.validation)), size)
@@ -409,7 +409,8 @@ class Worker:
                 self.exchange.beat("evaluating")
                 yield batch
 
-        predict(self.backbone, self.tuning, tensors, self.validation, announced(), predictions)
+        for examples, scores in class_scores(self.backbone, self.tuning, tensors, self.validation, announced()):
+            predictions[examples] = scores.argmax(1).cpu().numpy()
 
     def _confusion(self, predictions: NDArray[np.int64]) -> np.ndarray:
         here = predictions != ELSEWHERE

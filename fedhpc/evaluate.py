@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedhpc.data import Split
 from fedhpc.models import Backbone
@@ -20,17 +21,15 @@ def evaluation_batches(split: Split, examples: NDArray[np.int64], batch_size: in
 
 
 @torch.no_grad()
-def predict(
+def class_scores(
     backbone: Backbone,
     tuning: Tuning,
     tensors: dict[str, np.ndarray],
     split: Split,
     batches: Iterator[NDArray[np.int64]],
-    predictions: NDArray[np.int64],
-) -> None:
-    """Write the class predicted for each of the batches' examples to its place in ``predictions`` [examples]."""
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Each batch's examples [b] and their class scores [b, C]."""
     params = as_parameters(tensors, backbone.torch_device)
     backbone.training_mode(False)
     for examples in batches:
-        batch = split.batch(examples).to(backbone.torch_device)
-        predictions[examples] = tuning.forward(backbone, [params], batch).argmax(1).cpu().numpy()
+        yield examples, tuning.forward(backbone, [params], split.batch(examples).to(backbone.torch_device))

@@ -75,12 +75,23 @@ def check_data(job: Job) -> None:
         DataError: the data were altered, or prepared with another tokenizer.
     """
     PreparedData.open(job.config.data.path, verify=True)
+    checked_tokenizer(job)
+
+
+def checked_tokenizer(job: Job) -> Any:
+    """The backbone's tokenizer.
+
+    Raises:
+        DataError: the data were prepared with another one.
+    """
     description, model = job.data.description, job.config.model.name
-    if tokenizer_fingerprint(load_tokenizer(model)) != description.tokenizer_sha256:
+    tokenizer = load_tokenizer(model)
+    if tokenizer_fingerprint(tokenizer) != description.tokenizer_sha256:
         raise DataError(
             f"data.path: {job.config.data.path} was prepared with the tokenizer of {description.model}, which is not "
             f"that of model.name: {model}; run data_prep/prepare.py with --model {model}"
         )
+    return tokenizer
 
 
 def check_run_dir(config: Config, *, create: bool = True) -> None:

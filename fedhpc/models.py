@@ -97,6 +97,11 @@ def load_tokenizer(name: str) -> Any:
     return load_pretrained(AutoTokenizer.from_pretrained, name)
 
 
+def auto_class(*, head: str, kind: str) -> Any:
+    """The class of transformers that loads a backbone with the head that is asked for."""
+    return AutoModel if head == "linear" else AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
+
+
 def count_parameters(name: str) -> int:
     """Parameters of the whole model, counted without its weights."""
     config = load_pretrained(AutoConfig.from_pretrained, name)
@@ -336,7 +341,7 @@ def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: tor
         for key, value in vars(model_config).items():
             if "drop" in key and isinstance(value, float):
                 setattr(model_config, key, 0.0)
-    loader = AutoModel if head == "linear" else AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
+    loader = auto_class(head=head, kind=kind)
     extra: dict[str, Any] = {}
     if config.device_map == "auto":
         if find_spec("accelerate") is None:

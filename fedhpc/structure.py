@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedhpc.errors import ModelError
-from fedhpc.models import load_pretrained
+from fedhpc.models import auto_class, load_pretrained
 
 Shape = tuple[int, ...]
 
@@ -68,6 +69,13 @@ def read_structure(name: str) -> Structure:
             if isinstance(module, nn.Linear | Conv1D)
         },
     )
+
+
+def outline(name: str, *, head: str, kind: str) -> Any:
+    """The model as `auto_class` loads it, without its weights."""
+    config = load_pretrained(AutoConfig.from_pretrained, name)
+    with torch.device("meta"):
+        return auto_class(head=head, kind=kind).from_config(config)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

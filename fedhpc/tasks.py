@@ -23,6 +23,15 @@ SPLITS = {
     "train": ("train.tsv", "train.jsonl"),
     "validation": ("dev.tsv", "validation.tsv", "dev.jsonl", "val.jsonl", "validation.jsonl"),
 }
+_COLUMN_ALIASES = {
+    "sentence": ("text",),
+    "#1 String": ("sentence1",),
+    "#2 String": ("sentence2",),
+    "Quality": ("label",),
+    "answer": ("label",),
+    "label": ("coarse_label",),
+}
+"""Names that the built-in tasks' columns have in other distributions of the same data."""
 _FIELD = re.compile(r"\{(\w+)\}")
 _PLACEHOLDER = re.compile(r"\{\w+\}|<mask>|<sep>")
 
@@ -46,6 +55,11 @@ class Task:
     def fields(self) -> list[str]:
         """The text fields, in the order of the columns."""
         return [name for name in self.columns if name != "label"]
+
+    def column_names(self, name: str) -> tuple[str, ...]:
+        """The source columns that may hold a field, the usual one first."""
+        column = self.columns[name]
+        return (column, *_COLUMN_ALIASES.get(column, ())) if self in TASKS.values() else (column,)
 
     def template(self, *, kind: Kind, head: Head) -> str:
         """The template for one kind of backbone; a linear head needs the text alone."""
@@ -216,6 +230,11 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def template_fields(template: str) -> list[str]:
+    """The text fields that a template shows, in its order."""
+    return list(dict.fromkeys(name for name in _FIELD.findall(template) if name != "word"))
+
+
 class EncodedText(NamedTuple):
     """One example as a backbone sees it."""
 
@@ -248,7 +267,8 @@ class TextEncoder:
         added_for_one, added_for_two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
         self._separator = (tokenizer.sep_token or " ") * max(added_for_two - added_for_one, 1)
         special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        self._num_trailing = special[::-1].index(0) if kind == "decoder" else 0
+        self.num_trailing = special[::-1].index(0) if kind == "decoder" else 0
+        """Special tokens that the tokenizer puts behind a text, and that a decoder is not given."""
 
     def __call__(self, rows: Sequence[Mapping[str, str]]) -> list[EncodedText]:
         """Encode a batch of examples, each a mapping of the template's fields to their text."""
@@ -261,6 +281,10 @@ class TextEncoder:
             verbose=False,
         )
         return [self._encode(batch, index, item) for index, item in enumerate(rendered)]
+
+    def text(self, row: Mapping[str, str]) -> str:
+        """An example as it is tokenised, the answer slot in it."""
+        return self._render(row).text
 
     def _render(self, row: Mapping[str, str]) -> _Rendered:
         text, fields, mask = "", [], -1
@@ -278,7 +302,7 @@ class TextEncoder:
 
     def _encode(self, batch: Any, index: int, rendered: _Rendered) -> EncodedText:
         ids = batch["input_ids"][index]
-        ids = ids[: len(ids) - self._num_trailing] or [self._tokenizer.eos_token_id or 0]
+        ids = ids[: len(ids) - self.num_trailing] or [self._tokenizer.eos_token_id or 0]
         slot = 0 if rendered.mask < 0 else batch.char_to_token(index, rendered.mask)
         excess = len(ids) - self._max_length
         if excess > 0:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FLOORS = [
     {"__init__", "errors", "files", "seeding", "stopping", "background"},
     {"config", "jobenv", "quick_start", "weights", "last_layer"},
-    {"lock"},
+    {"lock", "tables"},
     {"data", "tasks", "partition", "metrics", "updates"},
     {"methods", "messages", "answers", "attention", "exact_sum", "overlay"},
     {"models", "encoding", "packing", "federation"},
@@ -22,8 +22,8 @@ FLOORS = [
     {"checkpoint", "trace"},
     {"device", "control"},
     {"job"},
-    {"saving", "plan", "inspection", "pages"},
-    {"server"},
+    {"saving", "plan", "inspection", "trained", "pages"},
+    {"server", "export", "predict"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,6 +1,9 @@
 """Real MPI ranks: the same bits on any number of them, counted bytes, recomputable traces, faults that end everyone."""
 
+import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,12 +11,16 @@ import h5py
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from launch import MPIRUN, mpirun
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import cli
 from fedhpc.checkpoint import Checkpoints, Position, verify
+from fedhpc.models import Backbone
+from fedhpc.trained import load_trained
+from fedhpc.tuning.base import as_parameters
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
@@ -103,6 +110,24 @@ def test_bytes_are_those_of_the_selected_layers(seventeen, run_config):
         for record in metrics(config):
             assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
             assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES + 4 * len(record["devices"]))
+
+
+def test_what_17_ranks_have_tuned_is_an_adapter_for_plain_peft(seventeen, tmp_path):
+    trained = load_trained(str(run_dir(seventeen[0])))
+    assert cli.main(["export", str(run_dir(seventeen[0])), "--out", str(tmp_path / "adapter")]) == 0
+    config, data = trained.job.config, trained.job.data
+    batch = data.split("validation").batch(range(20))
+    backbone = Backbone(config.model, config.tuning, data.description, torch.device("cpu"))
+    with torch.no_grad():
+        ours = trained.job.tuning.forward(backbone, [as_parameters(trained.tensors, torch.device("cpu"))], batch)
+    texts = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    words = [word for (word,) in data.description.word_ids]
+    call = [sys.executable, Path(__file__).parent / "plain_peft.py", config.model.name, tmp_path / "adapter"]
+    done = subprocess.run(
+        call, input=json.dumps([texts, words]), capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(json.loads(done.stdout), ours.numpy(), rtol=0, atol=1e-4)
 
 
 def recompute(trace, state, *, beta, server_learning_rate, num_devices):

@@ -1,0 +1,78 @@
+"""What a run has tuned, as of its newest valid checkpoint."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from fedhpc.checkpoint import LOCAL, Checkpoints, Position, device_of
+from fedhpc.config import load_config
+from fedhpc.errors import CheckpointError
+from fedhpc.job import Job, checked_tokenizer, load_job, load_state
+from fedhpc.report import RunFiles
+from fedhpc.state_file import RunState
+from fedhpc.tasks import Kind, TextEncoder
+from fedhpc.updates import Vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run's tuned parameters."""
+
+    job: Job
+    device: int | None
+    """Whose personal parameters these are; None: the global ones, untrained where they are not exchanged."""
+    rounds: int
+    """Rounds completed."""
+    tensors: dict[str, np.ndarray]
+    """Whole, by the names that the tuning gives them."""
+
+    def text_encoder(self) -> TextEncoder:
+        """What puts and cuts new text as the prepared data were, and to the positions that the backbone has."""
+        job, found = self.job, self.job.data.description
+        taken = job.config.tuning.tokens_before_text + max(map(len, found.word_ids), default=1) - 1
+        max_length = min(found.max_length, (job.shape.max_positions or math.inf) - taken)
+        tokenizer = checked_tokenizer(job)
+        return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=int(max_length))
+
+
+def load_trained(run_dir: str, device: int | None = None) -> Trained:
+    """The global parameters of a run, or one device's personal ones.
+
+    Raises:
+        CheckpointError: there is no run, no checkpoint, or nothing of that device's own in it.
+        UserError: the model or the prepared data are not what they were.
+    """
+    path = RunFiles(run_dir).config
+    if not path.is_file():
+        found = "holds no config.yaml" if Path(run_dir).is_dir() else "is no folder"
+        raise CheckpointError(f"{run_dir} {found}; give the run_dir of a run")
+    job = load_job(load_config(path).model_copy(update={"run_dir": run_dir}))
+    state = load_state(job, "auto")
+    if state is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; `fedhpc run` writes one every checkpoint.every rounds")
+    local = state.unseen_local if device is None else _local_of(device, job, state)
+    tensors = job.tuning.merge(state.server.params, local, state.layers)
+    return Trained(job=job, device=device, rounds=state.server.round, tensors=tensors)
+
+
+def _local_of(device: int, job: Job, state: RunState) -> Vector:
+    last = job.config.federation.num_devices - 1
+    if not 0 <= device <= last:
+        raise CheckpointError(f"--device {device}: this run has the devices 0 to {last}")
+    if not state.unseen_local.size:
+        raise CheckpointError(
+            f"--device {device}: this run exchanges everything it trains, so devices have nothing of their own; leave "
+            "--device out"
+        )
+    checkpoints, position = Checkpoints(job.config.run_dir), Position.of(state)
+    states, _ = checkpoints.load_devices(position, {device}, job.tuning, state.layers, state.unseen_local)
+    if device not in states:
+        kept = (name for name in checkpoints.device_files(position) if name.startswith(f"../{LOCAL}/"))
+        seen = ", ".join(map(str, sorted(map(device_of, kept)))) or "none"
+        raise CheckpointError(
+            f"--device {device}: has not been trained up to round {state.server.round}; those that have: {seen}"
+        )
+    return states[device].local
