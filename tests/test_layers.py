@@ -22,6 +22,7 @@ FLOORS = [
     {"job"},
     {"saving", "plan", "inspection"},
     {"server"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]
