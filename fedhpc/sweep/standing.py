@@ -10,7 +10,8 @@ from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
 
 HEAD, END = "=== ", "=== exit status "
-TAIL_LINES = 5
+TAIL_LINES = 15
+"""mpirun's own words about a rank that failed take ten."""
 
 
 class CellLog:
