@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import shlex
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +165,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 def sweep(arguments: argparse.Namespace) -> int:
     """`fedhpc sweep`: the runs of an experiment."""
     from fedhpc.sweep.experiment import load_experiment
-    from fedhpc.sweep.job_array import array_command, task_arguments
+    from fedhpc.sweep.job_array import array_command, submit, task_arguments
     from fedhpc.sweep.local import cell_list, run_here
     from fedhpc.sweep.results import write_tables
     from fedhpc.sweep.standing import check_run_dirs
@@ -180,8 +179,8 @@ def sweep(arguments: argparse.Namespace) -> int:
         options = [part for text in arguments.set for part in ("--set", text)]
         options += ["--out", arguments.out] if arguments.out else []
         command = array_command(experiment, arguments.experiment, options, arguments.submit, arguments.jobs)
-        print(shlex.join(command) if command else "all cells are done")
-        return 0 if arguments.dry_run or not command else subprocess.run(command, check=False).returncode
+        print(shlex.join(command) if command else "all cells are done", flush=True)
+        return 0 if arguments.dry_run or not command else submit(command)
     if arguments.dry_run:
         print(cell_list(experiment))
         return 0
@@ -193,7 +192,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         with quick_start():
             from fedhpc import device, job, server  # noqa: F401
 
-    return run_here(experiment, launch=arguments.launch, at_once=arguments.jobs, run=main, prepare=load_libraries)
+    return run_here(experiment, launch=arguments.launch, at_once=arguments.jobs or 1, run=main, prepare=load_libraries)
 
 
 @contextmanager
@@ -277,7 +276,10 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         "--launch", metavar="COMMAND", help="what starts a cell's ranks, as 'mpirun -np 3'; one process unless given"
     )
     command.add_argument(
-        "--jobs", type=positive_number, default=1, metavar="N", help="cells at once, also of an array (default: 1)"
+        "--jobs",
+        type=positive_number,
+        metavar="N",
+        help="cells at once (default: 1; of an array as many as SLURM starts)",
     )
     action = command.add_mutually_exclusive_group()
     action.add_argument("--report", action="store_true", help="only write the tables of what is there")

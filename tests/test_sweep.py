@@ -295,6 +295,19 @@ def test_a_sweep_is_not_started_by_mpirun(write, fedhpc, monkeypatch):
     assert "--launch 'mpirun -np 3'" in err
 
 
+def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
+    path = write()
+    _, out, _ = fedhpc("sweep", path, "--submit", "jobs/sweep.slurm", "--dry-run", "--jobs", 4, "--set", "trace=true")
+    digest = load_experiment(path).digest
+    assert out == f"sbatch --array=0-11%4 jobs/sweep.slurm {path} --expect {digest} --set trace=true\n"
+    assert fedhpc("sweep", path, "--cell", 3, "--expect", digest)[0] == 0
+    path.write_text(path.read_text().replace("  - 2\n", ""))
+    status, _, err = fedhpc("sweep", path, "--cell", 3, "--expect", digest)
+    assert status == 2
+    assert "the experiment has other cells now" in err
+    assert fedhpc("sweep", path, "--cell", 8)[2].endswith("--cell 8: the cells have the numbers 0 to 7\n")
+
+
 def record(round_index, accuracy, down=60, up=40):
     return {
         "round": round_index,

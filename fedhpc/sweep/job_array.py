@@ -1,5 +1,6 @@
 """An experiment as one SLURM array: task N runs cell N."""
 
+import subprocess
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,12 +12,14 @@ from fedhpc.sweep.standing import standing
 JOB_FILE = "jobs/sweep.slurm"
 
 
-def array_command(experiment: Experiment, path: Path, options: Sequence[str], job_file: str, at_once: int) -> list[str]:
+def array_command(
+    experiment: Experiment, path: Path, options: Sequence[str], job_file: str, at_once: int | None
+) -> list[str]:
     """The command that submits all cells which are not done; empty if there is none.
 
     Args:
         options: of this sweep, for its tasks to get the same cells.
-        at_once: tasks that SLURM may run at once.
+        at_once: at most so many tasks run at once.
 
     Raises:
         ConfigError: there is no such job file here.
@@ -24,8 +27,20 @@ def array_command(experiment: Experiment, path: Path, options: Sequence[str], jo
     if not Path(job_file).is_file():
         raise ConfigError(f"--submit {job_file}: no such file here; submit from the checkout's top folder")
     numbers = [number for number, cell in enumerate(experiment.cells) if not standing(experiment, cell).done]
-    array = f"--array={_ranges(numbers)}%{at_once}"
+    array = f"--array={_ranges(numbers)}" + (f"%{at_once}" if at_once else "")
     return ["sbatch", array, job_file, str(path), "--expect", experiment.digest, *options] if numbers else []
+
+
+def submit(command: Sequence[str]) -> int:
+    """Hand an array to SLURM; sbatch's exit status.
+
+    Raises:
+        ConfigError: this machine has no sbatch.
+    """
+    try:
+        return subprocess.run(command, check=False).returncode
+    except FileNotFoundError:
+        raise ConfigError(f"--submit: there is no {command[0]} on PATH; run it where jobs are submitted") from None
 
 
 def task_arguments(experiment: Experiment, number: int, expected: str | None) -> str:
