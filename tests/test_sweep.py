@@ -192,6 +192,17 @@ def test_a_second_sweep_is_refused_while_the_first_runs(write, fedhpc):
     assert f"{path.parent / 'out'} is in use by" in err
 
 
+def test_when_nobody_reads_its_words_any_more_no_cell_is_left_behind(write):
+    path = write({"federation.rounds": [2, 10000]})
+    second = load_experiment(path).cells[1].run_dir
+    process = start(path, "--jobs", "2")
+    wait_until(RunFiles(second).rounds_recorded)
+    process.stdout.close()
+    wait_until(lambda: process.poll() is not None)
+    assert not (second / "lock").exists()
+    assert states(path)[0].done
+
+
 def test_axes_settings_and_names(write):
     grid = {
         "data": [{"task": "moods"}, {"task": None}],
@@ -199,8 +210,8 @@ def test_axes_settings_and_names(write):
         "server.learning_rate": [0.5],
         "device.learning_rate": [1e-5],
     }
-    path = write(grid, set={"selection": {"strategy": "explicit"}, "device.learning_rate": 7})
-    cells = load_experiment(path, ["seed=5"]).cells
+    path = write(grid, set={"selection": {"strategy": "explicit"}, "device": {"learning_rate": 7, "epochs": 2}})
+    cells = load_experiment(path, ["seed=5", "device.epochs=4"]).cells
     assert [cell.name for cell in cells] == [
         f"data={task},layers={layers},server.learning_rate=0.5,device.learning_rate=1e-05"
         for task in ("moods", "null")
@@ -208,6 +219,7 @@ def test_axes_settings_and_names(write):
     ]
     config = cells[0].config
     assert (config.data.task, config.selection.layers, config.seed) == ("moods", [0, 2], 5)
+    assert config.device.epochs == 4
     assert (config.server.learning_rate, config.device.learning_rate) == (0.5, 1e-5)
     assert cells[0].run_dir == path.parent / "out" / cells[0].name
     assert load_experiment(path, out="other").cells[0].run_dir == Path("other") / cells[0].name
@@ -283,9 +295,10 @@ def test_a_faulty_experiment_is_refused_before_anything_runs(write, fedhpc, prob
 
 
 def test_what_an_option_may_not_vary(write, fedhpc):
-    status, _, err = fedhpc("sweep", write(), "--set", "seed=1")
-    assert status == 2
-    assert "--set seed: the grid varies it" in err
+    for override, key in (("seed=1", "seed"), ("selection={ratio: 0.5}", "selection"), ("run_dir=x", "run_dir")):
+        status, _, err = fedhpc("sweep", write(), "--set", override)
+        assert status == 2
+        assert f"{key}: " in err
 
 
 def test_a_sweep_is_not_started_by_mpirun(write, fedhpc, monkeypatch):

@@ -168,7 +168,7 @@ def _axis_problems(file: ExperimentFile, axes: Mapping[str, Axis]) -> Iterator[s
 def _key_problems(file: ExperimentFile, axes: Mapping[str, Axis], overrides: Sequence[str]) -> Iterator[str]:
     varied = set().union(*map(_keys, axes.values()))
     given = {text.partition("=")[0].strip() for text in overrides}
-    for key in sorted(given & varied):
+    for key in sorted(key for key in given if any(f"{leaf}.".startswith(f"{key}.") for leaf in varied)):
         yield f"--set {key}: the grid varies it"
     if "run_dir" in {*varied, *given, *file.settings}:
         yield "run_dir: follows from out: and the cell's values; set neither it nor an axis of that name"
@@ -198,8 +198,7 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
         base = Path(os.path.normpath(path.parent / str(settings.pop("base"))))
         if base not in bases:
             bases[base] = read_values(base)
-        ours = {**settings, "run_dir": f"{file.out}/{name}"}
-        texts = (*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in ours.items()))
+        texts = (*_overrides(settings), *overrides, *_overrides({"run_dir": f"{file.out}/{name}"}))
         resolved = copy.deepcopy(bases[base])
         config, found = check_values(resolved, texts)
         known = flatten(resolved) | (flatten(config.model_dump()) if config else {})
@@ -211,6 +210,10 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
             yield Cell(name=name, values=values, config_file=base, overrides=texts, config=config)
     if problems:
         raise _refusal(path, (f"{problem} ({_some(names)})" for problem, names in problems.items()))
+
+
+def _overrides(settings: Settings) -> list[str]:
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
 
 
 def _short_names(axes: Mapping[str, Axis]) -> dict[str, str]:

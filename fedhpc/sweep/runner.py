@@ -43,14 +43,20 @@ class Runner:
         """Run the cells to their end, or until a stop is requested or one says that its time is up."""
         waiting = deque(cells)
         with self._signals():
-            while True:
-                while waiting and len(self._running) < at_once and self._start(waiting[0]):
-                    waiting.popleft()
-                if not self._running:
-                    return
-                pid, status = os.wait()
-                if pid in self._running:
-                    self._end(pid, os.waitstatus_to_exitcode(status))
+            try:
+                while True:
+                    while waiting and len(self._running) < at_once and self._start(waiting[0]):
+                        waiting.popleft()
+                    if not self._running:
+                        return
+                    pid, status = os.wait()
+                    if pid in self._running:
+                        self._end(pid, os.waitstatus_to_exitcode(status))
+            except BaseException:  # nobody reads our words any more, or the disk is full
+                self._ask_to_stop()
+                for pid in self._running:
+                    os.waitpid(pid, 0)
+                raise
 
     def _start(self, cell: Cell) -> bool:
         """Start a cell, unless a stop was requested."""
@@ -134,6 +140,9 @@ class Runner:
         self.stopped = True
         # Not by print, which may be at work this very moment.
         os.write(2, f"{signal.Signals(number).name}: asking {len(self._running)} running cell(s) to stop\n".encode())
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
         for pid in self._running:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, PASSED_ON)
