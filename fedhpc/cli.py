@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,10 @@ from fedhpc.stopping import StopRequest
 EPILOG = (
     "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; 75 stopped on request with a valid "
     "checkpoint, run again to go on; anything else is a failure"
+)
+SWEEP_EPILOG = (
+    "exit status: 0 all cells are done; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
+    "75 stopped on request, run again to go on"
 )
 
 
@@ -198,6 +203,39 @@ def predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(arguments: argparse.Namespace) -> int:
+    """`fedhpc sweep`: the runs of an experiment."""
+    from fedhpc.sweep.experiment import load_experiment
+    from fedhpc.sweep.job_array import array_command, submit, task_arguments
+    from fedhpc.sweep.local import cell_list, run_here
+    from fedhpc.sweep.results import write_tables
+    from fedhpc.sweep.standing import check_run_dirs
+
+    experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
+    if arguments.cell is not None:
+        print(task_arguments(experiment, arguments.cell, arguments.expect))
+        return 0
+    check_run_dirs(experiment)
+    if arguments.submit:
+        options = [part for text in arguments.set for part in ("--set", text)]
+        options += ["--out", arguments.out] if arguments.out else []
+        command = array_command(experiment, arguments.experiment, options, arguments.submit, arguments.jobs)
+        print(shlex.join(command) if command else "all cells are done", flush=True)
+        return 0 if arguments.dry_run or not command else submit(command)
+    if arguments.dry_run:
+        print(cell_list(experiment))
+        return 0
+    if arguments.report:
+        print(f"tables in {write_tables(experiment)}")
+        return 0
+
+    def load_libraries() -> None:
+        with quick_start():
+            from fedhpc import device, job, server  # noqa: F401
+
+    return run_here(experiment, launch=arguments.launch, at_once=arguments.jobs or 1, run=main, prepare=load_libraries)
+
+
 @contextmanager
 def all_ranks_or_none(exchange: Exchange) -> Iterator[None]:
     """A part of the set-up that succeeds on all ranks, or raises one UserError on all."""
@@ -296,6 +334,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
     command.add_argument("--out", metavar="FILE", help="write there, not to standard output")
     command.set_defaults(action=predict)
+    command = commands.add_parser(
+        "sweep",
+        help="the runs of an experiment: a grid over keys and seeds",
+        description="Run every cell of an experiment that is not done, and write its tables. The same command goes on "
+        "after an interruption.",
+        epilog=SWEEP_EPILOG,
+    )
+    _add_sweep(command)
+    command.set_defaults(action=sweep)
     return parser
 
 
@@ -309,11 +356,44 @@ def _add_trained(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("experiment", metavar="EXPERIMENT", type=Path, help="the experiment's YAML file")
+    _add_set(command, "override a key of every cell; repeatable")
+    command.add_argument("--out", metavar="DIR", help="instead of the file's out:")
+    command.add_argument(
+        "--launch", metavar="COMMAND", help="what starts a cell's ranks, as 'mpirun -np 3'; one process unless given"
+    )
+    command.add_argument(
+        "--jobs",
+        type=positive_number,
+        metavar="N",
+        help="cells at once (default: 1; of an array as many as SLURM starts)",
+    )
+    action = command.add_mutually_exclusive_group()
+    action.add_argument("--report", action="store_true", help="only write the tables of what is there")
+    action.add_argument(
+        "--submit",
+        nargs="?",
+        const="jobs/sweep.slurm",
+        metavar="FILE",
+        help="submit the cells that are not done as one SLURM array with this job file (default: jobs/sweep.slurm)",
+    )
+    action.add_argument(
+        "--cell", type=int, metavar="N", help="print what `fedhpc run` is given for cell N, a line each"
+    )
+    command.add_argument("--expect", metavar="DIGEST", help="with --cell: refuse if the experiment's cells are others")
+    command.add_argument(
+        "--dry-run", action="store_true", help="list the cells and where they stand; with --submit, print the command"
+    )
+
+
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key of the file; repeatable"
-    )
+    _add_set(command, "override a key of the file; repeatable")
+
+
+def _add_set(command: argparse.ArgumentParser, words: str) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help=words)
 
 
 def check_target(name: str) -> None:

@@ -454,15 +454,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with all that is wrong, one line each.
     """
-    values = _read_with_base(Path(path))
+    config, problems = check_values(read_values(path), overrides)
+    if config is None:
+        raise ConfigError(f"{path}: " + "\n  ".join([f"{len(problems)} problem(s)", *problems]))
+    return config
+
+
+def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
+    """The configuration, or all that is wrong with it, one line each; the overrides change `values`, too."""
     problems = [problem for text in overrides if (problem := _apply_override(values, text))]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += _describe(error.errors())
-    if problems:
-        raise ConfigError(f"{path}: " + "\n  ".join([f"{len(problems)} problem(s)", *problems]))
-    return config
+        return None, problems + _describe(error.errors())
+    return (None, problems) if problems else (config, [])
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What a configuration file and the file its `base` names say, not yet validated.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    return _read_with_base(Path(path))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -492,9 +506,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: base: names a file that leads back to itself")
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -503,6 +520,13 @@ def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold keys and values, found {type(values).__name__}")
+    return values
+
+
+def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: base: names a file that leads back to itself")
+    values = read_yaml(path)
     values = {key: value for key, value in values.items() if value is not None}  # `server:` with nothing under it
     base = values.pop("base", None)
     if base is None:
@@ -543,7 +567,7 @@ def _describe(errors: list[ErrorDetails]) -> list[str]:
     for details in errors:
         key = _key_of(details)
         if details["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{_suggestion(key)}")
+            lines.append(f"{key}: unknown key{suggestion(key)}")
         elif details["type"] == "missing":
             lines.append(f"{key}: is required")
         elif details["type"] == "value_error":
@@ -558,7 +582,7 @@ def _key_of(details: ErrorDetails) -> str:
     """The dotted key; Pydantic adds the branch of a union to it, which no user knows."""
     location = [str(part) for part in details["loc"]]
     about_value = details["type"] not in ("extra_forbidden", "missing")
-    while about_value and len(location) > 1 and ".".join(location) not in _KEYS:
+    while about_value and len(location) > 1 and ".".join(location) not in KEYS:
         location.pop()
     return ".".join(location)
 
@@ -573,15 +597,17 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-_KEYS = _known_keys(Config)
+KEYS = _known_keys(Config)
+"""Every key of a configuration, sections included, dotted."""
 
 
-def _suggestion(key: str) -> str:
+def suggestion(key: str) -> str:
+    """What an unknown key was perhaps meant to be."""
     section, _, leaf = key.rpartition(".")
-    same_section = [known for known in _KEYS if known.rpartition(".")[0] == section]
+    same_section = [known for known in KEYS if known.rpartition(".")[0] == section]
     near = (
         difflib.get_close_matches(key, same_section, n=1)
-        or [known for known in _KEYS if known.rpartition(".")[2] == leaf][:1]
-        or difflib.get_close_matches(key, _KEYS, n=1)
+        or [known for known in KEYS if known.rpartition(".")[2] == leaf][:1]
+        or difflib.get_close_matches(key, KEYS, n=1)
     )
     return f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(same_section)}"

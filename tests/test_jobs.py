@@ -117,16 +117,7 @@ def test_a_slurm_job_is_warned_of_its_end_and_run_again(path):
 
 
 def test_there_is_a_slurm_job_for_each_published_model():
-    configs = {
-        path.name: re.search(r"^\. .*(jobs/\S+\.yaml)", path.read_text(), re.MULTILINE)[1] for path in SLURM_FILES
-    }
-    assert configs.pop("sweep.slurm") == "jobs/$MODEL/$task.yaml"
-    assert all((ROOT / config).exists() for config in configs.values())
-    assert set(configs.values()) == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}
-
-
-def test_the_sweep_has_every_task():
-    text = (JOBS / "sweep.slurm").read_text()
-    tasks, seeds = (re.search(rf"^{name}=\((.+)\)", text, re.MULTILINE)[1].split() for name in ("TASKS", "SEEDS"))
-    assert sorted(tasks) == sorted(TASKS)
-    assert f"--array=0-{len(tasks) * len(seeds) - 1}%" in text
+    texts = [path.read_text() for path in SLURM_FILES if path.name != "sweep.slurm"]
+    configs = {re.search(r"^\. .*(jobs/\S+\.yaml)", text, re.MULTILINE)[1] for text in texts}
+    assert all((ROOT / config).exists() for config in configs)
+    assert configs == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}

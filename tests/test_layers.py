@@ -24,6 +24,7 @@ FLOORS = [
     {"job"},
     {"saving", "plan", "inspection", "trained", "pages"},
     {"server", "export", "predict"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]

@@ -188,6 +188,37 @@ def test_a_task_of_an_array_is_requeued_alone(cluster, submit_stand_in):
     assert tasks[2]["JobId"] == number
 
 
+def test_an_experiment_as_an_array(cluster, checkout, world):
+    """On one CPU instead of 17 with GPUs: the header is for the user to edit."""
+    header = {"ntasks": 1, "nodes": 1, "gres": "none", "mem": "1G"}
+    job_file = re.sub(
+        r"(?m)^#SBATCH --(\w+)=.*",
+        lambda line: f"#SBATCH --{line[1]}={header[line[1]]}" if line[1] in header else line[0],
+        (ROOT / "jobs/sweep.slurm").read_text(),
+    )
+    (checkout / "mine.slurm").write_text(job_file)
+    grid = {"seed": [1, 2], "cell": {"sound": {}, "misled": {"data.path": "nowhere"}}}
+    experiment = {"base": str(world), "out": "array", "set": {"trace": False}, "grid": grid}
+    (checkout / "experiment.yaml").write_text(json.dumps(experiment))
+    command = [sys.executable, "-m", "fedhpc", "sweep", "experiment.yaml"]
+    ours = {"PYTHONPATH": ROOT, "LAUNCH": "env", "FEDHPC": f"{sys.executable} -m fedhpc"}
+    said = cluster.run(*command, "--submit", "mine.slurm", "--jobs", 3, cwd=checkout, **ours).stdout
+    number = re.search(r"Submitted batch job (\d+)", said)[1]
+    assert "--array=0-3%3 mine.slurm experiment.yaml --expect" in said
+    ends = [cluster.ended(f"{number}_{task}")["ExitCode"] for task in range(4)]
+    assert ends == ["0:0", "2:0", "0:0", "2:0"]
+    left = cluster.run(*command, "--submit", "mine.slurm", "--dry-run", cwd=checkout, **ours).stdout
+    assert "--array=1,3 " in left
+    cluster.run(*command, "--report", cwd=checkout, **ours)
+    rows = (checkout / "array/results.csv").read_text().splitlines()
+    assert [row.split(",")[:3] for row in rows[1:]] == [
+        ["1", "sound", "3"],
+        ["1", "misled", "0"],
+        ["2", "sound", "3"],
+        ["2", "misled", "0"],
+    ]
+
+
 def test_a_chain_goes_on_without_requeueing_and_ends_with_the_first_success(cluster, checkout, submit_stand_in):
     said = submit_stand_in("chain", "75 0 0 0", command=("jobs/chain.sh", 4))
     numbers = re.fullmatch(r"submitted; to cancel all: scancel((?: \d+){4})", said)[1].split()

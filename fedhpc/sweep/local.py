@@ -1,0 +1,87 @@
+"""`fedhpc sweep` on this machine: what there is to do, the runs, and what became of them."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+
+from fedhpc.errors import EXIT_STOPPED, ConfigError
+from fedhpc.jobenv import MPIRUN_VARIABLES, JobEnvironment
+from fedhpc.lock import RunLock
+from fedhpc.sweep.experiment import Experiment
+from fedhpc.sweep.results import write_tables
+from fedhpc.sweep.runner import Runner
+from fedhpc.sweep.standing import CellLog, standing
+
+EXIT_FAILED = 1
+
+
+def cell_list(experiment: Experiment) -> str:
+    """Every cell: its number, where it stands, its run directory."""
+    rows = [
+        (str(number), str(standing(experiment, cell)), str(cell.run_dir))
+        for number, cell in enumerate(experiment.cells)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{number:>{widths[0]}}  {stands:<{widths[1]}}  {run_dir}" for number, stands, run_dir in rows)
+
+
+def run_here(
+    experiment: Experiment,
+    *,
+    launch: str | None,
+    at_once: int,
+    run: Callable[[Sequence[str]], int],
+    prepare: Callable[[], None],
+) -> int:
+    """Run the cells that are not done, write the tables; the exit status.
+
+    Args:
+        launch: instead of the experiment's.
+        run: the command line, for cells without a launcher: they are forks of this process.
+        prepare: imports what such a cell needs.
+
+    Raises:
+        ConfigError: before anything is run.
+    """
+    launch = launch or experiment.launch
+    _check_launch(experiment, launch)
+    waiting = [cell for cell in experiment.cells if not standing(experiment, cell).done]
+    _say(f"{len(experiment.cells)} cells, {len(experiment.cells) - len(waiting)} of them done")
+    runner = Runner(experiment, launch, run, _say)
+    if waiting:
+        experiment.out.mkdir(parents=True, exist_ok=True)
+        with RunLock(experiment.out, JobEnvironment()):
+            if launch is None:
+                prepare()
+            runner.run(waiting, at_once)
+    _say(f"tables in {write_tables(experiment)}")
+    for cell in runner.failed:
+        _say(f"FAILED: {cell.name}: {standing(experiment, cell)}")
+        for line in CellLog(experiment.out, cell).tail():
+            _say(f"    {line}")
+    if runner.stopped:
+        _say("stopped; the same command goes on from here")
+        return EXIT_STOPPED
+    return EXIT_FAILED if runner.failed else 0
+
+
+def _check_launch(experiment: Experiment, launch: str | None) -> None:
+    if any(name in os.environ for name in MPIRUN_VARIABLES):
+        raise ConfigError(
+            "start `fedhpc sweep` without mpirun; it starts each cell's ranks itself: --launch 'mpirun -np 3'"
+        )
+    try:
+        command = shlex.split(launch or "")
+    except ValueError as error:
+        raise ConfigError(f"launch: {launch}: {error}") from None
+    if launch is not None and (not command or shutil.which(command[0]) is None):
+        raise ConfigError(f"launch: {launch!r}: there is no such command on PATH")
+    if launch is None and experiment.budget_bytes is not None:
+        raise ConfigError(
+            "budget_bytes: within one process no bytes are moved; start the ranks of each cell: --launch 'mpirun -np 2'"
+        )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

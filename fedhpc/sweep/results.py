@@ -1,0 +1,57 @@
+"""The tables of an experiment."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedhpc.files import write_whole
+from fedhpc.report import RunFiles
+from fedhpc.sweep.experiment import Cell, Experiment
+
+Record = Mapping[str, Any]
+"""A round's line of metrics.jsonl."""
+
+
+def write_tables(experiment: Experiment) -> Path:
+    """Write what the experiment gave so far; the folder."""
+    rows = [{**cell.values, **results(curve(cell, experiment.budget_bytes))} for cell in experiment.cells]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    path = experiment.out / "results.csv"
+    write_whole(path, text.getvalue().encode())
+    return path
+
+
+def curve(cell: Cell, budget_bytes: float | None) -> list[Record]:
+    """The rounds of a cell that count: those the experiment has, as far as the budget goes."""
+    rounds: list[Record] = []
+    moved = 0
+    for record in RunFiles(cell.run_dir).read_metrics():
+        moved += _bytes(record)
+        if record["round"] >= cell.config.federation.rounds or (budget_bytes is not None and moved > budget_bytes):
+            break
+        rounds.append(record)
+    return rounds
+
+
+def results(rounds: Sequence[Record]) -> dict[str, Any]:
+    """The figures of one cell; empty where nothing was evaluated. All but `seconds` are the same from every run."""
+    evaluated = [record for record in rounds if record["accuracy_global"] is not None]
+    last = evaluated[-1] if evaluated else {}
+    return {
+        "rounds": len(rounds),
+        "accuracy": last.get("accuracy"),
+        "accuracy_global": last.get("accuracy_global"),
+        "best_accuracy_global": max((record["accuracy_global"] for record in evaluated), default=None),
+        "bytes": sum(map(_bytes, rounds)),
+        "seconds": round(sum(record["seconds"]["round"] for record in rounds), 3),
+    }
+
+
+def _bytes(record: Record) -> int:
+    return int(record["bytes_down"] + record["bytes_up"])

@@ -1,0 +1,148 @@
+"""The cells of an experiment as processes of this machine: each in a session of its own, its output in its log."""
+
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from fedhpc.errors import EXIT_STOPPED
+from fedhpc.stopping import STOP_SIGNALS
+from fedhpc.sweep.experiment import Cell, Experiment
+from fedhpc.sweep.results import curve, results
+from fedhpc.sweep.standing import CellLog, standing
+
+SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+PASSED_ON = signal.SIGUSR1
+"""Of all stop signals the one that every MPI launcher hands to its ranks instead of ending them."""
+KILLED_BY_IT = 128 + PASSED_ON
+"""The exit status of a launcher, or of a rank, that was not yet ready for it."""
+
+
+class Runner:
+    """Runs cells, some at once; a stop signal goes to the running ones, and no other is begun."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        launch: str | None,
+        run: Callable[[Sequence[str]], int],
+        say: Callable[[str], None],
+    ) -> None:
+        self.stopped = False
+        self.failed: list[Cell] = []
+        self._experiment, self._launch, self._run, self._say = experiment, launch, run, say
+        self._running: dict[int, tuple[Cell, float]] = {}
+
+    def run(self, cells: Sequence[Cell], at_once: int) -> None:
+        """Run the cells to their end, or until a stop is requested or one says that its time is up."""
+        waiting = deque(cells)
+        with self._signals():
+            try:
+                while True:
+                    while waiting and len(self._running) < at_once and self._start(waiting[0]):
+                        waiting.popleft()
+                    if not self._running:
+                        return
+                    pid, status = os.wait()
+                    if pid in self._running:
+                        self._end(pid, os.waitstatus_to_exitcode(status))
+            except BaseException:  # nobody reads our words any more, or the disk is full
+                self._ask_to_stop()
+                for pid in self._running:
+                    os.waitpid(pid, 0)
+                raise
+
+    def _start(self, cell: Cell) -> bool:
+        """Start a cell, unless a stop was requested."""
+        log = CellLog(self._experiment.out, cell)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            if self.stopped:
+                return False
+            completed = standing(self._experiment, cell).completed
+            begins = f"goes on after round {completed}" if completed else "begins"
+            self._say(f"{self._title(cell)}: {begins}, output in {log.path}")
+            log.begin(shlex.join(["fedhpc", "run", *cell.arguments]))
+            if (pid := os.fork()) == 0:
+                self._be(cell, log)
+            self._running[pid] = cell, time.monotonic()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return True
+
+    def _be(self, cell: Cell, log: CellLog) -> NoReturn:
+        """The forked process: become the cell. Stop signals stay blocked until the run listens to them."""
+        status = 1
+        try:
+            os.setsid()
+            sys.stdout = sys.stderr = log.path.open("a", buffering=1, encoding="utf-8")
+            for descriptor, number in ((os.open(os.devnull, os.O_RDONLY), 0), (sys.stdout.fileno(), 1)):
+                os.dup2(descriptor, number)
+            os.dup2(1, 2)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            if self._launch is None:
+                status = self._run(["run", *cell.arguments])
+            else:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                command = [*shlex.split(self._launch), sys.executable, "-m", "fedhpc", "run", *cell.arguments]
+                os.execvp(command[0], command)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _end(self, pid: int, code: int) -> None:
+        cell, since = self._running.pop(pid)
+        status = 128 - code if code < 0 else code
+        if status == KILLED_BY_IT and self.stopped:
+            status = EXIT_STOPPED
+        log = CellLog(self._experiment.out, cell)
+        log.end(status)
+        now = standing(self._experiment, cell)
+        seconds = f"{time.monotonic() - since:.0f} s"
+        if status == EXIT_STOPPED:
+            self.stopped = True
+            self._say(f"{self._title(cell)}: stopped after {seconds}: {now}")
+        elif status:
+            self.failed.append(cell)
+            self._say(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
+        else:
+            accuracy = results(curve(cell, self._experiment.budget_bytes))["accuracy_global"]
+            shown = "" if accuracy is None else f", accuracy_global {accuracy:.4f}"
+            self._say(f"{self._title(cell)}: done in {seconds}{shown}")
+
+    def _title(self, cell: Cell) -> str:
+        return f"cell {self._experiment.cells.index(cell)} {cell.name}"
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _: object) -> None:
+        self.stopped = True
+        # Not by print, which may be at work this very moment.
+        os.write(2, f"{signal.Signals(number).name}: asking {len(self._running)} running cell(s) to stop\n".encode())
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        for pid in self._running:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, PASSED_ON)

@@ -1,0 +1,127 @@
+"""Where a cell stands, from the files in its run directory alone."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedhpc.config import load_config
+from fedhpc.errors import EXIT_STOPPED, ConfigError
+from fedhpc.report import RunFiles
+from fedhpc.sweep.experiment import Cell, Experiment
+
+HEAD, END = "=== ", "=== exit status "
+TAIL_LINES = 15
+"""mpirun's own words about a rank that failed take ten."""
+
+
+class CellLog:
+    """What a cell's runs print, one after the other: a line before each, and a line with its exit status."""
+
+    def __init__(self, out: Path, cell: Cell) -> None:
+        self.path = out / "logs" / f"{cell.name}.log"
+
+    def begin(self, command: str) -> None:
+        """A run is about to write here."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._append(f"{HEAD}{command}")
+
+    def end(self, status: int) -> None:
+        """The run has ended."""
+        self._append(f"{END}{status}")
+
+    def last_status(self) -> int | None:
+        """Of the latest run, if it has ended."""
+        found = re.fullmatch(rf"{END}(\d+)", (self._lines() or [""])[-1])
+        return int(found[1]) if found else None
+
+    def tail(self) -> list[str]:
+        """The last lines that the latest run wrote."""
+        lines: list[str] = []
+        for line in self._lines():
+            if line.startswith(HEAD):
+                lines = lines if line.startswith(END) else []
+            elif line.strip():
+                lines.append(line)
+        return lines[-TAIL_LINES:]
+
+    def _append(self, line: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a cell is."""
+
+    completed: int
+    """Rounds."""
+    rounds: int
+    """All that it has."""
+    saved: bool
+    """Whether the checkpoint of the last round is there, or none at all any more."""
+    status: int | None
+    """Of its latest run in this sweep."""
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to run."""
+        return self.completed >= self.rounds and self.saved
+
+    @property
+    def failed(self) -> bool:
+        """Its latest run did not end by itself, nor on request."""
+        return not self.done and self.status not in (None, 0, EXIT_STOPPED)
+
+    def __str__(self) -> str:
+        if self.done:
+            return "done"
+        where = f"round {self.completed} of {self.rounds}" if self.completed else "not begun"
+        return f"failed with exit status {self.status}, {where}" if self.failed else where
+
+
+def standing(experiment: Experiment, cell: Cell) -> Standing:
+    """Where a cell stands."""
+    latest = cell.run_dir / "checkpoints" / "LATEST"
+    found = re.match(r"round_(\d+)", latest.read_text()) if latest.exists() else None
+    rounds = cell.config.federation.rounds
+    return Standing(
+        completed=len(RunFiles(cell.run_dir).rounds_recorded()),
+        rounds=rounds,
+        saved=found is None or int(found[1]) >= rounds,
+        status=CellLog(experiment.out, cell).last_status(),
+    )
+
+
+def check_run_dirs(experiment: Experiment) -> None:
+    """See that what is in the cells' run directories is theirs.
+
+    Raises:
+        ConfigError: some were written with another configuration.
+    """
+    problems = [problem for cell in experiment.cells if (problem := _foreign(cell))]
+    if problems:
+        raise ConfigError(
+            f"{experiment.out}: {len(problems)} cell(s) were begun with another configuration; change it back, remove "
+            "their folders to run them anew, or choose another --out:\n  " + "\n  ".join(problems)
+        )
+
+
+def _foreign(cell: Cell) -> str | None:
+    """How a run directory with rounds in it differs from what the cell would write."""
+    files = RunFiles(cell.run_dir)
+    if not files.config.exists() or not files.rounds_recorded():
+        return None
+    try:
+        theirs = load_config(files.config).identity()
+    except ConfigError as error:
+        return str(error)
+    ours = cell.config.identity()
+    differing = [
+        f"{key}: {theirs.get(key)} there, {ours.get(key)} now"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    return f"{cell.run_dir}: {'; '.join(differing)}" if differing else None

@@ -1,0 +1,349 @@
+"""An experiment's cells: what they are, that each is run once and to its end, and the tables."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import final_prompts
+
+from fedhpc.errors import EXIT_STOPPED
+from fedhpc.report import RunFiles
+from fedhpc.sweep.experiment import load_experiment
+from fedhpc.sweep.results import curve, results
+from fedhpc.sweep.standing import standing
+
+GRID = {
+    "server.method": ["fedavg", "fedpeptao"],
+    "layers": {"all": {"selection.strategy": "all"}, "half": {"selection": {"strategy": "first", "ratio": 0.5}}},
+    "seed": [1, 2, 3],
+}
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def write(world, tmp_path_factory):
+    """Write an experiment file over the tiny world; its path. Every cell goes to `out` beside it."""
+
+    def write(grid=GRID, **others):
+        folder = tmp_path_factory.mktemp("experiment")
+        values = {"base": str(world), "out": str(folder / "out"), "set": {"trace": False}, "grid": grid, **others}
+        path = folder / "experiment.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+def start(path, *options):
+    command = [sys.executable, "-m", "fedhpc", "sweep", path, *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process):
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, out, err
+
+
+def wait_until(happened):
+    until = time.monotonic() + TIMEOUT_S
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def states(path):
+    experiment = load_experiment(path)
+    return [standing(experiment, cell) for cell in experiment.cells]
+
+
+def table(path):
+    """Everything but the seconds."""
+    rows = list(csv.DictReader((path.parent / "out/results.csv").open()))
+    assert all(float(row.pop("seconds")) > 0 for row in rows if row["rounds"] != "0")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(write):
+    """A sweep of 12 cells that ran from start to end, two at once; not to be changed."""
+    path = write()
+    process = start(path, "--jobs", "2")
+    yield path, process
+    process.wait(TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def finished(undisturbed):
+    """The same, ended."""
+    path, process = undisturbed
+    status, out, err = end(process)
+    assert status == 0, out + err
+    return path
+
+
+def test_interrupted_twice_it_ends_with_the_tables_of_an_uninterrupted_one(undisturbed, write):
+    path = write()
+    cells = load_experiment(path).cells
+    for interruption, number in ((signal.SIGTERM, 2), (signal.SIGINT, 7)):
+        process = start(path)
+        wait_until(RunFiles(cells[number].run_dir).rounds_recorded)
+        process.send_signal(interruption)
+        status, out, _ = end(process)
+        assert status == EXIT_STOPPED
+        done = [state.done for state in states(path)]
+        assert number <= sum(done) < 12
+        assert done == sorted(done, reverse=True)
+        stopped = states(path)[sum(done)]
+    status, out, err = end(start(path, "--jobs", "2"))
+    assert (status, err) == (0, "")
+    assert f"12 cells, {sum(done)} of them done" in out
+    assert (
+        f"cell {sum(done)} {cells[sum(done)].name}: "
+        + (f"goes on after round {stopped.completed}," if stopped.completed else "begins,")
+        in out
+    )
+    reference, process = undisturbed
+    assert end(process)[0] == 0
+    assert table(path) == table(reference)
+    assert len(table(path)) == 12
+    for ours, theirs in zip(cells, load_experiment(reference).cells, strict=True):
+        assert final_prompts(ours.run_dir / "config.yaml") == final_prompts(theirs.run_dir / "config.yaml")
+
+
+def test_a_cell_is_a_run_of_its_own(finished, fedhpc):
+    """The same bits as `fedhpc run` with the arguments that `--cell` prints."""
+    cell = load_experiment(finished).cells[9]
+    status, out, _ = fedhpc("sweep", finished, "--cell", 9)
+    assert (status, out.splitlines()) == (0, cell.arguments)
+    alone = finished.parent / "alone"
+    assert fedhpc("run", *out.splitlines(), "--set", f"run_dir={alone}")[0] == 0
+    assert final_prompts(alone / "config.yaml") == final_prompts(cell.run_dir / "config.yaml")
+
+
+def test_what_is_done_is_not_run_again(finished, fedhpc):
+    before = table(finished)
+    status, out, err = fedhpc("sweep", finished)
+    assert (status, err) == (0, "")
+    assert out == f"12 cells, 12 of them done\ntables in {finished.parent / 'out/results.csv'}\n"
+    assert table(finished) == before
+
+
+def test_the_list_says_where_each_cell_stands(finished, fedhpc):
+    _, out, _ = fedhpc("sweep", finished, "--dry-run", "--set", "federation.rounds=5")
+    assert len(lines := out.splitlines()) == 12
+    assert lines[3].split() == ["3", "round", "3", "of", "5", str(load_experiment(finished).cells[3].run_dir)]
+    _, out, _ = fedhpc("sweep", finished, "--dry-run")
+    assert {line.split()[1] for line in out.splitlines()} == {"done"}
+    _, out, _ = fedhpc("sweep", finished, "--dry-run", "--out", "elsewhere")
+    assert out.splitlines()[11] == "11  not begun  elsewhere/method=fedpeptao,layers=half,seed=3"
+
+
+def test_cells_begun_with_another_configuration_are_refused_before_anything_runs(finished, fedhpc):
+    status, _, err = fedhpc("sweep", finished, "--set", "device.epochs=2")
+    assert status == 2
+    assert "12 cell(s) were begun with another configuration" in err
+    assert "out/method=fedavg,layers=all,seed=1: device.epochs: 1 there, 2 now" in err
+
+
+def test_a_cell_without_its_last_checkpoint_is_not_done(finished):
+    experiment = load_experiment(finished)
+    latest = experiment.cells[0].run_dir / "checkpoints/LATEST"
+    text = latest.read_text()
+    latest.write_text("round_000002\n")
+    assert not standing(experiment, experiment.cells[0]).done
+    latest.unlink()  # removed to save room
+    assert standing(experiment, experiment.cells[0]).done
+    latest.write_text(text)
+
+
+def test_failed_cells_are_reported_and_do_not_stop_the_others(write):
+    grid = {"cell": {"misled": {"data.path": "nowhere"}, "slain": {"federation.rounds": 10000}, "sound": {}}}
+    path = write(grid)
+    slain = load_experiment(path).cells[1].run_dir
+    process = start(path)
+    wait_until(RunFiles(slain).rounds_recorded)
+    os.kill(json.loads((slain / "lock").read_text())["pid"], signal.SIGKILL)
+    status, out, _ = end(process)
+    assert status == 1
+    report = out[out.index("FAILED") :]
+    assert "FAILED: cell=misled: failed with exit status 2, not begun\n    fedhpc: error: " in report
+    assert "nowhere is no " in report
+    assert "FAILED: cell=slain: failed with exit status 137, round" in report
+    assert "cell=sound" not in report
+    assert [state.done for state in states(path)] == [False, False, True]
+    assert [row["rounds"] for row in table(path)][::2] == ["0", "3"]
+
+
+def test_a_second_sweep_is_refused_while_the_first_runs(write, fedhpc):
+    path = write({"federation.rounds": [10000]})
+    process = start(path)
+    wait_until(RunFiles(load_experiment(path).cells[0].run_dir).rounds_recorded)
+    status, _, err = fedhpc("sweep", path)
+    process.send_signal(signal.SIGUSR1)
+    assert end(process)[0] == EXIT_STOPPED
+    assert status == 2
+    assert f"{path.parent / 'out'} is in use by" in err
+
+
+def test_when_nobody_reads_its_words_any_more_no_cell_is_left_behind(write):
+    path = write({"federation.rounds": [2, 10000]})
+    second = load_experiment(path).cells[1].run_dir
+    process = start(path, "--jobs", "2")
+    wait_until(RunFiles(second).rounds_recorded)
+    process.stdout.close()
+    wait_until(lambda: process.poll() is not None)
+    assert not (second / "lock").exists()
+    assert states(path)[0].done
+
+
+def test_axes_settings_and_names(write):
+    grid = {
+        "data": [{"task": "moods"}, {"task": None}],
+        "selection.layers": [[0, 2], [1]],
+        "server.learning_rate": [0.5],
+        "device.learning_rate": [1e-5],
+    }
+    path = write(grid, set={"selection": {"strategy": "explicit"}, "device": {"learning_rate": 7, "epochs": 2}})
+    cells = load_experiment(path, ["seed=5", "device.epochs=4"]).cells
+    assert [cell.name for cell in cells] == [
+        f"data={task},layers={layers},server.learning_rate=0.5,device.learning_rate=1e-05"
+        for task in ("moods", "null")
+        for layers in ("0+2", "1")
+    ]
+    config = cells[0].config
+    assert (config.data.task, config.selection.layers, config.seed) == ("moods", [0, 2], 5)
+    assert config.device.epochs == 4
+    assert (config.server.learning_rate, config.device.learning_rate) == (0.5, 1e-5)
+    assert cells[0].run_dir == path.parent / "out" / cells[0].name
+    assert load_experiment(path, out="other").cells[0].run_dir == Path("other") / cells[0].name
+
+
+def test_an_axis_may_choose_the_base(write, world, tmp_path):
+    (tmp_path / "big.yaml").write_text(f"base: {world}\nfederation: {{rounds: 77}}\n")
+    cells = load_experiment(write({"base": [str(world), str(tmp_path / "big.yaml")]}, base=None)).cells
+    assert [(cell.name, cell.config.federation.rounds) for cell in cells] == [("base=config", 3), ("base=big", 77)]
+
+
+def test_excluded_combinations(write):
+    def left(*exclude):
+        return [cell.name for cell in load_experiment(write(exclude=list(exclude))).cells]
+
+    every = left()
+    assert len(every) == 12
+    assert left({"server.method": "fedavg", "layers": "all"}) == every[3:]
+    assert left({"server.method": "fedavg", "selection.strategy": "all"}) == every[3:]
+    assert left({"seed": [1, 2]}) == every[2::3]
+
+
+PROBLEMS = {
+    "every cell's problems, each once": (
+        {"grid": {"seed": [1, -1], "server.methd": ["fedavg"], "device.epochs": [1, "two"]}},
+        [
+            "3 problem(s)",
+            "server.methd: unknown key; did you mean server.method? (cell seed=1,methd=fedavg,epochs=1; "
+            "seed=1,methd=fedavg,epochs=two; seed=-1,methd=fedavg,epochs=1; seed=-1,methd=fedavg,epochs=two)",
+            "seed: should be greater than or equal to 0, found -1 (cell seed=-1,methd=fedavg,epochs=1; seed=-1",
+            "device.epochs: should be a valid integer, found 'two' (cell seed=1,methd=fedavg,epochs=two; seed=-1",
+        ],
+    ),
+    "a combination that is refused": (
+        {"grid": {"exchange.mode": ["gather", "reduce"]}, "set": {"trace": True}},
+        ["1 problem(s)", "trace: true writes each upload; it needs exchange.mode: gather (cell mode=reduce)"],
+    ),
+    "two values of one name": (
+        {"grid": {"data": [{"task": "a", "path": "b"}, {"task": "a", "path": "c"}]}},
+        ["grid.data: 2 values have the name 'a'; name each"],
+    ),
+    "two axes for one key": (
+        {"grid": {"a": {"x": {"seed": 1}}, "b": {"y": {"seed": 2}}}},
+        ["grid: a and b both set seed"],
+    ),
+    "a run directory": ({"grid": {"seed": [1]}, "set": {"run_dir": "x"}}, ["run_dir: follows from out:"]),
+    "an unknown key to exclude": (
+        {"exclude": [{"server.methd": "fedavg"}]},
+        ["exclude: server.methd: neither an axis nor a key; did you mean server.method?"],
+    ),
+    "nothing left": ({"exclude": [{"seed": [1, 2, 3]}]}, ["exclude: leaves no cell of the grid"]),
+    "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, set, grid, exclude"]),
+    "no axis": ({"grid": {}}, ["grid: "]),
+    "no base": ({"base": None}, ["base: is required"]),
+    "a base that is not there": ({"base": "nowhere.yaml"}, ["nowhere.yaml: cannot be read"]),
+    "a launcher that is not there": (
+        {"launch": "mpirunn -np 3"},
+        ["launch: 'mpirunn -np 3': there is no such command"],
+    ),
+    "a budget of bytes that nothing moves": ({"budget_bytes": 1e6}, ["budget_bytes: within one process no bytes"]),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_faulty_experiment_is_refused_before_anything_runs(write, fedhpc, problem):
+    changes, messages = PROBLEMS[problem]
+    path = write(**changes)
+    status, _, err = fedhpc("sweep", path)
+    assert status == 2
+    for message in messages:
+        assert message in err
+    assert not (path.parent / "out").exists()
+
+
+def test_what_an_option_may_not_vary(write, fedhpc):
+    for override, key in (("seed=1", "seed"), ("selection={ratio: 0.5}", "selection"), ("run_dir=x", "run_dir")):
+        status, _, err = fedhpc("sweep", write(), "--set", override)
+        assert status == 2
+        assert f"{key}: " in err
+
+
+def test_a_sweep_is_not_started_by_mpirun(write, fedhpc, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    status, _, err = fedhpc("sweep", write())
+    assert status == 2
+    assert "--launch 'mpirun -np 3'" in err
+
+
+def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
+    path = write()
+    _, out, _ = fedhpc("sweep", path, "--submit", "jobs/sweep.slurm", "--dry-run", "--jobs", 4, "--set", "trace=true")
+    digest = load_experiment(path).digest
+    assert out == f"sbatch --array=0-11%4 jobs/sweep.slurm {path} --expect {digest} --set trace=true\n"
+    assert fedhpc("sweep", path, "--cell", 3, "--expect", digest)[0] == 0
+    path.write_text(path.read_text().replace("  - 2\n", ""))
+    status, _, err = fedhpc("sweep", path, "--cell", 3, "--expect", digest)
+    assert status == 2
+    assert "the experiment has other cells now" in err
+    assert fedhpc("sweep", path, "--cell", 8)[2].endswith("--cell 8: the cells have the numbers 0 to 7\n")
+
+
+def record(round_index, accuracy, down=60, up=40):
+    return {
+        "round": round_index,
+        "accuracy": accuracy,
+        "accuracy_global": accuracy,
+        "bytes_down": down,
+        "bytes_up": up,
+        "seconds": {"round": 0.5},
+    }
+
+
+def test_a_budget_of_bytes_cuts_the_curve(write):
+    cell = load_experiment(write(set={"federation.rounds": 5})).cells[0]
+    cell.run_dir.mkdir(parents=True)
+    for index, accuracy in enumerate([None, 0.6, None, 0.5, 0.9, 0.95]):  # run with more rounds before
+        RunFiles(cell.run_dir).append_metrics(record(index, accuracy))
+    figures = ("rounds", "accuracy_global", "best_accuracy_global", "bytes", "seconds")
+
+    def found(budget):
+        return tuple(results(curve(cell, budget))[name] for name in figures)
+
+    assert found(None) == (5, 0.9, 0.9, 500, 2.5)
+    assert found(400) == (4, 0.5, 0.6, 400, 2.0)
+    assert found(399) == (3, 0.6, 0.6, 300, 1.5)
+    assert found(100) == (1, None, None, 100, 0.5)
+    assert found(99) == (0, None, None, 0, 0)
