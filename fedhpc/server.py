@@ -256,6 +256,7 @@ class Server:
             "accuracy": None,
             "accuracy_global": None,
             "device_learning_rate": uploads.device_learning_rate,
+            "bytes": len(devices) * (payload.nbytes + start.size * self.method.num_uploaded * encoding.dtype.itemsize),
             "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up,
             "seconds": {**traffic.seconds, "idle": traffic.seconds["local"] - float(np.mean(busy))},

@@ -62,8 +62,7 @@ def record(round_index, accuracy=None, **values):
         "loss": 2 / (round_index + 1),
         "accuracy": accuracy,
         "accuracy_global": accuracy,
-        "bytes_down": 700_000,
-        "bytes_up": 300_000,
+        "bytes": 1_000_000,
         "seconds": {"broadcast": 0.5, "local": 1.0, "idle": 0.25, "gather": 0.5, "round": 2.0},
         **values,
     }
@@ -157,7 +156,7 @@ def test_cost_to_reach_a_target(report, two_methods):
 
 def test_methods_are_compared_after_equally_many_bytes_too(report, make_run):
     # The second run's two rounds up to an evaluation move 1 MB and 3 MB: 4 MB before the first, 8 MB at the end.
-    dear = {"bytes_up": 2_300_000}
+    dear = {"bytes": 3_000_000}
     head, *rows = report(
         make_run("a", [0.5, 0.6]), make_run("b", [0.55, 0.9], extra=dear, server__method="mime")
     ).tables["final results"]

@@ -321,13 +321,12 @@ def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
     assert fedhpc("sweep", path, "--cell", 8)[2].endswith("--cell 8: the cells have the numbers 0 to 7\n")
 
 
-def record(round_index, accuracy, down=60, up=40):
+def record(round_index, accuracy):
     return {
         "round": round_index,
         "accuracy": accuracy,
         "accuracy_global": accuracy,
-        "bytes_down": down,
-        "bytes_up": up,
+        "bytes": 100,
         "seconds": {"round": 0.5},
     }
 

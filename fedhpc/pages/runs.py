@@ -94,7 +94,7 @@ class Run:
     @cached_property
     def bytes(self) -> Floats:
         """Bytes moved between ranks up to the end of every record."""
-        return np.cumsum(np.nan_to_num(self.column("bytes_down") + self.column("bytes_up")))
+        return np.cumsum(np.nan_to_num(self.column("bytes")))
 
     @cached_property
     def steps(self) -> Floats:

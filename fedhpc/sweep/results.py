@@ -54,4 +54,4 @@ def results(rounds: Sequence[Record]) -> dict[str, Any]:
 
 
 def _bytes(record: Record) -> int:
-    return int(record["bytes_down"] + record["bytes_up"])
+    return int(record["bytes"])
