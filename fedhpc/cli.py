@@ -334,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
     command.add_argument("--out", metavar="FILE", help="write there, not to standard output")
     command.set_defaults(action=predict)
+
     command = commands.add_parser(
         "sweep",
         help="the runs of an experiment: a grid over keys and seeds",
@@ -347,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_trained(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run_dir", metavar="RUN_DIR", help="of its newest valid checkpoint")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder; its newest valid checkpoint counts")
     command.add_argument(
         "--device",
         type=int,
