@@ -220,51 +220,52 @@ class Backbone(nn.Module):
     def _run(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, overlay: Overlay, batch: Batch, **extra: Any
     ) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": ids}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **extra}
         enter, tokens = None, overlay.tokens
         if tokens is not None:
-            inputs, mask, positions, enter, more = self._put_first(tokens, ids, mask, positions, batch)
-            extra |= more
+            inputs, enter = self._with_tokens(tokens, inputs, batch)
         if overlay.prompts is not None:
-            extra |= {"prompts": overlay.prompts.to(self.base.dtype), "sizes": batch.sizes}
+            inputs |= {"prompts": overlay.prompts.to(self.base.dtype), "sizes": batch.sizes}
         if self.kind == "decoder":
-            extra["use_cache"] = False
+            inputs["use_cache"] = False
         self._hooks.set(overlay.edits, enter)
-        inputs |= {"attention_mask": mask, "position_ids": positions, **extra}
         output = (
             functional_call(self.base, dict(overlay.weights), (), inputs) if overlay.weights else self.base(**inputs)
         )
         hidden: Tensor = output.last_hidden_state.to(self.torch_device)
         return hidden[:, tokens.count :] if tokens is not None and "slots" not in extra else hidden
 
-    def _put_first(
-        self, tokens: SoftTokens, ids: Tensor, mask: Tensor | None, positions: Tensor, batch: Batch
-    ) -> tuple[dict[str, Any], Tensor, Tensor, tuple[int, Callable[[Tensor], Tensor]] | None, dict[str, Any]]:
-        """Inputs, mask and positions with T tokens first; what they become where they enter; arguments of attention."""
-        (b, _), count = ids.shape, tokens.count
+    def _with_tokens(
+        self, tokens: SoftTokens, inputs: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, Any], tuple[int, Callable[[Tensor], Tensor]] | None]:
+        """The inputs with T tokens first; above the embeddings, also the layer they enter at and how."""
+        ids, mask, count, causal = (
+            inputs.pop("input_ids"),
+            inputs["attention_mask"],
+            tokens.count,
+            self.kind == "decoder",
+        )
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         words = self.base.get_input_embeddings()(ids)
         in_text = functional.pad(batch.attention_mask, (0, ids.shape[1] - batch.input_ids.shape[1])).unsqueeze(-1)
-        before = self._positions(ids.new_zeros(b, count), torch.ones_like(ids[:, :1]).expand(b, count), 0)
-        positions = torch.cat([before, positions], dim=1)
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool)
-        if tokens.layer == 0:
-            inputs = torch.cat([tokens.make(words, in_text).to(words.dtype), words], dim=1)
-            whole = (
-                with_tokens(mask, count, visible=True, causal=True)
-                if mask.dim() == 4
-                else functional.pad(mask, (count, 0), value=True)
-            )
-            return {"inputs_embeds": inputs}, whole, positions, None, {}
-        causal = self.kind == "decoder"
-        seen, unseen = (with_tokens(mask, count, visible=visible, causal=causal) for visible in (True, False))
+        first = ids.new_ones(len(ids), count)
+        inputs["position_ids"] = torch.cat([self._positions(first, first, 0), inputs["position_ids"]], dim=1)
 
-        def enter(hidden: Tensor) -> Tensor:
-            text = hidden[:, count:]
+        def put_first(text: Tensor) -> Tensor:
             return torch.cat([tokens.make(text, in_text).to(text.dtype), text], dim=1)
 
-        inputs = functional.pad(words, (0, 0, count, 0))
-        return {"inputs_embeds": inputs}, unseen, positions, (tokens.layer, enter), {"later": (tokens.layer, seen)}
+        if tokens.layer == 0:
+            square = mask.dim() == 4  # with answers of several tokens
+            whole = (
+                with_tokens(mask, count, visible=True, causal=causal)
+                if square
+                else functional.pad(mask, (count, 0), value=1)
+            )
+            return {**inputs, "inputs_embeds": put_first(words), "attention_mask": whole}, None
+        seen, unseen = (with_tokens(mask, count, visible=visible, causal=causal) for visible in (True, False))
+        reserved = functional.pad(words, (0, 0, count, 0))
+        inputs |= {"inputs_embeds": reserved, "attention_mask": unseen, "later": (tokens.layer, seen)}
+        return inputs, (tokens.layer, lambda hidden: put_first(hidden[:, count:]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         assert self.word_head is not None
