@@ -192,6 +192,17 @@ def test_a_second_sweep_is_refused_while_the_first_runs(write, fedhpc):
     assert f"{path.parent / 'out'} is in use by" in err
 
 
+def test_a_stop_before_the_first_cell_is_one_too(write):
+    path = write()
+    process = start(path)
+    assert process.stdout.readline() == "12 cells, 0 of them done\n"
+    wait_until((path.parent / "out/lock").exists)
+    process.send_signal(signal.SIGINT)
+    status, out, _ = end(process)
+    assert status == EXIT_STOPPED
+    assert "stopped; the same command goes on from here" in out
+
+
 def test_when_nobody_reads_its_words_any_more_no_cell_is_left_behind(write):
     path = write({"federation.rounds": [2, 10000]})
     second = load_experiment(path).cells[1].run_dir
@@ -240,6 +251,16 @@ def test_excluded_combinations(write):
     assert left({"server.method": "fedavg", "layers": "all"}) == every[3:]
     assert left({"server.method": "fedavg", "selection.strategy": "all"}) == every[3:]
     assert left({"seed": [1, 2]}) == every[2::3]
+    # One that the configuration refuses may be left out.
+    path = write({"exchange.mode": ["gather", "reduce"]}, set={"trace": True}, exclude=[{"exchange.mode": "reduce"}])
+    assert [cell.name for cell in load_experiment(path).cells] == ["mode=gather"]
+
+
+def test_a_launcher_that_loses_its_ranks_has_failed(write, fedhpc):
+    """Open MPI's mpirun ends with 0 when it loses a daemon on another node."""
+    status, out, _ = fedhpc("sweep", write({"seed": [1]}), "--launch", "true")
+    assert status == 1
+    assert "FAILED: seed=1: failed with exit status 1, not begun" in out
 
 
 PROBLEMS = {

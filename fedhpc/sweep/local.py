@@ -51,7 +51,7 @@ def run_here(
     runner = Runner(experiment, launch, run, _say)
     if waiting:
         experiment.out.mkdir(parents=True, exist_ok=True)
-        with RunLock(experiment.out, JobEnvironment()):
+        with runner.listening(), RunLock(experiment.out, JobEnvironment()):
             if launch is None:
                 prepare()
             runner.run(waiting, at_once)
