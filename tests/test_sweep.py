@@ -300,7 +300,6 @@ PROBLEMS = {
         {"launch": "mpirunn -np 3"},
         ["launch: 'mpirunn -np 3': there is no such command"],
     ),
-    "a budget of bytes that nothing moves": ({"budget_bytes": 1e6}, ["budget_bytes: within one process no bytes"]),
 }
 
 

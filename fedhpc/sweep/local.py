@@ -45,7 +45,7 @@ def run_here(
         ConfigError: before anything is run.
     """
     launch = launch or experiment.launch
-    _check_launch(experiment, launch)
+    _check_launch(launch)
     waiting = [cell for cell in experiment.cells if not standing(experiment, cell).done]
     _say(f"{len(experiment.cells)} cells, {len(experiment.cells) - len(waiting)} of them done")
     runner = Runner(experiment, launch, run, _say)
@@ -66,7 +66,7 @@ def run_here(
     return EXIT_FAILED if runner.failed else 0
 
 
-def _check_launch(experiment: Experiment, launch: str | None) -> None:
+def _check_launch(launch: str | None) -> None:
     if any(name in os.environ for name in MPIRUN_VARIABLES):
         raise ConfigError(
             "start `fedhpc sweep` without mpirun; it starts each cell's ranks itself: --launch 'mpirun -np 3'"
@@ -77,10 +77,6 @@ def _check_launch(experiment: Experiment, launch: str | None) -> None:
         raise ConfigError(f"launch: {launch}: {error}") from None
     if launch is not None and (not command or shutil.which(command[0]) is None):
         raise ConfigError(f"launch: {launch!r}: there is no such command on PATH")
-    if launch is None and experiment.budget_bytes is not None:
-        raise ConfigError(
-            "budget_bytes: within one process no bytes are moved; start the ranks of each cell: --launch 'mpirun -np 2'"
-        )
 
 
 def _say(text: str) -> None:
