@@ -63,11 +63,10 @@ def states(path):
     return [standing(experiment, cell) for cell in experiment.cells]
 
 
-def table(path):
+def table(path, name="results"):
     """Everything but the seconds."""
-    rows = list(csv.DictReader((path.parent / "out/results.csv").open()))
-    assert all(float(row.pop("seconds")) > 0 for row in rows if row["rounds"] != "0")
-    return rows
+    rows = csv.DictReader((path.parent / f"out/{name}.csv").open())
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,8 @@ def test_interrupted_twice_it_ends_with_the_tables_of_an_uninterrupted_one(undis
     reference, process = undisturbed
     assert end(process)[0] == 0
     assert table(path) == table(reference)
-    assert len(table(path)) == 12
+    assert table(path, "report") == table(reference, "report")
+    assert (len(table(path)), len(table(path, "report"))) == (12, 4)
     for ours, theirs in zip(cells, load_experiment(reference).cells, strict=True):
         assert final_prompts(ours.run_dir / "config.yaml") == final_prompts(theirs.run_dir / "config.yaml")
 
@@ -131,7 +131,8 @@ def test_what_is_done_is_not_run_again(finished, fedhpc):
     before = table(finished)
     status, out, err = fedhpc("sweep", finished)
     assert (status, err) == (0, "")
-    assert out == f"12 cells, 12 of them done\ntables in {finished.parent / 'out/results.csv'}\n"
+    folder = finished.parent / "out"
+    assert out == f"12 cells, 12 of them done\ntables: {folder / 'results.csv'}, {folder / 'report.html'}\n"
     assert table(finished) == before
 
 

@@ -26,6 +26,11 @@ def cell_list(experiment: Experiment) -> str:
     return "\n".join(f"{number:>{widths[0]}}  {stands:<{widths[1]}}  {run_dir}" for number, stands, run_dir in rows)
 
 
+def tables_text(experiment: Experiment) -> str:
+    """Write the tables; where they are."""
+    return "tables: " + ", ".join(map(str, write_tables(experiment)))
+
+
 def run_here(
     experiment: Experiment,
     *,
@@ -55,7 +60,6 @@ def run_here(
             if launch is None:
                 prepare()
             runner.run(waiting, at_once)
-    _say(f"tables in {write_tables(experiment)}")
     for cell in runner.failed:
         _say(f"FAILED: {cell.name}: {standing(experiment, cell)}")
         for line in CellLog(experiment.out, cell).tail():
@@ -63,6 +67,7 @@ def run_here(
     if runner.stopped:
         _say("stopped; the same command goes on from here")
         return EXIT_STOPPED
+    _say(tables_text(experiment))
     return EXIT_FAILED if runner.failed else 0
 
 
