@@ -207,8 +207,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     """`fedhpc sweep`: the runs of an experiment."""
     from fedhpc.sweep.experiment import load_experiment
     from fedhpc.sweep.job_array import array_command, submit, task_arguments
-    from fedhpc.sweep.local import cell_list, run_here
-    from fedhpc.sweep.results import write_tables
+    from fedhpc.sweep.local import cell_list, run_here, tables_text
     from fedhpc.sweep.standing import check_run_dirs
 
     experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
@@ -226,7 +225,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         print(cell_list(experiment))
         return 0
     if arguments.report:
-        print(f"tables in {write_tables(experiment)}")
+        print(tables_text(experiment))
         return 0
 
     def load_libraries() -> None:

@@ -26,6 +26,11 @@ def cell_list(experiment: Experiment) -> str:
     return "\n".join(f"{number:>{widths[0]}}  {stands:<{widths[1]}}  {run_dir}" for number, stands, run_dir in rows)
 
 
+def tables_text(experiment: Experiment) -> str:
+    """Write the tables; where they are."""
+    return "tables: " + ", ".join(map(str, write_tables(experiment)))
+
+
 def run_here(
     experiment: Experiment,
     *,
@@ -45,17 +50,16 @@ def run_here(
         ConfigError: before anything is run.
     """
     launch = launch or experiment.launch
-    _check_launch(experiment, launch)
+    _check_launch(launch)
     waiting = [cell for cell in experiment.cells if not standing(experiment, cell).done]
     _say(f"{len(experiment.cells)} cells, {len(experiment.cells) - len(waiting)} of them done")
     runner = Runner(experiment, launch, run, _say)
     if waiting:
         experiment.out.mkdir(parents=True, exist_ok=True)
-        with RunLock(experiment.out, JobEnvironment()):
+        with runner.listening(), RunLock(experiment.out, JobEnvironment()):
             if launch is None:
                 prepare()
             runner.run(waiting, at_once)
-    _say(f"tables in {write_tables(experiment)}")
     for cell in runner.failed:
         _say(f"FAILED: {cell.name}: {standing(experiment, cell)}")
         for line in CellLog(experiment.out, cell).tail():
@@ -63,10 +67,11 @@ def run_here(
     if runner.stopped:
         _say("stopped; the same command goes on from here")
         return EXIT_STOPPED
+    _say(tables_text(experiment))
     return EXIT_FAILED if runner.failed else 0
 
 
-def _check_launch(experiment: Experiment, launch: str | None) -> None:
+def _check_launch(launch: str | None) -> None:
     if any(name in os.environ for name in MPIRUN_VARIABLES):
         raise ConfigError(
             "start `fedhpc sweep` without mpirun; it starts each cell's ranks itself: --launch 'mpirun -np 3'"
@@ -77,10 +82,6 @@ def _check_launch(experiment: Experiment, launch: str | None) -> None:
         raise ConfigError(f"launch: {launch}: {error}") from None
     if launch is not None and (not command or shutil.which(command[0]) is None):
         raise ConfigError(f"launch: {launch!r}: there is no such command on PATH")
-    if launch is None and experiment.budget_bytes is not None:
-        raise ConfigError(
-            "budget_bytes: within one process no bytes are moved; start the ranks of each cell: --launch 'mpirun -np 2'"
-        )
 
 
 def _say(text: str) -> None:

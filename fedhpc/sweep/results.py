@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.files import write_whole
+from fedhpc.pages import write_report
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
 
@@ -14,17 +15,25 @@ Record = Mapping[str, Any]
 """A round's line of metrics.jsonl."""
 
 
-def write_tables(experiment: Experiment) -> Path:
-    """Write what the experiment gave so far; the folder."""
+def write_tables(experiment: Experiment) -> list[Path]:
+    """Write what the experiment gave so far: a line for each cell, and the report of those that were begun.
+
+    Raises:
+        UserError: the report cannot be made of what is there.
+    """
     rows = [{**cell.values, **results(curve(cell, experiment.budget_bytes))} for cell in experiment.cells]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     experiment.out.mkdir(parents=True, exist_ok=True)
-    path = experiment.out / "results.csv"
-    write_whole(path, text.getvalue().encode())
-    return path
+    table, report = experiment.out / "results.csv", experiment.out / "report.html"
+    write_whole(table, text.getvalue().encode())
+    begun = [cell.run_dir for cell in experiment.cells if RunFiles(cell.run_dir).rounds_recorded()]
+    if not begun:
+        return [table]
+    write_report(begun, report, experiment.target)
+    return [table, report]
 
 
 def curve(cell: Cell, budget_bytes: float | None) -> list[Record]:

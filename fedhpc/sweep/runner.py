@@ -42,21 +42,20 @@ class Runner:
     def run(self, cells: Sequence[Cell], at_once: int) -> None:
         """Run the cells to their end, or until a stop is requested or one says that its time is up."""
         waiting = deque(cells)
-        with self._signals():
-            try:
-                while True:
-                    while waiting and len(self._running) < at_once and self._start(waiting[0]):
-                        waiting.popleft()
-                    if not self._running:
-                        return
-                    pid, status = os.wait()
-                    if pid in self._running:
-                        self._end(pid, os.waitstatus_to_exitcode(status))
-            except BaseException:  # nobody reads our words any more, or the disk is full
-                self._ask_to_stop()
-                for pid in self._running:
-                    os.waitpid(pid, 0)
-                raise
+        try:
+            while True:
+                while waiting and len(self._running) < at_once and self._start(waiting[0]):
+                    waiting.popleft()
+                if not self._running:
+                    return
+                pid, status = os.wait()
+                if pid in self._running:
+                    self._end(pid, os.waitstatus_to_exitcode(status))
+        except BaseException:  # nobody reads our words any more, or the disk is full
+            self._ask_to_stop()
+            for pid in self._running:
+                os.waitpid(pid, 0)
+            raise
 
     def _start(self, cell: Cell) -> bool:
         """Start a cell, unless a stop was requested."""
@@ -109,8 +108,9 @@ class Runner:
         status = 128 - code if code < 0 else code
         if status == KILLED_BY_IT and self.stopped:
             status = EXIT_STOPPED
-        log = CellLog(self._experiment.out, cell)
-        log.end(status)
+        elif status == 0 and not standing(self._experiment, cell).done:
+            status = 1  # Open MPI's mpirun ends with 0 when it loses a daemon on another node
+        CellLog(self._experiment.out, cell).end(status)
         now = standing(self._experiment, cell)
         seconds = f"{time.monotonic() - since:.0f} s"
         if status == EXIT_STOPPED:
@@ -128,7 +128,8 @@ class Runner:
         return f"cell {self._experiment.cells.index(cell)} {cell.name}"
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
+        """Meanwhile, signals are requests to stop."""
         before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             yield
