@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import fedhpc
-from fedhpc.config import load_config
+from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, RanksLost, UserError
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
 from fedhpc.files import write_whole

@@ -1,19 +1,12 @@
-"""The configuration of a run: one YAML file, `--set` overrides, every error reported at once."""
+"""The configuration of a run: its keys, what is valid, and which combinations make sense."""
 
-import difflib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
-
-from fedhpc.errors import ConfigError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -448,166 +441,9 @@ class Config(Section):
         return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file (and the file its `base` names), apply `key.sub=value` overrides, validate.
-
-    Raises:
-        ConfigError: with all that is wrong, one line each.
-    """
-    config, problems = check_values(read_values(path), overrides)
-    if config is None:
-        raise ConfigError(f"{path}: " + "\n  ".join([f"{len(problems)} problem(s)", *problems]))
-    return config
-
-
-def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
-    """The configuration, or all that is wrong with it, one line each; the overrides change `values`, too."""
-    problems = [problem for text in overrides if (problem := _apply_override(values, text))]
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        return None, problems + _describe(error.errors())
-    return (None, problems) if problems else (config, [])
-
-
-def read_values(path: str | Path) -> dict[str, Any]:
-    """What a configuration file and the file its `base` names say, not yet validated.
-
-    Raises:
-        ConfigError: a file cannot be read.
-    """
-    return _read_with_base(Path(path))
-
-
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-"""PyYAML lets impossible dates and numbers through as ValueError, deep nesting as RecursionError."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-3 as a string, where everyone means a number, and drops all but the last of equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := [key for index, key in enumerate(keys) if key in keys[:index]]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        ConfigError: it is no such file.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration file: {error}") from None
-    except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold keys and values, found {type(values).__name__}")
-    return values
-
-
-def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: base: names a file that leads back to itself")
-    values = read_yaml(path)
-    values = {key: value for key, value in values.items() if value is not None}  # `server:` with nothing under it
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: must be the name of a file, found {base!r}")
-    return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
-
-
-def _apply_override(values: dict[str, Any], text: str) -> str | None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        return f"--set {text}: must have the form key.sub=value"
-    *sections, leaf = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            return f"--set {text}: {section} is not a section"
-    try:
-        values[leaf] = yaml.load(raw, _Loader)
-    except YAML_ERRORS:
-        return f"--set {text}: the value is not valid YAML"
-    return None
-
-
-def _describe(errors: list[ErrorDetails]) -> list[str]:
-    """One line for each key at fault: the key, what is valid, what was found."""
-    expected: dict[tuple[str, str], list[str]] = {}
-    lines = []
-    for details in errors:
-        key = _key_of(details)
-        if details["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{suggestion(key)}")
-        elif details["type"] == "missing":
-            lines.append(f"{key}: is required")
-        elif details["type"] == "value_error":
-            lines.append(details["msg"].removeprefix("Value error, "))
-        else:
-            valid = details["msg"].removeprefix("Input should be ")
-            expected.setdefault((key, repr(details["input"])), []).append(valid)
-    return lines + [f"{key}: should be {' or '.join(valid)}, found {found}" for (key, found), valid in expected.items()]
-
-
-def _key_of(details: ErrorDetails) -> str:
-    """The dotted key; Pydantic adds the branch of a union to it, which no user knows."""
-    location = [str(part) for part in details["loc"]]
-    about_value = details["type"] not in ("extra_forbidden", "missing")
-    while about_value and len(location) > 1 and ".".join(location) not in KEYS:
-        location.pop()
-    return ".".join(location)
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        keys.append(prefix + name)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += _known_keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-KEYS = _known_keys(Config)
-"""Every key of a configuration, sections included, dotted."""
-
-
-def suggestion(key: str) -> str:
-    """What an unknown key was perhaps meant to be."""
-    section, _, leaf = key.rpartition(".")
-    same_section = [known for known in KEYS if known.rpartition(".")[0] == section]
-    near = (
-        difflib.get_close_matches(key, same_section, n=1)
-        or [known for known in KEYS if known.rpartition(".")[2] == leaf][:1]
-        or difflib.get_close_matches(key, KEYS, n=1)
-    )
-    return f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(same_section)}"

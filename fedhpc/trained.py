@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from fedhpc.checkpoint import LOCAL, Checkpoints, Position, device_of
-from fedhpc.config import load_config
+from fedhpc.config_file import load_config
 from fedhpc.errors import CheckpointError
 from fedhpc.job import Job, checked_tokenizer, load_job, load_state
 from fedhpc.report import RunFiles

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedhpc.config import Config, load_config
+from fedhpc.config import Config
+from fedhpc.config_file import load_config
 from fedhpc.errors import ConfigError
 
 MINIMAL = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}

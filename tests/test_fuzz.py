@@ -19,7 +19,7 @@ from states import bits
 from fedhpc import cli
 from fedhpc import job as jobs
 from fedhpc.checkpoint import SEAL, SUMS, Checkpoints, Position, read_sums, verify
-from fedhpc.config import load_config
+from fedhpc.config_file import load_config
 from fedhpc.control import ControlVariates
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
 from fedhpc.exchange import LocalExchange

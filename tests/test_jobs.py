@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedhpc.config import Config, flatten, load_config
+from fedhpc.config import Config, flatten
+from fedhpc.config_file import load_config
 from fedhpc.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from fedhpc import cli
-from fedhpc.config import load_config
+from fedhpc.config_file import load_config
 from fedhpc.job import load_job
 from fedhpc.predict import class_probabilities
 from fedhpc.trained import load_trained

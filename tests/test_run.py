@@ -14,7 +14,7 @@ from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import job
 from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
-from fedhpc.config import load_config
+from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.report import RunFiles
 

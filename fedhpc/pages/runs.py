@@ -13,7 +13,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from fedhpc.config import YAML_ERRORS, Config, flatten
+from fedhpc.config import Config, flatten
+from fedhpc.config_file import YAML_ERRORS
 from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles
 

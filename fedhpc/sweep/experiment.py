@@ -15,19 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from fedhpc.config import (
-    KEYS,
-    Config,
-    PathName,
-    PositiveFloat,
-    Probability,
-    Section,
-    check_values,
-    flatten,
-    read_values,
-    read_yaml,
-    suggestion,
-)
+from fedhpc.config import Config, PathName, PositiveFloat, Probability, Section, flatten
+from fedhpc.config_file import KEYS, check_values, read_values, read_yaml, suggestion
 from fedhpc.errors import ConfigError
 
 Settings = dict[str, Any]

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedhpc.config import load_config
+from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
