@@ -1,5 +1,7 @@
-"""Every tuning with every server method on encoder and decoder: stopped and resumed on three ranks, the bits are those
-of one process that went through."""
+"""Every tuning with every server method on encoder and decoder: one process that is stopped and resumed ends with the
+bits of three ranks that went through."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fedhpc.tuning import TUNINGS
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
+STOP_AT_STEP = 6  # of four in a round
 FACTS = ("round", "devices", "steps", "loss", "accuracy", "accuracy_global", "update_norm")
 COMBINATIONS = [
     (backbone, kind, method)
@@ -63,7 +66,7 @@ def write_config(folder, where, backbone, kind, method):
 def together(folder):
     """All combinations on three ranks, in one start of them."""
     paths = {combination: write_config(folder, "together", *combination) for combination in COMBINATIONS}
-    done = mpirun(3, "tests/mpi/run_each.py", *paths.values())
+    done = mpirun(3, Path(__file__).with_name("run_each.py"), *paths.values(), timeout_s=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return paths
 
@@ -76,5 +79,6 @@ def outcome(config):
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_ranks_and_interruptions_leave_no_trace(folder, together, combination):
     alone = write_config(folder, "alone", *combination)
+    assert run(alone, STOP_AT_STEP) == Op.SUSPEND
     assert run(alone) == Op.STOP
     assert outcome(together[combination]) == outcome(alone)
