@@ -52,7 +52,7 @@ demo: $(VENV)/base-$(MPI)
 
 test: $(VENV)/tests-$(MPI) lint
 	@tests/slurm/install.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's tests share ranks, or a SLURM cluster
 
 lint: $(VENV)/tests-$(MPI)
 	$(BIN)/ruff check

