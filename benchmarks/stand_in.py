@@ -35,7 +35,7 @@ class TimedServer(Server):
         self.cpu.append(time.process_time())
         self.busy.append([0.0] * self.num_workers)
         uploads, record = super().train(state, t)
-        self.homes.append([self.placement.homes[device] for device in range(len(self.steps))])
+        self.homes.append([self.placement.homes[device] for device in range(self.config.federation.num_devices)])
         return uploads, record
 
     def update(self, state, uploads, record):
