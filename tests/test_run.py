@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import tiny
-from tiny import final_prompts, metrics, run_dir
+from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, final_prompts, metrics, run_dir
 
 from fedhpc import job
 from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
@@ -69,6 +69,7 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
     for record in records:
         assert len(record["devices"]) == 6
         assert record["bytes_down"] == record["bytes_up"] == 0  # nothing crosses between ranks of one process
+        assert record["bytes"] == 6 * 2 * 4 * NUM_LAYERS * 2 * NUM_TOKENS * KEY_WIDTH  # six devices, down and up
         assert {"broadcast", "local", "gather", "server", "evaluate", "checkpoint", "idle"} <= set(record["seconds"])
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
     majority = 18 / 48  # `mixed` in the validation split
@@ -150,6 +151,22 @@ def test_a_resumed_run_ends_with_the_same_bits(fedhpc, run_config, method):
         assert ours == theirs
         assert bool(ours) == (kind == LOCAL or method == "fedpeptao")
     assert [r["accuracy"] for r in metrics(whole)] == [r["accuracy"] for r in metrics(parts)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "down", "up"),
+    [
+        ({"server__method": "fedavg"}, 1, 1),
+        ({"server__method": "scaffold"}, 2, 1),  # c goes down too; c_i's change follows from the upload
+        ({"server__method": "mime", "device__optimizer": "sgd"}, 2, 2),  # momentum down, a gradient up
+        ({"server__method": "fedavg", "exchange__dtype": "float16"}, 1, 0.5),
+    ],
+)
+def test_bytes_between_devices_and_server_are_those_of_the_method(fedhpc, run_config, changes, down, up):
+    config = run_config(federation__rounds=1, **changes)
+    assert fedhpc("run", config)[0] == 0
+    exchanged = 4 * (NUM_LAYERS // 2) * 2 * NUM_TOKENS * KEY_WIDTH
+    assert metrics(config)[0]["bytes"] == 6 * exchanged * (down + up)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(fedhpc, run_config):
