@@ -78,6 +78,14 @@ def test_every_parameter_of_every_layer_matters(world, name, kind):
         tuning.check(backbone.float())
 
 
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_layers_that_take_no_notice_are_named(world, kind):
+    backbone, tuning, _ = tuned(world, "bert", kind)
+    backbone.float()._layers[1].forward = lambda hidden, *_, **__: hidden
+    with pytest.raises(ModelError, match=rf"tuning.kind: {kind}: .* takes no notice of it in its layers \[1\]"):
+        tuning.check(backbone)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", TUNINGS)
 def test_devices_side_by_side_score_as_one_by_one(world, name, kind):
