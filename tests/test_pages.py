@@ -11,6 +11,7 @@ from tiny import run_dir
 
 from fedhpc.errors import CheckpointError, ReportError
 from fedhpc.pages import write_report
+from fedhpc.pages.units import unit_for
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -339,3 +340,15 @@ def test_a_configuration_that_cannot_be_read_is_refused(report, make_run):
 def test_a_page_that_cannot_be_written_is_refused(make_run, tmp_path, out, words):
     with pytest.raises(ReportError, match=words):
         write_report([make_run("a", [0.5])], tmp_path / out)
+
+
+def test_a_unit_suits_the_smallest_number_too():
+    unit = unit_for("bytes", [27_081_000_000, 12_000_000])
+    assert [unit.full_text(value) for value in (27_081_000_000, 12_000_000)] == ["27081 MB", "12 MB"]
+
+
+def test_an_axis_is_logarithmic_where_lines_end_far_apart(report, make_run):
+    far = {"bytes": 100_000_000}
+    page = report(make_run("a", [0.5, 0.6]), make_run("b", [0.5, 0.9], extra=far, server__method="mime"))
+    assert "bytes moved (MB), logarithmic" in page.text
+    assert "rounds, logarithmic" not in page.text

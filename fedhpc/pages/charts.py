@@ -5,7 +5,7 @@ A series is told by colour, dash and marker together, so that it can be told wit
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from xml.etree.ElementTree import Element, tostring
 
@@ -28,6 +28,8 @@ WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 48, 400, 10, 246
 MOST_MARKERS = 12
 """On one line."""
+SPREAD = 20
+"""Where one line ends so many times further right than another, the axis is logarithmic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,13 @@ class Axis:
 def line_chart(title: str, series: Sequence[Series], x: Axis) -> Markup:
     """Lines over a common grid, with a tooltip at each marker."""
     chart = _svg(title, WIDTH, HEIGHT, class_="chart")
+    ends = [float(line.x.max()) / x.unit for line in series]
+    logarithmic = max(ends) > SPREAD * min(ends) > 0
+    first = min(float(line.x[line.x > 0].min(initial=math.inf)) for line in series) / x.unit
     plot = _Plot(
-        x=x,
-        x_ticks=ticks(0.0, max(float(line.x.max()) for line in series) / x.unit),
+        x=replace(x, title=f"{x.title}, logarithmic") if logarithmic else x,
+        x_ticks=decades(first, max(ends)) if logarithmic else ticks(0.0, max(ends)),
+        logarithmic=logarithmic,
         y_ticks=ticks(min(float(line.low.min()) for line in series), max(float(line.high.max()) for line in series)),
     )
     plot.draw_axes(chart)
@@ -72,10 +78,15 @@ class _Plot:
     x: Axis
     x_ticks: list[float]
     y_ticks: list[float]
+    logarithmic: bool
+    """Whether the x axis is."""
 
     def across(self, value: float) -> float:
         first, *_, last = self.x_ticks
-        return LEFT + (value / self.x.unit - first) / (last - first) * (RIGHT - LEFT)
+        at = max(value / self.x.unit, first)
+        if self.logarithmic:
+            first, last, at = math.log10(first), math.log10(last), math.log10(at)
+        return LEFT + (at - first) / (last - first) * (RIGHT - LEFT)
 
     def up(self, value: float) -> float:
         first, *_, last = self.y_ticks
@@ -90,7 +101,8 @@ class _Plot:
             _add(chart, "path", class_="grid", d=_path([(LEFT, at), (RIGHT, at)]))
             _text(chart, _tick(tick, self.y_ticks), LEFT - 6, at + 4, class_="end")
         for tick in self.x_ticks:
-            _text(chart, _tick(tick, self.x_ticks), self.across(tick * self.x.unit), BOTTOM + 18, class_="middle")
+            words = f"{tick:g}" if self.logarithmic else _tick(tick, self.x_ticks)
+            _text(chart, words, self.across(tick * self.x.unit), BOTTOM + 18, class_="middle")
         _add(chart, "path", class_="axis", d=_path([(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
         _text(chart, self.x.title, (LEFT + RIGHT) / 2, HEIGHT - 6, class_="middle")
 
@@ -182,6 +194,11 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.99)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten from at most the lowest to at least the highest, which is larger."""
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
 
 
 def _tick(value: float, ticks: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Units for a column of numbers or an axis: one for all of it, by its largest number."""
+"""Units for a column of numbers or an axis: one for all of it, by its largest and smallest numbers."""
 
 import math
 from collections.abc import Iterable
@@ -33,11 +33,15 @@ class Unit:
 
 
 def unit_for(quantity: Quantity, values: Iterable[float]) -> Unit:
-    """The unit in which the largest of the values has three digits, and is at least 2."""
-    largest = max((abs(value) for value in values), default=0.0)
+    """The unit in which the largest of the values is at least 2, with three digits, and none but 0 is below 0.1."""
+    sizes = [abs(value) for value in values if value]
+    largest, smallest = max(sizes, default=0.0), min(sizes, default=0.0)
     if quantity not in UNITS:
         return Unit(name="", size=1.0, decimals=DECIMALS[quantity])
     units = UNITS[quantity]
-    name, size = next(((n, s) for n, s in reversed(units.items()) if largest >= 2 * s), next(iter(units.items())))
-    digits = math.floor(math.log10(largest / size)) if largest > 0 else 2
-    return Unit(name=name, size=size, decimals=0 if name == "B" else min(3, max(0, 2 - digits)))
+    name, size = next(
+        ((n, s) for n, s in reversed(units.items()) if largest >= 2 * s and smallest >= 0.1 * s),
+        next(iter(units.items())),
+    )
+    wanted = [2 - math.floor(math.log10(largest / size)), 1 - math.floor(math.log10(smallest / size))] if sizes else [0]
+    return Unit(name=name, size=size, decimals=0 if name == "B" else min(3, max(0, *wanted)))
