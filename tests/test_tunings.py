@@ -78,6 +78,12 @@ def test_every_parameter_of_every_layer_matters(world, name, kind):
         tuning.check(backbone.float())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["bitfit", "full"])
+def test_a_key_bias_that_does_nothing_in_16_bits_is_no_reason_to_refuse_a_model(world, kind, dtype):
+    read_tuning(world / "roberta", kind=kind).check(load_backbone(world / "roberta", "roberta", dtype=dtype))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", TUNINGS)
 def test_devices_side_by_side_score_as_one_by_one(world, name, kind):

@@ -29,6 +29,8 @@ class Tuning(ABC):
 
     packable = True
     """Whether several devices can pass through the backbone together."""
+    without_effect: tuple[str, ...] = ()
+    """Ends of names of tensors that need not change the scores."""
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         self.config = config
@@ -148,6 +150,8 @@ class Tuning(ABC):
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{who} does not take it: {error}") from None
         for name, gradient in zip(params, gradients, strict=True):
+            if name.endswith(self.without_effect):
+                continue
             rows = gradient if name in self.per_layer and gradient is not None else [gradient]
             if deaf := [row for row, part in enumerate(rows) if part is None or not part.any()]:
                 where = f"layers {deaf}" if name in self.per_layer else "any layer"

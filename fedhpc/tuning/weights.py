@@ -24,6 +24,8 @@ class FullTuning(Tuning):
     """`layer.<path>` [L, ...] and, outside the layers, `model.<path>`: changes of the parameters at these paths."""
 
     packable = False
+    without_effect = ("key.bias", "k_proj.bias")
+    """It moves all scores of a query alike, which the softmax cancels; what gradient there is comes from rounding."""
     only = ""
     """Parameters whose path does not end so stay as they are."""
 
