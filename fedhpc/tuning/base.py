@@ -29,6 +29,8 @@ class Tuning(ABC):
 
     packable = True
     """Whether several devices can pass through the backbone together."""
+    files: Mapping[str, str] = {}
+    """What it reads beside the backbone, name -> SHA-256 of the content."""
     without_effect: tuple[str, ...] = ()
     """Ends of names of tensors that need not change the scores."""
 
