@@ -127,6 +127,11 @@ class TuningConfig(Section):
     """Dropout on the prompts during training."""
 
     @property
+    def tokens_in_attention(self) -> int:
+        """Keys in a layer's attention beside those of the text, at most."""
+        return self.num_tokens if self.kind in WITH_TOKENS else 0
+
+    @property
     def tokens_before_text(self) -> int:
         """Positions that are taken before the text's first."""
         in_positions = self.kind in WITHOUT_LAYERS or (self.kind == "prompt" and self.position_offset)

@@ -396,7 +396,7 @@ def _check_attention(
             f"model.attention: {config.attention} cannot score class words of several tokens; use model.attention: sdpa"
         )
     window = getattr(backbone, "sliding_window", None)
-    longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.num_tokens
+    longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.tokens_in_attention
     late = tuning.kind == "late_prompt"
     if flash and late:
         raise ModelError(f"model.attention: {config.attention} takes no tuning.kind: late_prompt; use sdpa")

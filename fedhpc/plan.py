@@ -108,7 +108,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         f"buffer of {arriving}": size,
     }
     longest = max(split["longest"] for split in job.data.description.splits.values())
-    tokens = config.device.batch_size * (longest + config.tuning.num_tokens)
+    tokens = config.device.batch_size * (longest + config.tuning.tokens_in_attention)
     scale = DTYPE_BYTES[config.model.dtype] / 2
     per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
