@@ -6,7 +6,7 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.encoding import make_encoding
-from fedhpc.federation import Homes, count_packs, population
+from fedhpc.federation import Homes, batches_per_epoch, count_packs, population
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
@@ -185,7 +185,7 @@ def _placement(job: Job, ranks: int) -> Iterator[str]:
 def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iterator[str]:
     config = job.config
     devices = config.federation.devices_per_round
-    examples = devices * len(job.data.split("train")) / config.federation.num_devices * config.device.epochs
+    examples = devices * len(job.data.split("train")) / config.federation.num_devices * _passes(job)
     yield f"work         about {examples:.0f} training examples a round, {config.federation.rounds} rounds"
     if examples_per_second:
         busy = min(num_workers, devices)
@@ -194,3 +194,12 @@ def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iter
             f"time         at {examples_per_second:g} examples/s per rank: {seconds:.1f} s a round, "
             f"{seconds * config.federation.rounds / 60:.1f} min in all, evaluation and exchange not counted"
         )
+
+
+def _passes(job: Job) -> float:
+    """How often a device passes over its examples in a round, as a mean over the run."""
+    config = job.config
+    usual = len(job.data.split("train")) // config.federation.num_devices
+    used = np.mean([batches_per_epoch(config, usual, t) for t in range(config.federation.rounds)])
+    share = used / -(-usual // config.device.batch_size)
+    return float(config.device.epochs * share + _method(job).uploads_gradient)

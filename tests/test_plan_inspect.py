@@ -44,6 +44,19 @@ def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
     assert figures(device__pack="auto")[half_done] == f"{6 * 3 * 2 * n / 1000:.1f} kB"
 
 
+@pytest.mark.parametrize(
+    ("changes", "examples"),
+    [
+        ({}, 120),  # 6 devices of 20 examples
+        ({"server__method": "mime", "device__optimizer": "sgd"}, 240),  # once more for the gradient
+        # 1, 2, 3 and 3 of 3 batches: a share of 1/4, 1/2, 3/4, 1, rounded up
+        ({"curriculum": {"order": "fisher", "start": 0.25, "end": 0.75}, "federation__rounds": 4}, 90),
+    ],
+)
+def test_plan_counts_passes_over_the_examples(fedhpc, run_config, changes, examples):
+    assert f"about {examples} training examples a round" in fedhpc("plan", run_config(**changes), "--ranks", 5)[1]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 20])
 def test_plan_takes_any_number_of_ranks(fedhpc, run_config, ranks):
     status, out, _ = fedhpc("plan", run_config(), "--ranks", ranks)
