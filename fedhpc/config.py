@@ -155,6 +155,11 @@ class SelectionConfig(Section):
     warmup_rounds: Positive = 10
     """Rounds with all layers exchanged before `ratio: auto` decides."""
 
+    @property
+    def is_automatic(self) -> bool:
+        """Whether there is a ratio for `auto` to decide."""
+        return self.ratio == "auto" and self.strategy not in ("all", "explicit")
+
     @model_validator(mode="after")
     def _layers_belong_to_explicit(self) -> "SelectionConfig":
         if (self.strategy == "explicit") != (self.layers is not None):
@@ -412,7 +417,7 @@ class Config(Section):
         ]
         if self.sparse.fraction < 1 and self.selection.strategy == "all":
             found.append("sparse.fraction has no effect: with selection.strategy: all no layer stays on the devices")
-        if self.selection.ratio == "auto" and self.selection.warmup_rounds >= self.federation.rounds:
+        if self.selection.is_automatic and self.selection.warmup_rounds >= self.federation.rounds:
             found.append(
                 f"selection.ratio: auto decides after selection.warmup_rounds: {self.selection.warmup_rounds}, but the "
                 f"run ends after federation.rounds: {self.federation.rounds}; all layers are exchanged to the end"

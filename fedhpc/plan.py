@@ -68,7 +68,7 @@ def _overview(job: Job, total: int) -> Iterator[str]:
     train, validation = (len(job.data.split(name)) for name in ("train", "validation"))
     yield f"data         {description.task}: {train} training and {validation} evaluation examples"
     yield f"trainable    {_trainable(job):,} parameters ({_trainable(job) / total:.2%} of the backbone)"
-    auto = " until the warm-up ends" if job.config.selection.ratio == "auto" else ""
+    auto = " until the warm-up ends" if job.config.selection.is_automatic else ""
     yield f"exchanged    {exchanged:,} parameters, {_selected(job)} of {shape.num_layers} layers{auto}"
 
 

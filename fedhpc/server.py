@@ -155,14 +155,13 @@ class Server:
         """Before round 0: layers scored and selected, prompts drawn, every worker told."""
         selection = self.config.selection
         scores = self.score_layers() if selection.strategy in SCORED else None
-        automatic = selection.ratio == "auto" and selection.strategy not in ("all", "explicit")
         ratio = 1.0 if selection.ratio == "auto" else selection.ratio
-        layers = tuple(range(self.num_layers)) if automatic else self._choose(ratio, scores)
+        layers = tuple(range(self.num_layers)) if selection.is_automatic else self._choose(ratio, scores)
         params, local = self.tuning.split(self.tuning.initial(self.config.seed), layers)
         state = RunState(
             server=self.method.init(params),
             layers=layers,
-            selected=not automatic,
+            selected=not selection.is_automatic,
             ratio=len(layers) / self.num_layers,
             scores=scores,
             unseen_local=local,
