@@ -252,7 +252,7 @@ class Backbone(nn.Module):
         inputs["position_ids"] = torch.cat([self._positions(first, first, 0), inputs["position_ids"]], dim=1)
 
         def put_first(text: Tensor) -> Tensor:
-            return torch.cat([tokens.make(text, in_text).to(text.dtype), text], dim=1)
+            return torch.cat([tokens.make(text, in_text).to(text), text], dim=1)
 
         if tokens.layer == 0:
             square = mask.dim() == 4  # with answers of several tokens
@@ -327,7 +327,7 @@ class Backbone(nn.Module):
 
 def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
     """The mean [b, H] of hidden states [b, s, H] where the mask [b, s, 1] is set."""
-    mask = in_text.to(hidden.dtype)
+    mask = in_text.to(hidden)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
