@@ -127,6 +127,11 @@ class TuningConfig(Section):
     """Dropout on the prompts during training."""
 
     @property
+    def tokens_in_attention(self) -> int:
+        """Keys in a layer's attention beside those of the text, at most."""
+        return self.num_tokens if self.kind in WITH_TOKENS else 0
+
+    @property
     def tokens_before_text(self) -> int:
         """Positions that are taken before the text's first."""
         in_positions = self.kind in WITHOUT_LAYERS or (self.kind == "prompt" and self.position_offset)
@@ -149,6 +154,11 @@ class SelectionConfig(Section):
     """How `ratio: auto` reads the Hessian's spectrum: the paper's eigengap, or the released code's density."""
     warmup_rounds: Positive = 10
     """Rounds with all layers exchanged before `ratio: auto` decides."""
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether there is a ratio for `auto` to decide."""
+        return self.ratio == "auto" and self.strategy not in ("all", "explicit")
 
     @model_validator(mode="after")
     def _layers_belong_to_explicit(self) -> "SelectionConfig":
@@ -407,7 +417,7 @@ class Config(Section):
         ]
         if self.sparse.fraction < 1 and self.selection.strategy == "all":
             found.append("sparse.fraction has no effect: with selection.strategy: all no layer stays on the devices")
-        if self.selection.ratio == "auto" and self.selection.warmup_rounds >= self.federation.rounds:
+        if self.selection.is_automatic and self.selection.warmup_rounds >= self.federation.rounds:
             found.append(
                 f"selection.ratio: auto decides after selection.warmup_rounds: {self.selection.warmup_rounds}, but the "
                 f"run ends after federation.rounds: {self.federation.rounds}; all layers are exchanged to the end"

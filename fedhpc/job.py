@@ -43,8 +43,9 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the run's numbers: configuration, digest of it, prepared data."""
-        return {**self.config.identity(), "sha256": self.config.sha256, "data": self.data.description.sha256}
+        """What determines the run's numbers: configuration, digest of it, prepared data, the tuning's own files."""
+        made_from = {"sha256": self.config.sha256, "data": self.data.description.sha256, **self.tuning.files}
+        return {**self.config.identity(), **made_from}
 
 
 def limit_threads(count: int) -> None:

@@ -40,7 +40,8 @@ class DeviceState:
     fisher: Vector | None = None
     """Diagonal Fisher information of p_i from its first round, where `sparse.fraction` asks for it."""
     kept: dict[str, Vector] = field(default_factory=dict)
-    """What is left of its uploads, in the layout of the exchanged tensors: see :class:`fedhpc.encoding.Encoding`."""
+    """In the layout of the exchanged tensors: what is left of its uploads, see :class:`fedhpc.encoding.Encoding`, and
+    what the server's method asks it to keep, see :attr:`fedhpc.methods.Method.keeps`."""
 
     def narrowed(self, kept_elements: NDArray[np.intp], unseen_local: Vector) -> "DeviceState":
         """The state after layers have left the exchange; their tensors start anew."""

@@ -252,7 +252,7 @@ class Backbone(nn.Module):
         inputs["position_ids"] = torch.cat([self._positions(first, first, 0), inputs["position_ids"]], dim=1)
 
         def put_first(text: Tensor) -> Tensor:
-            return torch.cat([tokens.make(text, in_text).to(text.dtype), text], dim=1)
+            return torch.cat([tokens.make(text, in_text).to(text), text], dim=1)
 
         if tokens.layer == 0:
             square = mask.dim() == 4  # with answers of several tokens
@@ -327,7 +327,7 @@ class Backbone(nn.Module):
 
 def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
     """The mean [b, H] of hidden states [b, s, H] where the mask [b, s, 1] is set."""
-    mask = in_text.to(hidden.dtype)
+    mask = in_text.to(hidden)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
@@ -396,7 +396,7 @@ def _check_attention(
             f"model.attention: {config.attention} cannot score class words of several tokens; use model.attention: sdpa"
         )
     window = getattr(backbone, "sliding_window", None)
-    longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.num_tokens
+    longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.tokens_in_attention
     late = tuning.kind == "late_prompt"
     if flash and late:
         raise ModelError(f"model.attention: {config.attention} takes no tuning.kind: late_prompt; use sdpa")

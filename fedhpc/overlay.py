@@ -80,10 +80,15 @@ class Hooks:
 
 
 def each_device(function: Callable[[int, Tensor], Tensor], tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``function(device's place, its examples)`` for every device with examples in ``tensor`` [b, ...]."""
+    """``function(device's place, its examples)`` for every device with examples in ``tensor`` [b, ...] or [b * s, ...].
+
+    OPT's feed-forward block has examples and positions in one axis.
+    """
     if len(sizes) == 1:
         return function(0, tensor)
-    return torch.cat([function(place, part) for place, part in enumerate(tensor.split(list(sizes)))])
+    rows = len(tensor) // sum(sizes)
+    parts = tensor.split([rows * size for size in sizes])
+    return torch.cat([function(place, part) for place, part in enumerate(parts)])
 
 
 def with_tokens(mask: Tensor, count: int, *, visible: bool, causal: bool) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.encoding import make_encoding
-from fedhpc.federation import Homes, count_packs, population
+from fedhpc.federation import Homes, batches_per_epoch, count_packs, population
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
@@ -68,7 +68,7 @@ def _overview(job: Job, total: int) -> Iterator[str]:
     train, validation = (len(job.data.split(name)) for name in ("train", "validation"))
     yield f"data         {description.task}: {train} training and {validation} evaluation examples"
     yield f"trainable    {_trainable(job):,} parameters ({_trainable(job) / total:.2%} of the backbone)"
-    auto = " until the warm-up ends" if job.config.selection.ratio == "auto" else ""
+    auto = " until the warm-up ends" if job.config.selection.is_automatic else ""
     yield f"exchanged    {exchanged:,} parameters, {_selected(job)} of {shape.num_layers} layers{auto}"
 
 
@@ -96,14 +96,9 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
 def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     config, shape = job.config, job.shape
     n = 4 * job.tuning.exchanged(range(_selected(job))).size
-    local = 4 * job.tuning.local(range(_selected(job))).size
-    vectors, encoding, sampled = (
-        _server_vectors(job),
-        make_encoding(config, _method(job)),
-        config.federation.devices_per_round,
-    )
-    summed = encoding.num_sums
-    arriving, size = (f"{summed} sums", 4 * n * summed) if summed else (f"{sampled} uploads", 2 * n * sampled)
+    vectors, method, sampled = _server_vectors(job), _method(job), config.federation.devices_per_round
+    summed, uploaded = make_encoding(config, method).num_sums, sampled * method.num_uploaded
+    arriving, size = (f"{summed} sums", 4 * n * summed) if summed else (f"{sampled} uploads", 2 * n * uploaded)
     # The sampled devices' own, and those that a checkpoint has not written yet.
     controls = (1 + config.checkpoint.every) * sampled * _has_control(job)
     server = {
@@ -113,7 +108,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         f"buffer of {arriving}": size,
     }
     longest = max(split["longest"] for split in job.data.description.splits.values())
-    tokens = config.device.batch_size * (longest + config.tuning.num_tokens)
+    tokens = config.device.batch_size * (longest + config.tuning.tokens_in_attention)
     scale = DTYPE_BYTES[config.model.dtype] / 2
     per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
@@ -121,7 +116,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         "program": PROCESS_BYTES,
         f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,
         "prompts, gradients, Adam moments": 4 * 4 * _trainable(job),
-        "what devices keep": (local + n * _num_kept(job)) * -(-config.federation.num_devices // max(1, ranks - 1)),
+        "what devices keep": _kept(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,
     }
     roles = {"rank 0, server": server, "each device rank": device}
@@ -136,24 +131,30 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
     """What a stop within a round writes: at most, if it comes when all but the last step of each rank is done."""
     config = job.config
     n = 4 * job.tuning.exchanged(range(_selected(job))).size
-    local = 4 * job.tuning.local(range(_selected(job))).size
     sampled = config.federation.devices_per_round
     unwritten = config.checkpoint.every * sampled
-    moments = 0 if config.device.reset_moments else 2 * 4 * _trainable(job)
     server = n * (_server_vectors(job) + unwritten * _has_control(job))
-    kept = n * _num_kept(job)
-    finished = n * sampled + unwritten * (local + moments + kept)
-    unfinished = 3 * 4 * _trainable(job) * min(num_workers, sampled)
+    finished = n * sampled * _method(job).num_uploaded + unwritten * _kept(job)
+    begun = sampled if config.device.pack == "auto" else min(num_workers * config.device.pack, sampled)
+    unfinished = (3 + _is_sparse(job)) * 4 * _trainable(job) * begun
     yield f"written at a stop: up to {human_bytes(server + finished + unfinished)} in the grace that the job is given"
     yield f"  {human_bytes(server):>9}  server: its vectors, control variates since the last checkpoint"
     yield f"  {human_bytes(finished):>9}  device ranks together: finished uploads, local states"
     yield f"  {human_bytes(unfinished):>9}  device ranks together: half-done updates, prompts and Adam moments"
 
 
-def _num_kept(job: Job) -> int:
-    """Vectors that a device keeps of its uploads."""
+def _kept(job: Job) -> int:
+    """Bytes that a device keeps between its rounds: its own layers, what is left of its uploads, Adam's moments."""
+    n, local = (4 * part(range(_selected(job))).size for part in (job.tuning.exchanged, job.tuning.local))
     method = _method(job)
-    return make_encoding(job.config, method).keeps + len(method.keeps)
+    uploads = make_encoding(job.config, method).keeps + len(method.keeps)
+    moments = 0 if job.config.device.reset_moments else 2 * 4 * _trainable(job)
+    return local * (1 + _is_sparse(job)) + n * uploads + moments
+
+
+def _is_sparse(job: Job) -> bool:
+    """Whether devices measure the Fisher information of their own layers."""
+    return job.config.sparse.fraction < 1
 
 
 def _server_vectors(job: Job) -> int:
@@ -184,7 +185,7 @@ def _placement(job: Job, ranks: int) -> Iterator[str]:
 def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iterator[str]:
     config = job.config
     devices = config.federation.devices_per_round
-    examples = devices * len(job.data.split("train")) / config.federation.num_devices * config.device.epochs
+    examples = devices * len(job.data.split("train")) / config.federation.num_devices * _passes(job)
     yield f"work         about {examples:.0f} training examples a round, {config.federation.rounds} rounds"
     if examples_per_second:
         busy = min(num_workers, devices)
@@ -193,3 +194,12 @@ def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iter
             f"time         at {examples_per_second:g} examples/s per rank: {seconds:.1f} s a round, "
             f"{seconds * config.federation.rounds / 60:.1f} min in all, evaluation and exchange not counted"
         )
+
+
+def _passes(job: Job) -> float:
+    """How often a device passes over its examples in a round, as a mean over the run."""
+    config = job.config
+    usual = len(job.data.split("train")) // config.federation.num_devices
+    used = np.mean([batches_per_epoch(config, usual, t) for t in range(config.federation.rounds)])
+    share = used / -(-usual // config.device.batch_size)
+    return float(config.device.epochs * share + _method(job).uploads_gradient)

@@ -120,7 +120,7 @@ class Sparse:
         rows = {name: view.sum(-1, keepdims=True) if view.ndim > 2 else view for name, view in views.items()}
         flat = np.concatenate([information.ravel() for information in rows.values()])
         chosen = np.zeros(flat.size, np.float32)
-        chosen[np.argsort(-flat, kind="stable")[: math.ceil(self._config.fraction * flat.size)]] = 1
+        chosen[np.argsort(-flat, kind="stable")[: math.ceil(self._config.fraction * flat.size - 1e-9)]] = 1
         parts = np.split(chosen, np.cumsum([information.size for information in rows.values()])[:-1])
         masks = {name: part.reshape(rows[name].shape) for name, part in zip(rows, parts, strict=True)}
         return self._tuning.local(self._layers).pack(masks)

@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -55,6 +57,7 @@ _ARCHITECTURES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, _GROUPED),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
     "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, "head_dim": 8, "sliding_window": 48}),
+    "opt": (OPTForCausalLM, OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN_SIZE}),
 }
 
 

@@ -145,6 +145,13 @@ def test_keys_of_another_tuning_are_noticed(write):
     assert notice == "tuning.kind: lora does not use tuning.num_tokens"
 
 
+def test_a_ratio_that_nothing_asks_for_is_not_said_to_decide(write):
+    automatic = ["selection.ratio=auto", "federation.rounds=5"]
+    assert load_config(write(**MINIMAL), [*automatic, "tuning.kind=prompt_tuning"]).notices() == []
+    (notice,) = load_config(write(**MINIMAL), automatic).notices()
+    assert "decides after selection.warmup_rounds: 10" in notice
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "device: {epochs: 1}\nseed: 1\ndevice: {batch_size: 2}\n")

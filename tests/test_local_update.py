@@ -152,7 +152,7 @@ RULES = {
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_method_changes_the_steps_of_the_exchanged_layers(folder, backbone, rule, optimizer):
-    """optimizer(scale g + shift + mu (P - P^t)) + step_shift, written out for one float64 vector."""
+    """optimizer(scale clip(g + mu (P - P^t)) + shift) + step_shift, written out for one float64 vector."""
     device = Device(folder, backbone, max_grad_norm=100.0, optimizer=optimizer, weight_decay=0.1)
     update = device.update(rule=RULES[rule])
     chosen = RULES[rule]

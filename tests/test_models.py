@@ -443,11 +443,11 @@ def test_flash_attention_refuses_words_of_several_tokens():
         check_attention("flash_attention_2", words=LONG_WORDS)
 
 
-def check_attention(attention, *, words=WORDS, window=None, longest=12):
+def check_attention(attention, *, words=WORDS, window=None, longest=12, kind="prompt"):
     models._check_attention(
         SimpleNamespace(sliding_window=window),
         ModelConfig(name="toy", dtype="bfloat16", attention=attention),
-        TuningConfig(num_tokens=NUM_TOKENS),
+        TuningConfig(kind=kind, num_tokens=NUM_TOKENS),
         describe("llama", words=words, longest=longest),
         Answers(words),
     )
@@ -456,6 +456,7 @@ def check_attention(attention, *, words=WORDS, window=None, longest=12):
 def test_texts_longer_than_a_sliding_window():
     check_attention("flash_attention_2", window=16, longest=12)
     check_attention("sdpa", window=16, longest=13)
+    check_attention("flash_attention_2", window=16, longest=16, kind="lora")  # it has no tokens of its own
     with pytest.raises(ModelError, match=r"16 positions at a time.* up to 17; model\.attention: flash_attention_2"):
         check_attention("flash_attention_2", window=16, longest=13)
     with pytest.raises(ModelError, match="class words of several tokens cannot handle that"):

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,37 @@ def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
     # 6 devices of 20 examples, one epoch, 10 examples/s on each of 4 ranks
     assert "3.0 s a round" in out
     assert not Path(yaml.safe_load(config.read_text())["run_dir"]).exists()
+
+
+def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
+    n = 4 * 2 * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH  # bytes of two layers' prompts, exchanged or not
+
+    def figures(**changes):
+        out = fedhpc("plan", run_config(selection__ratio=0.5, **changes), "--ranks", 5)[1]
+        return {label.strip(): number for number, label in re.findall(r"^ +([\d.]+ k?B)  (.+)$", out, re.MULTILINE)}
+
+    assert figures(server__method="fedavg")["buffer of 6 uploads"] == f"{2 * 6 * n / 1000:.1f} kB"
+    twice = figures(server__method="mime", device__optimizer="sgd")  # parameters and gradients
+    assert twice["buffer of 6 uploads"] == f"{2 * 6 * 2 * n / 1000:.1f} kB"
+    # Three devices of a rank keep their layers, the Fisher information of these, and two moments of all layers.
+    more = figures(server__method="fedavg", sparse__fraction=0.5, device__reset_moments=False)
+    assert more["what devices keep"] == f"{3 * (2 * n + 2 * 2 * n) / 1000:.1f} kB"
+    half_done = "device ranks together: half-done updates, prompts and Adam moments"
+    assert figures()[half_done] == f"{4 * 3 * 2 * n / 1000:.1f} kB"
+    assert figures(device__pack="auto")[half_done] == f"{6 * 3 * 2 * n / 1000:.1f} kB"
+
+
+@pytest.mark.parametrize(
+    ("changes", "examples"),
+    [
+        ({}, 120),  # 6 devices of 20 examples
+        ({"server__method": "mime", "device__optimizer": "sgd"}, 240),  # once more for the gradient
+        # 1, 2, 3 and 3 of 3 batches: a share of 1/4, 1/2, 3/4, 1, rounded up
+        ({"curriculum": {"order": "fisher", "start": 0.25, "end": 0.75}, "federation__rounds": 4}, 90),
+    ],
+)
+def test_plan_counts_passes_over_the_examples(fedhpc, run_config, changes, examples):
+    assert f"about {examples} training examples a round" in fedhpc("plan", run_config(**changes), "--ranks", 5)[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 20])

@@ -39,7 +39,7 @@ def world(tmp_path_factory):
         (folder / f"source{number}").mkdir()
         prompt = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(number))
         save_file({"prompt_embeddings": prompt}, folder / f"source{number}" / "adapter_model.safetensors")
-    for name in NAMES:
+    for name in (*NAMES, "opt"):
         save_backbone(folder, name)
     return folder
 
@@ -82,11 +82,17 @@ def test_every_parameter_of_every_layer_matters(world, name, kind):
 def test_layers_that_take_no_notice_are_named(world, kind):
     backbone, tuning, _ = tuned(world, "bert", kind)
     backbone.float()._layers[1].forward = lambda hidden, *_, **__: hidden
-    with pytest.raises(ModelError, match=rf"tuning.kind: {kind}: .* takes no notice of it in its layers \[1\]"):
+    with pytest.raises(ModelError, match=rf"tuning.kind: {kind}: .* takes no notice of .* in layers \[1\]"):
         tuning.check(backbone)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["bitfit", "full"])
+def test_a_key_bias_that_does_nothing_in_16_bits_is_no_reason_to_refuse_a_model(world, kind, dtype):
+    read_tuning(world / "roberta", kind=kind).check(load_backbone(world / "roberta", "roberta", dtype=dtype))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "opt"])  # OPT has examples and positions in one axis for a while
 @pytest.mark.parametrize("kind", TUNINGS)
 def test_devices_side_by_side_score_as_one_by_one(world, name, kind):
     if kind in ("bitfit", "full"):

@@ -68,7 +68,7 @@ class ServerState:
 class LocalRule:
     """How a method changes the devices' steps, on the exchanged parameters; vectors [n].
 
-    A step goes along optimizer(scale g + shift + mu (P - P^t)) + step_shift.
+    A step goes along optimizer(scale clip(g + mu (P - P^t)) + shift) + step_shift.
     """
 
     gradient_scale: float = 1.0
@@ -94,6 +94,8 @@ class Method(ABC):
     """Vectors that a device keeps between its rounds."""
     uploads_gradient = False
     """Whether devices upload, beside P_i, the gradient of their whole shard at P^t."""
+    momentum_builds_up = False
+    """Whether momentum starts at zero and nothing corrects for that."""
 
     def __init__(self, config: ServerConfig, population: Population) -> None:
         self.config = config
@@ -105,6 +107,11 @@ class Method(ABC):
     def num_uploaded(self) -> int:
         """Vectors in a device's upload."""
         return 2 if self.uploads_gradient else 1
+
+    @property
+    def usual_growth(self) -> float:
+        """How many times as long as round 0's the server's updates may become although the devices' stay alike."""
+        return 1 / (1 - self.momentum) if self.momentum_builds_up else 1.0
 
     def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
         """How a device steps, from what it was sent and what it has kept."""

@@ -16,6 +16,8 @@ from fedhpc.updates import RoundUploads, Sums, Vector
 class FedAvgM(FedAvg):
     """v = beta v + (P^t - Pbar); P^{t+1} = P^t - eta_s v."""
 
+    momentum_builds_up = True
+
     def init(self, params: Vector) -> ServerState:
         """Momentum v starts at zero."""
         return ServerState(round=0, params=params, vectors={"momentum": np.zeros_like(params)})

@@ -20,6 +20,8 @@ Array = NDArray[np.float64]
 class FedOpt(FedAvg):
     """m = beta1 m + (1 - beta1) Delta; v by the subclass; P^{t+1} = P^t + eta_s m / (sqrt(v) + tau)."""
 
+    momentum_builds_up = True
+
     @abstractmethod
     def second_moment(self, v: Array, squared: Array) -> Array:
         """The next v, from Delta^2."""

@@ -18,6 +18,7 @@ class Mime(Method):
 
     sends = ("momentum",)
     uploads_gradient = True
+    momentum_builds_up = True
 
     def init(self, params: Vector) -> ServerState:
         """Momentum m starts at zero."""

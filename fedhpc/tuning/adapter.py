@@ -1,7 +1,8 @@
 """Adapters: a small network with a skip connection behind each layer's attention and feed-forward block.
 
 Parameter-Efficient Transfer Learning for NLP. Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo,
-Attariyan, Gelly. ICML 2019. https://arxiv.org/abs/1902.00751, figure 2.
+Attariyan, Gelly. ICML 2019. https://arxiv.org/abs/1902.00751, figure 2. The layer norms, which are trained there too,
+stay frozen here.
 
 Shapes: b examples, s positions, L layers, H hidden size, m bottleneck.
 """

@@ -6,6 +6,7 @@ Hajishirzi. EMNLP 2022. https://arxiv.org/abs/2205.11961, section 3.2; the atten
 Shapes: b examples, T tokens, H hidden size, m bottleneck, K source prompts.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ class Attempt(Tuning):
         own = {"tokens": prompt, "attention.down": (m, width), "attention.up": (width, m)}
         self.shared = {**own, **self.shared}
         self.sources = torch.stack([_read_prompt(Path(folder), prompt) for folder in config.sources])
+        self.files = {"tuning.sources sha256": hashlib.sha256(self.sources.numpy().tobytes()).hexdigest()}
 
     def overlay(
         self,

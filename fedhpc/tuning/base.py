@@ -29,6 +29,10 @@ class Tuning(ABC):
 
     packable = True
     """Whether several devices can pass through the backbone together."""
+    files: Mapping[str, str] = {}
+    """What it reads beside the backbone, name -> SHA-256 of the content."""
+    without_effect: tuple[str, ...] = ()
+    """Ends of names of tensors that need not change the scores."""
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         self.config = config
@@ -147,13 +151,13 @@ class Tuning(ABC):
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{who} does not take it: {error}") from None
-        heard = {name: gradient for name, gradient in zip(params, gradients, strict=True) if gradient is not None}
-        if unused := params.keys() - heard.keys():
-            raise ModelError(f"{who} takes no notice of {', '.join(sorted(unused))}")
-        # Of a whole layer: single tensors may rightly have no gradient, as the bias of keys, which attention cancels.
-        layers = range(self.shape.num_layers if self.per_layer else 0)
-        if deaf := [layer for layer in layers if not any(heard[name][layer].any() for name in self.per_layer)]:
-            raise ModelError(f"{who} takes no notice of it in its layers {deaf}")
+        for name, gradient in zip(params, gradients, strict=True):
+            if name.endswith(self.without_effect):
+                continue
+            rows = gradient if name in self.per_layer and gradient is not None else [gradient]
+            if deaf := [row for row, part in enumerate(rows) if part is None or not part.any()]:
+                where = f"layers {deaf}" if name in self.per_layer else "any layer"
+                raise ModelError(f"{who} takes no notice of {name} in {where}")
 
     def _rows(self, count: int) -> dict[str, tuple[int, ...]]:
         return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}

@@ -24,6 +24,8 @@ class FullTuning(Tuning):
     """`layer.<path>` [L, ...] and, outside the layers, `model.<path>`: changes of the parameters at these paths."""
 
     packable = False
+    without_effect = ("key.bias", "k_proj.bias")
+    """It moves all scores of a query alike, which the softmax cancels; what gradient there is comes from rounding."""
     only = ""
     """Parameters whose path does not end so stay as they are."""
 
@@ -59,7 +61,7 @@ class FullTuning(Tuning):
             elif kind == "model":
                 changes[path] = tensor
         frozen = backbone.parameters_by_path
-        weights = {path: frozen[path] + change.to(frozen[path]) for path, change in changes.items()}
+        weights = {path: (frozen[path] + change).to(frozen[path].dtype) for path, change in changes.items()}
         return Overlay(weights=weights)
 
 

@@ -64,7 +64,13 @@ def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
 
 
 MOVING = {
-    "packs, moments kept": {"device__pack": 2, "device__reset_moments": False, "federation__rounds": 5},
+    "packs; moments, Fisher information and control variates kept": {
+        "device__pack": 2,
+        "device__reset_moments": False,
+        "sparse": {"fraction": 0.5},
+        "server__method": "scaffold",
+        "federation__rounds": 5,
+    },
     "layers that begin to be kept": {
         "selection__ratio": "auto",
         "selection__warmup_rounds": 3,
