@@ -21,6 +21,9 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
 
     Args:
         tensors: all trainable tensors, which the loss gradient is taken with.
+
+    Raises:
+        FloatingPointError: the loss gradient is zero, or not finite.
     """
     params = as_parameters(tensors, backbone.torch_device)
     with backbone.watched_embeddings() as embeddings:
@@ -28,6 +31,11 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
         (gradient,) = torch.autograd.grad(loss, embeddings[-1])
     gradient = gradient[:, : batch.input_ids.shape[1]]  # without answers of several tokens
     scale = PERTURBATION * embeddings[-1].detach().norm() / gradient.norm()
+    if not torch.isfinite(scale):
+        raise FloatingPointError(
+            "selection.strategy: sensitivity cannot rank the layers: a batch's loss gradient is zero or not finite; try "
+            "another model.dtype"
+        )
     before = backbone.layer_outputs(batch)
     with backbone.watched_embeddings(moved=scale * gradient):
         after = backbone.layer_outputs(batch)

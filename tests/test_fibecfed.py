@@ -72,6 +72,14 @@ def test_sensitivity_is_how_far_layers_follow_a_move_along_the_loss_gradient(fol
     np.testing.assert_allclose(found[: NUM_LAYERS - 1], expected, rtol=1e-3)
 
 
+def test_sensitivity_without_a_loss_gradient_is_an_error(folder, backbone):
+    device, batch = Device(folder, backbone, tuning=LORA), make_batch("llama-gqa")
+    tuning = device.tuning
+    tuning.losses = lambda scores, labels: 0 * scores.sum(1)
+    with pytest.raises(FloatingPointError, match="cannot rank the layers"):
+        layer_sensitivity(backbone, tuning, device.tensors, batch)
+
+
 def test_after_its_first_round_a_device_trains_its_most_informative_rows_only(folder, backbone):
     settings = {"sparse": {"fraction": 0.25}, "weight_decay": 0.1}
     device = Device(folder, backbone, layers=LAYERS, tuning=LORA, **settings)
