@@ -33,8 +33,8 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
     scale = PERTURBATION * embeddings[-1].detach().norm() / gradient.norm()
     if not torch.isfinite(scale):
         raise FloatingPointError(
-            "selection.strategy: sensitivity cannot rank the layers: a batch's loss gradient is zero or not finite; try "
-            "another model.dtype"
+            "selection.strategy: sensitivity cannot rank the layers: a batch's loss gradient is zero or not finite; "
+            "try another model.dtype"
         )
     before = backbone.layer_outputs(batch)
     with backbone.watched_embeddings(moved=scale * gradient):
