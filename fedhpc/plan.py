@@ -164,8 +164,7 @@ def _server_vectors(job: Job) -> int:
 
 def _has_control(job: Job) -> bool:
     """Whether the server holds control variates."""
-    has = job.config.server.name == "released" or getattr(_method(job), "has_control", False)
-    return has and job.config.exchange.mode == "gather"
+    return _method(job).has_control and job.config.exchange.mode == "gather"
 
 
 def _method(job: Job) -> Method:

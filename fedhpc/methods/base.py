@@ -94,6 +94,8 @@ class Method(ABC):
     """Vectors that a device keeps between its rounds."""
     uploads_gradient = False
     """Whether devices upload, beside P_i, the gradient of their whole shard at P^t."""
+    has_control = False
+    """Whether there is a control variate for each device; of a SummedMethod, `change` renews it."""
     momentum_builds_up = False
     """Whether momentum starts at zero and nothing corrects for that."""
 
@@ -164,8 +166,6 @@ class SummedMethod(Method):
 
     needs_total = False
     """Whether `apply` reads the unweighted sum too."""
-    has_control = False
-    """Whether `change` uses and renews a control variate."""
 
     @abstractmethod
     def change(

@@ -72,6 +72,8 @@ class Released(Method):
     learns.
     """
 
+    has_control = True
+
     def init(self, params: Vector) -> ServerState:
         """All start at zero; the server learning rate decays from round 1 on."""
         return ServerState(
