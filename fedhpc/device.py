@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -20,7 +20,16 @@ from fedhpc.errors import Halt
 from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
-from fedhpc.federation import Homes, Packs, batches_per_epoch, make_packs, population, round_steps, sample_devices
+from fedhpc.federation import (
+    Homes,
+    Packs,
+    batches_per_epoch,
+    local_steps,
+    make_packs,
+    population,
+    round_steps,
+    sample_devices,
+)
 from fedhpc.local_update import (
     Assignment,
     DeviceState,
@@ -225,11 +234,17 @@ class Worker:
                     self._upload(device, update, command, records[device])
                     finished[device] = records[device]
         finally:
-            steps = round_steps(self.config, self.partition, command.round)
-            share = (time.perf_counter() - began) / sum(steps[device] for device in waiting)
+            sizes = {device: len(self.partition.train[device]) for device in waiting}
+            steps = {device: local_steps(self.config, size, command.round) for device, size in sizes.items()}
+            share = (time.perf_counter() - began) / sum(steps.values())
             for device in waiting:
                 if device in finished:
                     messages.upload_headers(finished[device][None])["seconds"] = share * steps[device]
+
+    @cached_property
+    def _initial(self) -> dict[str, np.ndarray]:
+        """All trainable tensors before round 0."""
+        return self.tuning.initial(self.config.seed)
 
     def _curriculum(self, device: int, round_index: int) -> Batches | None:
         """A device's batches of a round where a curriculum orders them; scored when it first takes part."""
@@ -239,9 +254,8 @@ class Worker:
         if device not in self._curricula:
             rng = generator(self.config.seed, purpose="curriculum batches", device=device)
             given = epoch_batches(examples, self.train.lengths[examples], self.config.device.batch_size, rng)
-            initial = self.tuning.initial(self.config.seed)
             self._curricula[device] = easy_first(
-                self.backbone, self.tuning, initial, self.train, given, self.exchange.beat
+                self.backbone, self.tuning, self._initial, self.train, given, self.exchange.beat
             )
         used = batches_per_epoch(self.config, len(examples), round_index)
         return self._curricula[device][:used] * self.config.device.epochs
@@ -264,8 +278,9 @@ class Worker:
         if fault == Fault.NONE:
             payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
             kept |= self.method.kept_after(start, update.params, sent, before.kept, num_steps=steps, learning_rate=rate)
-            uploaded = np.concatenate([payload, *gradient])
-            messages.upload_payloads(record[None], uploaded.size, self.encoding.dtype)[0] = uploaded
+            for place, vector in enumerate([payload, *gradient]):
+                part = slice(place * start.size, (place + 1) * start.size)
+                messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part] = vector
             local_fault, _ = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
             self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
             self.touched.add(device)
@@ -284,8 +299,7 @@ class Worker:
             batch = self.train.batch(examples).to(self.backbone.torch_device)
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
             if selection.strategy == "sensitivity":
-                initial = self.tuning.initial(self.config.seed)
-                record["scores"] = layer_sensitivity(self.backbone, self.tuning, initial, batch)
+                record["scores"] = layer_sensitivity(self.backbone, self.tuning, self._initial, batch)
             else:
                 outputs = self.backbone.layer_outputs(batch)
                 record["scores"] = [layer_score(out.float().cpu().numpy(), selection.distance) for out in outputs]
