@@ -21,7 +21,7 @@ from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ConfigError
 from fedhpc.models import Backbone, BackboneShape
-from fedhpc.overlay import Overlay, SoftTokens, each_device
+from fedhpc.overlay import Overlay, each_device
 from fedhpc.tuning.base import Params, Tuning
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -51,8 +51,7 @@ class Attempt(Tuning):
             text = words.to(params[0]["tokens"]).masked_fill(~in_text.bool(), -math.inf).amax(1)  # [b, H]
             return each_device(lambda place, x: self._mixture(params[place], x), text, batch.sizes)
 
-        count = self.config.num_tokens
-        return Overlay(tokens=SoftTokens(count=count, layer=0, make=make), first_position=count)
+        return self.soft_tokens(make)
 
     def _mixture(self, own: Params, text: Tensor) -> Tensor:
         """P_instance [b, T, H] = P_target + sum_j a_j P_j, from the texts' embeddings, their largest values [b, H]."""

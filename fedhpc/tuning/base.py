@@ -5,7 +5,7 @@ on the device) or *shared* (exchanged whole, for example a linear head).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ModelError
 from fedhpc.models import Backbone, BackboneShape, at_least_float32
-from fedhpc.overlay import Overlay
+from fedhpc.overlay import Overlay, SoftTokens
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
 
@@ -73,6 +73,11 @@ class Tuning(ABC):
         if self.config.head == "linear":
             return linear_heads(params, backbone.pooled(batch, overlay), batch.sizes)
         return backbone.word_scores(batch, overlay)
+
+    def soft_tokens(self, make: Callable[[Tensor, Tensor], Tensor], layer: int = 0) -> Overlay:
+        """The overlay of T tokens before the text, whose positions follow theirs; see :class:`SoftTokens`."""
+        count = self.config.num_tokens
+        return Overlay(tokens=SoftTokens(count=count, layer=layer, make=make), first_position=count)
 
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Loss of each example [b], from class scores [b, C] and labels [b]."""

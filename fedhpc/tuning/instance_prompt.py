@@ -12,7 +12,7 @@ from torch import Tensor
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.models import Backbone, BackboneShape
-from fedhpc.overlay import Overlay, SoftTokens
+from fedhpc.overlay import Overlay
 from fedhpc.tuning.base import Params, Tuning
 from fedhpc.tuning.generator import generate, generator_shapes
 
@@ -38,5 +38,4 @@ class InstancePrompt(Tuning):
         def make(words: Tensor, in_text: Tensor) -> Tensor:
             return generate(params, representation, batch.sizes)
 
-        count = self.config.num_tokens
-        return Overlay(tokens=SoftTokens(count=count, layer=0, make=make), first_position=count)
+        return self.soft_tokens(make)

@@ -13,7 +13,7 @@ from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ConfigError
 from fedhpc.models import Backbone, BackboneShape, mean_over_text
-from fedhpc.overlay import Overlay, SoftTokens
+from fedhpc.overlay import Overlay
 from fedhpc.tuning.base import Params, Tuning
 from fedhpc.tuning.generator import generate, generator_shapes
 
@@ -41,5 +41,4 @@ class LatePrompt(Tuning):
         def make(hidden: Tensor, in_text: Tensor) -> Tensor:
             return generate(params, mean_over_text(hidden, in_text), batch.sizes)
 
-        count = self.config.num_tokens
-        return Overlay(tokens=SoftTokens(count=count, layer=self.layer, make=make), first_position=count)
+        return self.soft_tokens(make, self.layer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.models import Backbone, BackboneShape
-from fedhpc.overlay import Overlay, SoftTokens
+from fedhpc.overlay import Overlay
 from fedhpc.tuning.base import Params, Tuning, rows_of_devices
 
 
@@ -36,5 +36,4 @@ class PromptTuning(Tuning):
         def make(words: Tensor, in_text: Tensor) -> Tensor:
             return rows_of_devices([device["tokens"] for device in params], batch.sizes)
 
-        count = self.config.num_tokens
-        return Overlay(tokens=SoftTokens(count=count, layer=0, make=make), first_position=count)
+        return self.soft_tokens(make)
