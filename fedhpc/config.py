@@ -415,7 +415,14 @@ class Config(Section):
             if not {server.method, server.name} & set(methods)
             and getattr(server, key) != ServerConfig.model_fields[key].default
         ]
-        if self.sparse.fraction < 1 and self.selection.strategy == "all":
+        strategy, order, fraction = self.selection.strategy, self.curriculum.order, self.sparse.fraction
+        for keys, reason, applies in (
+            (("selection.distance",), f"selection.strategy: {strategy}", strategy not in ("score", "lowest_score")),
+            (("curriculum.start", "curriculum.end"), "curriculum.order: random", order == "random"),
+            (("sparse.momentum",), "sparse.fraction: 1", fraction == 1),
+        ):
+            found += [f"{key} has no effect with {reason}" for key in keys if applies and self._is_set(key)]
+        if fraction < 1 and strategy == "all":
             found.append("sparse.fraction has no effect: with selection.strategy: all no layer stays on the devices")
         if self.selection.is_automatic and self.selection.warmup_rounds >= self.federation.rounds:
             found.append(
@@ -428,6 +435,12 @@ class Config(Section):
                 f"{self.device.learning_rate}); it learns at the published 0.04"
             )
         return found
+
+    def _is_set(self, key: str) -> bool:
+        """Whether a key of a section differs from its default."""
+        section, name = key.split(".")
+        value: Section = getattr(self, section)
+        return getattr(value, name) != type(value).model_fields[name].default
 
     def to_yaml(self) -> str:
         """The resolved configuration, as written to the run directory."""

@@ -145,6 +145,22 @@ def test_keys_of_another_tuning_are_noticed(write):
     assert notice == "tuning.kind: lora does not use tuning.num_tokens"
 
 
+@pytest.mark.parametrize(
+    ("key", "with_effect", "reason"),
+    [
+        ("selection.distance=l1", "selection.strategy=score", "selection.strategy: first"),
+        ("curriculum.start=0.5", "curriculum.order=fisher", "curriculum.order: random"),
+        ("curriculum.end=0.5", "curriculum.order=fisher", "curriculum.order: random"),
+        ("sparse.momentum=0.5", "sparse.fraction=0.5", "sparse.fraction: 1"),
+    ],
+)
+def test_a_key_that_another_key_leaves_without_effect_is_noted(write, key, with_effect, reason):
+    overrides = ["selection.strategy=first", key]
+    name = key.split("=")[0]
+    assert load_config(write(**MINIMAL), overrides).notices() == [f"{name} has no effect with {reason}"]
+    assert load_config(write(**MINIMAL), [*overrides, with_effect]).notices() == []
+
+
 def test_a_ratio_that_nothing_asks_for_is_not_said_to_decide(write):
     automatic = ["selection.ratio=auto", "federation.rounds=5"]
     assert load_config(write(**MINIMAL), [*automatic, "tuning.kind=prompt_tuning"]).notices() == []
