@@ -79,7 +79,7 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     config, method = job.config, _method(job)
     encoding = make_encoding(config, method)
     devices = config.federation.devices_per_round
-    packs = count_packs(config, 1 if config.device.pack == "auto" else config.device.pack)
+    packs = count_packs(config, _pack(job))
     uploads, headers = devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize
     up = ("up, uploads", uploads, method.num_uploaded * encoding.dtype.itemsize / 4, headers)
     if encoding.num_sums:
@@ -108,14 +108,15 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         f"buffer of {arriving}": size,
     }
     longest = max(split["longest"] for split in job.data.description.splits.values())
-    tokens = config.device.batch_size * (longest + config.tuning.tokens_in_attention)
+    tokens = _pack(job) * config.device.batch_size * (longest + config.tuning.tokens_in_attention)
     scale = DTYPE_BYTES[config.model.dtype] / 2
     per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
     device = {
         "program": PROCESS_BYTES,
         f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,
-        "prompts, gradients, Adam moments": 4 * 4 * _trainable(job),
+        "weights with the device's changes": DTYPE_BYTES[config.model.dtype] * total * (config.tuning.kind == "full"),
+        "prompts, gradients, Adam moments": 4 * 4 * _trainable(job) * _pack(job),
         "what devices keep": _kept(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,
     }
@@ -155,6 +156,12 @@ def _kept(job: Job) -> int:
 def _is_sparse(job: Job) -> bool:
     """Whether devices measure the Fisher information of their own layers."""
     return job.config.sparse.fraction < 1
+
+
+def _pack(job: Job) -> int:
+    """Devices side by side; `auto` takes more than one only where there is memory for them."""
+    pack = job.config.device.pack
+    return 1 if pack == "auto" else min(pack, job.config.federation.devices_per_round)
 
 
 def _server_vectors(job: Job) -> int:

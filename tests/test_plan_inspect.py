@@ -31,17 +31,28 @@ def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
 
     def figures(**changes):
         out = fedhpc("plan", run_config(selection__ratio=0.5, **changes), "--ranks", 5)[1]
-        return {label.strip(): number for number, label in re.findall(r"^ +([\d.]+ k?B)  (.+)$", out, re.MULTILINE)}
+        return {label.strip(): number for number, label in re.findall(r"^ +([\d.]+ [kM]?B)  (.+)$", out, re.MULTILINE)}
 
     assert figures(server__method="fedavg")["buffer of 6 uploads"] == f"{2 * 6 * n / 1000:.1f} kB"
     twice = figures(server__method="mime", device__optimizer="sgd")  # parameters and gradients
     assert twice["buffer of 6 uploads"] == f"{2 * 6 * 2 * n / 1000:.1f} kB"
     # Three devices of a rank keep their layers, the Fisher information of these, and two moments of all layers.
+    assert "weights with the device's changes" not in twice
+    whole = figures(tuning__kind="full", selection__strategy="all", model__dtype="bfloat16")
+    assert whole["weights with the device's changes"] == whole["backbone, bfloat16"]
     more = figures(server__method="fedavg", sparse__fraction=0.5, device__reset_moments=False)
     assert more["what devices keep"] == f"{3 * (2 * n + 2 * 2 * n) / 1000:.1f} kB"
     half_done = "device ranks together: half-done updates, prompts and Adam moments"
     assert figures()[half_done] == f"{4 * 3 * 2 * n / 1000:.1f} kB"
     assert figures(device__pack="auto")[half_done] == f"{6 * 3 * 2 * n / 1000:.1f} kB"
+    one, three = figures(), figures(device__pack=3)
+    for part in ("prompts, gradients, Adam moments", "activations (upper bound)"):
+        assert in_bytes(three[part]) == pytest.approx(3 * in_bytes(one[part]), rel=0.05)  # one decimal
+
+
+def in_bytes(figure):
+    number, unit = figure.split()
+    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
 
 
 @pytest.mark.parametrize(
