@@ -32,7 +32,7 @@ def easy_first(
         tensors: all trainable tensors before round 0.
         beat: called before every batch.
     """
-    backbone.training_mode(False)
+    backbone.training_mode(True, dropout=False)
     traces = []
     for batch in batches:
         beat("measuring how hard batches are")

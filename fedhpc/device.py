@@ -292,7 +292,7 @@ class Worker:
         """Layer scores of the devices in this worker's share, on one batch each."""
         selection = self.config.selection
         records = messages.score_record(self.tuning.shape.num_layers).zeros(len(self.share))
-        self.backbone.training_mode(False)
+        self.backbone.training_mode(selection.strategy == "sensitivity", dropout=False)
         for record, device in zip(records, self.share, strict=True):
             self.exchange.beat(f"scoring layers on device {device}")
             examples = self._one_batch(device, "score batch", selection.batch_size)

@@ -217,7 +217,7 @@ class _Lane:
         """The gradient [n] of the mean loss over the whole shard at P^t, its norm clipped like a step's."""
         params = as_parameters(self.tuning.merge(self.start, self.state.local, self.layers), backbone.torch_device)
         total, size = [torch.zeros_like(p) for p in params.values()], self.config.device.batch_size
-        backbone.training_mode(False)
+        backbone.training_mode(True, dropout=False)
         for first in range(0, len(self.examples), size):
             beat(f"computing the gradient of device {self.device}")
             batch = split.batch(self.examples[first : first + size]).to(backbone.torch_device)

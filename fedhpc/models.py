@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.kind = data.kind
         self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
-        self._train_mode = config.backbone_dropout or config.gradient_checkpointing
+        self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
         self.model = _load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
@@ -199,9 +199,14 @@ class Backbone(nn.Module):
         """The frozen parameters behind the hidden states."""
         return dict(self.base.named_parameters())
 
-    def training_mode(self, training: bool) -> None:
-        """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen."""
-        self.model.train(training and self._train_mode)
+    def training_mode(self, training: bool, *, dropout: bool = True) -> None:
+        """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen.
+
+        Args:
+            dropout: whether there may be dropout; False for gradients that are measured, not stepped along.
+        """
+        asked_for = self._has_dropout or self._recomputes if dropout else self._recomputes and not self._has_dropout
+        self.model.train(training and asked_for)
 
     def _at_slots(self, batch: Batch, overlay: Overlay) -> Tensor:
         """The last layer's hidden states at the answer slots [b, H]."""

@@ -222,8 +222,8 @@ def test_without_prompts_transformers_computes_the_same_bits(folders, name, monk
     assert all(torch.equal(a, b) for a, b in zip(wrapped, own, strict=True))
 
 
-def loss_and_gradient(backbone, batch, prompts, *, training=True):
-    backbone.training_mode(training)
+def loss_and_gradient(backbone, batch, prompts, *, training=True, dropout=True):
+    backbone.training_mode(training, dropout=dropout)
     leaf = prompts.detach().clone().requires_grad_()
     loss = functional.cross_entropy(backbone.word_scores(batch, with_prompts(leaf, NUM_TOKENS)), batch.labels)
     loss.backward()
@@ -256,6 +256,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(folders, name):
     assert torch.equal(again[0], loss)
     assert torch.equal(again[1], gradient)
     calls.clear()
+    assert torch.equal(loss_and_gradient(saving, batch, prompts, dropout=False)[1], gradient)
+    assert sorted(calls) == sorted([*range(NUM_LAYERS)] * 2)
+    calls.clear()
     assert torch.equal(loss_and_gradient(saving, batch, prompts, training=False)[1], gradient)
     assert calls == list(range(NUM_LAYERS))
 
@@ -268,6 +271,7 @@ def test_backbone_dropout_acts_in_training_alone(folders, name):
     assert torch.equal(loss_and_gradient(still, batch, prompts)[1], loss_and_gradient(still, batch, prompts)[1])
     evaluated = loss_and_gradient(dropping, batch, prompts, training=False)[1]
     assert torch.equal(evaluated, loss_and_gradient(still, batch, prompts)[1])
+    assert torch.equal(evaluated, loss_and_gradient(dropping, batch, prompts, dropout=False)[1])
     assert not torch.allclose(loss_and_gradient(dropping, batch, prompts)[1], evaluated, rtol=0.01)
 
 
