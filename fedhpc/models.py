@@ -33,7 +33,7 @@ from fedhpc import attention
 from fedhpc.answers import Answers
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
-from fedhpc.errors import ModelError
+from fedhpc.errors import ModelError, UserError
 from fedhpc.last_layer import LastLayer
 from fedhpc.overlay import Hooks, Overlay, SoftTokens, with_tokens
 from fedhpc.weights import mapped_weights
@@ -282,42 +282,35 @@ class Backbone(nn.Module):
             return (mask.cumsum(1) + first_position) * mask + padding
         return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
 
+    @torch.no_grad()
     def _check(self, config: ModelConfig, tuning: TuningConfig, data: Description) -> None:
-        """Refuse what would give wrong numbers without an error: two tokens and one prompt pass through the model."""
-        shape = _shape(config.name, self.base.config)
+        """Refuse what would give wrong numbers without an error; what a tuning needs, `Tuning.check` looks for."""
         _check_attention(self.base.config, config, tuning, data, self.answers)
+        if self.word_head is None:
+            return
         who = f"model.name: {config.name}: a {self.base.config.model_type} model"
-        size = (1, shape.num_layers, 2, 1, shape.key_width)
-        prompts = torch.full(size, 0.1, device=self.torch_device, requires_grad=True)
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.torch_device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        positions = self._positions(ids, mask, 0)
         batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[:, 0], labels=ids[:, 0], sizes=(1,))
-        try:
-            hidden = self._run(ids, mask, positions, Overlay(prompts=prompts), batch)
-            (gradient,) = torch.autograd.grad(hidden[..., 0].float().sum(), prompts)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"{who} takes no deep prompts: {_first_line(error)}") from None
-        if deaf := [layer for layer, part in enumerate(gradient[0]) if not part.any()]:
-            raise ModelError(f"{who} takes no deep prompts in its layers {deaf}")
-        if self.word_head is not None:
-            with torch.no_grad():
-                ours = self._logits(self._run(ids, mask, positions, NOTHING, batch))
-                theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
-            if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
-                raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
-            if config.attention == "sdpa":
-                self._narrow_last_layer(prompts.detach())
+        with no_surprise(f"{who} cannot be used"):
+            ours = self._logits(self.hidden(batch))
+            positions = self._positions(ids, mask, 0)
+            theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
+        if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
+            raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
+        if config.attention == "sdpa":
+            self._narrow_last_layer(_shape(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
 
     @torch.no_grad()
-    def _narrow_last_layer(self, prompts: Tensor) -> None:
+    def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:
         """Compute the last layer at the answer slots alone, if that gives the same numbers with this model."""
         ids = torch.arange(3, device=self.torch_device).expand(3, 3)
         mask = torch.ones_like(ids, dtype=torch.bool).tril(1)
         batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[0], labels=ids[0], sizes=(3,))
-        overlays = [Overlay(prompts=prompts), Overlay()]
+        overlays = [Overlay()]
+        if with_prompts:
+            size = (1, shape.num_layers, 2, 1, shape.key_width)
+            overlays.append(Overlay(prompts=torch.full(size, 0.1, device=self.torch_device)))
         wanted = [self._at_slots(batch, overlay) for overlay in overlays]
         self._last_layer = LastLayer(self._layers[-1])
         try:
@@ -449,6 +442,17 @@ def load_pretrained(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
             f"model.name: {name} cannot be loaded ({where}; otherwise it must be a hub id that is cached or "
             f"reachable): {_first_line(error)}"
         ) from None
+
+
+@contextmanager
+def no_surprise(refusal: str) -> Iterator[None]:
+    """ModelError in place of what a model raises that is not made as others are."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{refusal}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

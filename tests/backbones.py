@@ -79,12 +79,12 @@ def load_plain(path, name, dtype=torch.float64):
     return _ARCHITECTURES[name][0].from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
 
-def load_backbone(path, name, *, words=None, loss="verbalizer", head="verbalizer", longest=12, **model):
+def load_backbone(path, name, *, words=None, kind="prompt", loss="verbalizer", head="verbalizer", longest=12, **model):
     """The same backbone as fedhpc runs it."""
     words = [[] for _ in WORDS] if head == "linear" else words or WORDS
     return Backbone(
         ModelConfig(name=str(path), **model),
-        TuningConfig(loss=loss, head=head, num_tokens=NUM_TOKENS),
+        TuningConfig(kind=kind, loss=loss, head=head, num_tokens=NUM_TOKENS),
         describe(name, words=words, head=head, longest=longest),
         _CPU,
     )

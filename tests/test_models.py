@@ -19,6 +19,7 @@ from backbones import (
     load_plain,
     make_batch,
     random_prompts,
+    read_tuning,
     save_backbone,
     with_prompts,
 )
@@ -399,14 +400,27 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         load_backbone(path, "llama")
 
 
-def test_architectures_that_ignore_prompts_are_refused(tmp_path):
+def save_falcon(folder):
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(tmp_path / "falcon")
-    with pytest.raises(ModelError, match="falcon: a falcon model takes no deep prompts: "):
-        load_backbone(tmp_path / "falcon", "gpt2")
+    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_architectures_that_take_no_prompts_are_refused(tmp_path):
+    falcon = load_backbone(save_falcon(tmp_path / "falcon"), "gpt2")
+    with pytest.raises(ModelError, match=r"tuning.kind: prompt: model.name: .*falcon does not take it: "):
+        read_tuning(tmp_path / "falcon").check(falcon)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     AlbertModel(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(tmp_path / "albert")
-    with pytest.raises(ModelError, match=r"albert: a albert model takes no deep prompts: .*layer_idx"):
-        load_backbone(tmp_path / "albert", "bert", head="linear")
+    albert = load_backbone(tmp_path / "albert", "bert", head="linear")
+    with pytest.raises(ModelError, match=r"albert does not take it: .*layer_idx"):
+        read_tuning(tmp_path / "albert", head="linear").check(albert)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter", "full"])
+def test_architectures_that_take_no_prompts_can_be_tuned_otherwise(tmp_path, kind):
+    falcon = load_backbone(save_falcon(tmp_path), "gpt2", kind=kind)
+    read_tuning(tmp_path, kind=kind).check(falcon)
 
 
 def test_layers_that_ignore_prompts_are_named(folders, monkeypatch):
@@ -416,8 +430,8 @@ def test_layers_that_ignore_prompts_are_named(folders, monkeypatch):
         return attend(module, *args, prompts=None if module.layer_idx == 1 else prompts, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", deaf_in_layer_1)
-    with pytest.raises(ModelError, match=r"a llama model takes no deep prompts in its layers \[1\]"):
-        load_backbone(folders["llama"], "llama")
+    with pytest.raises(ModelError, match=r"llama takes no notice of prompts in layers \[1\]"):
+        read_tuning(folders["llama"]).check(load_backbone(folders["llama"], "llama"))
 
 
 def test_architectures_that_change_logits_behind_the_head_are_refused(tmp_path):

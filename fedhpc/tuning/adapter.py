@@ -24,6 +24,7 @@ BLOCKS = (
     ("self_attn.o_proj", "mlp.down_proj"),
     ("attn.c_proj", "mlp.c_proj"),
     ("attention.dense", "mlp.dense_4h_to_h"),
+    ("self_attention.dense", "mlp.dense_4h_to_h"),
     ("self_attn.out_proj", "fc2"),
     ("self_attn.dense", "mlp.fc2"),
 )

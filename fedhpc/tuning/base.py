@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ModelError
-from fedhpc.models import Backbone, BackboneShape, at_least_float32
+from fedhpc.models import Backbone, BackboneShape, at_least_float32, no_surprise
 from fedhpc.overlay import Overlay, SoftTokens
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
@@ -149,13 +149,9 @@ class Tuning(ABC):
         mask, slot = torch.ones_like(ids, dtype=torch.bool), ids[:, 1]
         batch = Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
         who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
-        try:
+        with no_surprise(f"{who} does not take it"):
             loss = self.losses(self.forward(backbone, [params], batch), batch.labels * 0).sum()
             gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"{who} does not take it: {error}") from None
         for name, gradient in zip(params, gradients, strict=True):
             if name.endswith(self.without_effect):
                 continue

@@ -24,6 +24,7 @@ PROJECTIONS = (
     ("attn.c_attn",),
     ("attention.query_key_value",),
     ("self_attn.query_key_value",),
+    ("self_attention.query_key_value",),
     ("self_attn.qkv_proj",),
 )
 """Query and value projections of a layer, or all three in one, in the architectures that have such names."""
