@@ -27,7 +27,8 @@ from fedhpc.config import Config
 from fedhpc.data import Batch, PreparedData, Split
 from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.local_update import Assignment, DeviceState, local_updates
-from fedhpc.models import Backbone, read_shape
+from fedhpc.models import Backbone
+from fedhpc.pretrained import read_shape
 from fedhpc.tuning import make_tuning
 
 NUM_TOKENS, BATCH, EVALUATION_BATCH, EXAMPLES, MAX_LENGTH = 20, 8, 32, 64, 128

@@ -29,7 +29,8 @@ from transformers.utils import logging
 from fedhpc.config import Config
 from fedhpc.data import Description, Split
 from fedhpc.local_update import Assignment, DeviceState, local_updates
-from fedhpc.models import Backbone, read_shape
+from fedhpc.models import Backbone
+from fedhpc.pretrained import read_shape
 from fedhpc.tuning import make_tuning
 
 NUM_TOKENS, BATCH, STEPS, PACK = 20, 8, 4, 8

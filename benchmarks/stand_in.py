@@ -8,7 +8,7 @@ import numpy as np
 
 from fedhpc.config import Config, TuningConfig
 from fedhpc.device import Worker, serve
-from fedhpc.models import BackboneShape
+from fedhpc.pretrained import BackboneShape
 from fedhpc.server import Server
 from fedhpc.tuning import make_tuning
 

@@ -19,8 +19,9 @@ from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.exchange import Exchange
 from fedhpc.federation import count_packs
 from fedhpc.jobenv import JobEnvironment
-from fedhpc.models import Backbone, BackboneShape, load_tokenizer, read_shape
+from fedhpc.models import Backbone
 from fedhpc.partition import Partition, make_partition
+from fedhpc.pretrained import BackboneShape, load_tokenizer, read_shape
 from fedhpc.report import log
 from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState

@@ -1,33 +1,19 @@
-"""The frozen backbone: loading, placement, and scores of the classes.
+"""The frozen backbone: its forward pass with what a tuning lays over it, and scores of the classes.
 
 Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width, H hidden size, C classes,
 V words.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 from fedhpc import attention
 from fedhpc.answers import Answers
@@ -36,77 +22,11 @@ from fedhpc.data import Batch, Description
 from fedhpc.errors import ModelError, UserError
 from fedhpc.last_layer import LastLayer
 from fedhpc.overlay import Hooks, Overlay, SoftTokens, with_tokens
-from fedhpc.weights import mapped_weights
+from fedhpc.pretrained import POSITIONS_COUNT_TOKENS, BackboneShape, first_line, load_frozen, shape_of
 
 attention.register()
 
 NOTHING = Overlay()
-POSITIONS_COUNT_TOKENS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
-"""Model types whose positions start at padding_idx + 1 and skip padding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneShape:
-    """What is known of a backbone without its weights."""
-
-    name: str
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_size: int
-    initializer_range: float
-    max_positions: int | None
-
-    @property
-    def key_width(self) -> int:
-        """D, the width of one layer's keys."""
-        return self.num_key_value_heads * self.head_dim
-
-
-def read_shape(name: str) -> BackboneShape:
-    """The shape of a local or hub model, from its configuration alone."""
-    return _shape(name, load_pretrained(AutoConfig.from_pretrained, name))
-
-
-def _shape(name: str, config: Any) -> BackboneShape:
-    absent = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not hasattr(config, key)]
-    if absent:
-        raise ModelError(
-            f"model.name: {name} is a {config.model_type} model, whose configuration has no {', '.join(absent)}; a "
-            "text encoder or decoder is needed"
-        )
-    heads = config.num_attention_heads
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in POSITIONS_COUNT_TOKENS:
-        positions -= config.pad_token_id + 1
-    return BackboneShape(
-        name=name,
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden_size=config.hidden_size,
-        initializer_range=getattr(config, "initializer_range", 0.02),
-        max_positions=positions,
-    )
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local or hub model."""
-    return load_pretrained(AutoTokenizer.from_pretrained, name)
-
-
-def auto_class(*, head: str, kind: str) -> Any:
-    """The class of transformers that loads a backbone with the head that is asked for."""
-    return AutoModel if head == "linear" else AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
-
-
-def count_parameters(name: str) -> int:
-    """Parameters of the whole model, counted without its weights."""
-    config = load_pretrained(AutoConfig.from_pretrained, name)
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
 
 
 class Backbone(nn.Module):
@@ -117,7 +37,7 @@ class Backbone(nn.Module):
         self.kind = data.kind
         self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
         self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
-        self.model = _load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
+        self.model = load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
         if config.gradient_checkpointing:
@@ -244,15 +164,11 @@ class Backbone(nn.Module):
         self, tokens: SoftTokens, inputs: dict[str, Any], batch: Batch
     ) -> tuple[dict[str, Any], tuple[int, Callable[[Tensor], Tensor]] | None]:
         """The inputs with T tokens first; above the embeddings, also the layer they enter at and how."""
-        ids, mask, count, causal = (
-            inputs.pop("input_ids"),
-            inputs["attention_mask"],
-            tokens.count,
-            self.kind == "decoder",
-        )
+        ids, mask, count = inputs.pop("input_ids"), inputs["attention_mask"], tokens.count
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        words = self.base.get_input_embeddings()(ids)
-        in_text = functional.pad(batch.attention_mask, (0, ids.shape[1] - batch.input_ids.shape[1])).unsqueeze(-1)
+        words, causal = self.base.get_input_embeddings()(ids), self.kind == "decoder"
+        num_answer_tokens = ids.shape[1] - batch.input_ids.shape[1]
+        in_text = functional.pad(batch.attention_mask, (0, num_answer_tokens)).unsqueeze(-1)
         first = ids.new_ones(len(ids), count)
         inputs["position_ids"] = torch.cat([self._positions(first, first, 0), inputs["position_ids"]], dim=1)
 
@@ -260,13 +176,11 @@ class Backbone(nn.Module):
             return torch.cat([tokens.make(text, in_text).to(text), text], dim=1)
 
         if tokens.layer == 0:
-            square = mask.dim() == 4  # with answers of several tokens
-            whole = (
-                with_tokens(mask, count, visible=True, causal=causal)
-                if square
-                else functional.pad(mask, (count, 0), value=1)
-            )
-            return {**inputs, "inputs_embeds": put_first(words), "attention_mask": whole}, None
+            if num_answer_tokens:
+                mask = with_tokens(mask, count, visible=True, causal=causal)
+            else:
+                mask = functional.pad(mask, (count, 0), value=1)
+            return {**inputs, "inputs_embeds": put_first(words), "attention_mask": mask}, None
         seen, unseen = (with_tokens(mask, count, visible=visible, causal=causal) for visible in (True, False))
         reserved = functional.pad(words, (0, 0, count, 0))
         inputs |= {"inputs_embeds": reserved, "attention_mask": unseen, "later": (tokens.layer, seen)}
@@ -299,7 +213,7 @@ class Backbone(nn.Module):
         if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
             raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
         if config.attention == "sdpa":
-            self._narrow_last_layer(_shape(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
+            self._narrow_last_layer(shape_of(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
 
     @torch.no_grad()
     def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:
@@ -334,56 +248,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torch.device) -> Any:
-    model_config = load_pretrained(AutoConfig.from_pretrained, config.name)
-    if not config.backbone_dropout:
-        for key, value in vars(model_config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(model_config, key, 0.0)
-    loader = auto_class(head=head, kind=kind)
-    extra: dict[str, Any] = {}
-    if config.device_map == "auto":
-        if find_spec("accelerate") is None:
-            raise ModelError("model.device_map: auto needs the package accelerate: pip install fedhpc[multi-gpu]")
-        extra = {"device_map": "auto"}
-    model, info = load_pretrained(
-        partial(_with_weights, loader, mapped=not extra),
-        config.name,
-        config=model_config,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
-        **extra,
-    )
-    _check_weights(config.name, model, info, head=head)
-    outside = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if outside and torch_device.type != "cpu":
-        raise ModelError(f"model.name: {config.name} does not fit on the GPUs that this rank sees; use more of them")
-    model.requires_grad_(False)
-    model.eval()
-    return model if config.device_map == "auto" else model.to(torch_device)
-
-
-def _with_weights(loader: Any, name: str, *, mapped: bool, config: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """A model and what is to be said of its weights; mapped into memory where they are stored as they are needed."""
-    model_type = loader._model_mapping.get(type(config), None)
-    if mapped and model_type and (weights := mapped_weights(name)):
-        return model_type.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **kwargs)
-    return loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-
-
-def _check_weights(name: str, model: Any, info: Any, *, head: str) -> None:
-    """Refuse weights that the configuration does not describe: what they lack would be random."""
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
-        headless = head == "verbalizer" and not any(key.startswith(model.base_model_prefix) for key in missing)
-        advice = "; it has no language-model head: use tuning.head: linear" if headless else ""
-        raise ModelError(f"model.name: {name} lacks weights for {', '.join(missing[:3])}{advice}")
-    layers = model.config.num_hidden_layers
-    for key in sorted(info["unexpected_keys"]):
-        if any(int(number) >= layers for number in re.findall(r"\.(\d+)\.", key)):
-            raise ModelError(f"model.name: {name} has weights beyond the {layers} layers of its configuration: {key}")
-
-
 def _check_attention(
     backbone: Any, config: ModelConfig, tuning: TuningConfig, data: Description, answers: Answers
 ) -> None:
@@ -407,6 +271,17 @@ def _check_attention(
         )
 
 
+@contextmanager
+def no_surprise(refusal: str) -> Iterator[None]:
+    """ModelError in place of what a model raises that is not made as others are."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{refusal}: {first_line(error)}") from None
+
+
 def _split_head(model: Any) -> tuple[nn.Module, nn.Module]:
     """The model without its head, and its language-model head."""
     heads = [module for name, module in model.named_children() if name != model.base_model_prefix]
@@ -423,51 +298,3 @@ def _keep_words(model: Any, tokens: list[int]) -> None:
     if output.bias is not None:
         output.bias = nn.Parameter(output.bias[tokens], requires_grad=False)
     output.out_features = len(tokens)
-
-
-def load_pretrained(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
-    """What ``load`` of transformers makes of a local or hub model.
-
-    Raises:
-        ModelError: with what was looked for and the reason.
-    """
-    try:
-        with _quiet():
-            return load(name, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        where = "the folder exists" if Path(name).exists() else f"no folder {os.path.abspath(name)}"
-        raise ModelError(
-            f"model.name: {name} cannot be loaded ({where}; otherwise it must be a hub id that is cached or "
-            f"reachable): {_first_line(error)}"
-        ) from None
-
-
-@contextmanager
-def no_surprise(refusal: str) -> Iterator[None]:
-    """ModelError in place of what a model raises that is not made as others are."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{refusal}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers: every rank would print them."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -10,7 +10,7 @@ from fedhpc.federation import Homes, batches_per_epoch, count_packs, population
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
-from fedhpc.models import count_parameters
+from fedhpc.pretrained import count_parameters
 from fedhpc.report import human_bytes
 from fedhpc.selection import num_selected
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedhpc.errors import ModelError
-from fedhpc.models import auto_class, load_pretrained
+from fedhpc.pretrained import auto_class, load_pretrained
 
 Shape = tuple[int, ...]
 

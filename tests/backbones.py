@@ -24,8 +24,9 @@ from transformers import (
 
 from fedhpc.config import Config, ModelConfig, TuningConfig
 from fedhpc.data import Batch, Description
-from fedhpc.models import Backbone, read_shape
+from fedhpc.models import Backbone
 from fedhpc.overlay import Overlay
+from fedhpc.pretrained import read_shape
 from fedhpc.tuning import make_tuning
 
 torch.set_num_threads(1)  # these are too small to share

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedhpc.config import TuningConfig
-from fedhpc.models import BackboneShape
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning import make_tuning
 
 SHAPE = BackboneShape(

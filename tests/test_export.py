@@ -18,8 +18,9 @@ from fedhpc.export import write_adapter
 from fedhpc.export.forms import peft_form
 from fedhpc.export.readme import EXAMPLE
 from fedhpc.job import Job
-from fedhpc.models import Backbone, read_shape
+from fedhpc.models import Backbone
 from fedhpc.predict import class_probabilities
+from fedhpc.pretrained import read_shape
 from fedhpc.tasks import template_fields
 from fedhpc.trained import Trained
 from fedhpc.tuning import make_tuning

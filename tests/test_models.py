@@ -40,11 +40,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from fedhpc import models
+from fedhpc import models, pretrained
 from fedhpc.answers import Answers
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.errors import ModelError
-from fedhpc.models import count_parameters, load_tokenizer, read_shape
+from fedhpc.pretrained import count_parameters, load_tokenizer, read_shape
 
 FLAT_WORDS = [token for (token,) in WORDS]
 
@@ -482,7 +482,7 @@ def test_texts_longer_than_a_sliding_window():
 
 
 def test_spreading_over_gpus_without_accelerate_names_the_extra(folders, monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda _name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda _name: None)
     with pytest.raises(ModelError, match=r"pip install fedhpc\[multi-gpu\]"):
         load_backbone(folders["gpt2"], "gpt2", device_map="auto")
 

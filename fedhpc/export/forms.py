@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from transformers.pytorch_utils import Conv1D
 
 from fedhpc.errors import ConfigError, ModelError
-from fedhpc.models import POSITIONS_COUNT_TOKENS
+from fedhpc.pretrained import POSITIONS_COUNT_TOKENS
 from fedhpc.structure import outline, read_structure
 from fedhpc.trained import Trained
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from fedhpc.data import Description
 from fedhpc.export.forms import PeftForm
-from fedhpc.models import auto_class
+from fedhpc.pretrained import auto_class
 from fedhpc.tasks import TextEncoder, template_fields
 from fedhpc.trained import Trained
 

@@ -1,7 +1,7 @@
 """What is trained on the frozen backbone. A new tuning is a file here and a line in TUNINGS."""
 
 from fedhpc.config import TuningConfig
-from fedhpc.models import BackboneShape
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.adapter import Adapter
 from fedhpc.tuning.attempt import Attempt
 from fedhpc.tuning.base import Tuning

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
-from fedhpc.models import Backbone, BackboneShape
-from fedhpc.overlay import Edit, Overlay, each_device
+from fedhpc.overlay import Edit, each_device
+from fedhpc.pretrained import BackboneShape
 from fedhpc.structure import read_structure
-from fedhpc.tuning.base import Params, Tuning
+from fedhpc.tuning.base import ModuleTuning, Params
 
 BLOCKS = (
     ("attention.output.dense", "output.dense"),
@@ -31,7 +30,7 @@ BLOCKS = (
 """Last module of the attention and of the feed-forward block of a layer, in the architectures that have such names."""
 
 
-class Adapter(Tuning):
+class Adapter(ModuleTuning):
     """`down.<module>` [L, m, H], `up.<module>` [L, H, m] and their biases, for the two modules of BLOCKS."""
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
@@ -46,17 +45,9 @@ class Adapter(Tuning):
                 f"up.{module}.bias": (num_layers, width),
             }
 
-    def overlay(
-        self,
-        backbone: Backbone,
-        params: Sequence[Params],
-        batch: Batch,
-        dropout_seeds: Sequence[int] | None,
-    ) -> Overlay:
-        """See :class:`Tuning`."""
-        return Overlay(edits={module: self._edit(module, params, batch.sizes) for module in self.modules})
+    def edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
+        """See :class:`ModuleTuning`."""
 
-    def _edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
         names = [f"{part}.{module}{kind}" for part in ("down", "up") for kind in ("", ".bias")]
 
         def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch.nn import functional
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ConfigError
-from fedhpc.models import Backbone, BackboneShape
+from fedhpc.models import Backbone
 from fedhpc.overlay import Overlay, each_device
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.base import Params, Tuning
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -15,8 +15,9 @@ from torch.nn import functional
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ModelError
-from fedhpc.models import Backbone, BackboneShape, at_least_float32, no_surprise
-from fedhpc.overlay import Overlay, SoftTokens
+from fedhpc.models import Backbone, at_least_float32, no_surprise
+from fedhpc.overlay import Edit, Overlay, SoftTokens
+from fedhpc.pretrained import BackboneShape
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
 
@@ -162,6 +163,27 @@ class Tuning(ABC):
 
     def _rows(self, count: int) -> dict[str, tuple[int, ...]]:
         return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}
+
+
+class ModuleTuning(Tuning):
+    """A tuning that changes what some modules of every layer put out."""
+
+    modules: tuple[str, ...]
+    """Paths within a layer."""
+
+    @abstractmethod
+    def edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
+        """What becomes of a module's output."""
+
+    def overlay(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
+        """See :class:`Tuning`."""
+        return Overlay(edits={module: self.edit(module, params, batch.sizes) for module in self.modules})
 
 
 def linear_heads(params: Sequence[Params], pooled: Tensor, sizes: Sequence[int]) -> Tensor:

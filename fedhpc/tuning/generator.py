@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.models import BackboneShape
 from fedhpc.overlay import each_device
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.base import Params
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
-from fedhpc.models import Backbone, BackboneShape
+from fedhpc.models import Backbone
 from fedhpc.overlay import Overlay
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.base import Params, Tuning
 from fedhpc.tuning.generator import generate, generator_shapes
 

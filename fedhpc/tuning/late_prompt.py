@@ -12,8 +12,9 @@ from torch import Tensor
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ConfigError
-from fedhpc.models import Backbone, BackboneShape, mean_over_text
+from fedhpc.models import Backbone, mean_over_text
 from fedhpc.overlay import Overlay
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.base import Params, Tuning
 from fedhpc.tuning.generator import generate, generator_shapes
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
-from fedhpc.models import Backbone, BackboneShape
-from fedhpc.overlay import Edit, Overlay, each_device
+from fedhpc.overlay import Edit, each_device
+from fedhpc.pretrained import BackboneShape
 from fedhpc.structure import read_structure
-from fedhpc.tuning.base import Params, Tuning
+from fedhpc.tuning.base import ModuleTuning, Params
 
 PROJECTIONS = (
     ("attention.self.query", "attention.self.value"),
@@ -30,7 +29,7 @@ PROJECTIONS = (
 """Query and value projections of a layer, or all three in one, in the architectures that have such names."""
 
 
-class LoRA(Tuning):
+class LoRA(ModuleTuning):
     """`lora_A.<module>` [L, r, in] and `lora_B.<module>` [L, out, r]; the change is alpha / r B A."""
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
@@ -51,17 +50,9 @@ class LoRA(Tuning):
             return float((3 * self.per_layer[name][2]) ** -0.5)
         return super().initial_scale(name)
 
-    def overlay(
-        self,
-        backbone: Backbone,
-        params: Sequence[Params],
-        batch: Batch,
-        dropout_seeds: Sequence[int] | None,
-    ) -> Overlay:
-        """See :class:`Tuning`."""
-        return Overlay(edits={module: self._edit(module, params, batch.sizes) for module in self.modules})
+    def edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
+        """See :class:`ModuleTuning`."""
 
-    def _edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
         def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
                 a, b = (params[place][f"lora_{part}.{module}"][layer].to(x) for part in "AB")

@@ -10,8 +10,9 @@ import torch
 
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
-from fedhpc.models import Backbone, BackboneShape
+from fedhpc.models import Backbone
 from fedhpc.overlay import Overlay
+from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.base import Params, Tuning, dropout
 
 

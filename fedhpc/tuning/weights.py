@@ -14,8 +14,9 @@ from torch import Tensor
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ModelError
-from fedhpc.models import Backbone, BackboneShape
+from fedhpc.models import Backbone
 from fedhpc.overlay import Overlay
+from fedhpc.pretrained import BackboneShape
 from fedhpc.structure import read_structure
 from fedhpc.tuning.base import Params, Tuning
 
