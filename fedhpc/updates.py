@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float32]
 """Shape [n]: all exchanged tensors, one behind the other."""
 
-BLOCK = 1 << 15
+BLOCK = 1 << 16
 """Elements that a processor's cache holds with room for what is computed from them."""
 ADAM_STEP = 10.0
 """Most that one Adam step can move a parameter, in units of the learning rate: (1 - beta1) / sqrt(1 - beta2) = 3.2 with

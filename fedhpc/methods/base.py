@@ -142,7 +142,10 @@ class Method(ABC):
         The vectors are processed in blocks that stay in a processor's cache, on all processors that we may use.
         """
         size = state.params.size
-        new = self._step_of(slice(0), state, uploads).each(lambda vector: np.empty(size, vector.dtype))
+        outline = self._step_of(slice(0), state, uploads)
+        # One piece of memory: the system hands out large pieces in large pages, 2 MB at a time instead of 4 kB.
+        rows = iter(np.empty((len(list(outline.all_vectors())), size), np.float32))
+        new = outline.each(lambda _: next(rows))
 
         def fill(first: int) -> None:
             block = slice(first, first + BLOCK)
