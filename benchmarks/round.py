@@ -100,7 +100,7 @@ def main():
     folder = Path(comm.bcast(tempfile.mkdtemp() if exchange.rank == 0 else None))
     size = make_job(folder, ratio=RATIO).tuning.exchanged(range(int(RATIO * 24))).size
     times = {"raw": [], "fedavg": [], "fedpeptao": []}
-    parts = []
+    parts = {"fedavg": [], "fedpeptao": []}
     for block in range(BLOCKS):
         times["raw"] += raw_rounds(comm, size)
         for method in ("fedavg", "fedpeptao"):
@@ -108,8 +108,7 @@ def main():
                 exchange, stand_in, folder / f"{method}{block}", rounds=ROUNDS, method=method
             )
             times[method] += seconds
-            if method == "fedpeptao":
-                parts += found
+            parts[method] += found
     cpu = comm.gather(waiting_cpu(exchange, stand_in, folder / "waiting"))
     if exchange.rank == 0:
         median = {name: statistics.median(found) for name, found in times.items()}
@@ -118,8 +117,12 @@ def main():
             + ", ".join(f"{name} {1e3 * each:.1f}" for name, each in median.items())
         )
         print(", ".join(f"{name} / raw {median[name] / median['raw']:.2f}" for name in ("fedavg", "fedpeptao")))
-        by_part = {name: statistics.median(found[name] for found in parts) for name in parts[0]}
-        print("  of fedpeptao: " + ", ".join(f"{name} {1e3 * each:.1f}" for name, each in by_part.items()))
+        by_part = {
+            method: {name: statistics.median(record[name] for record in found) for name in found[0]}
+            for method, found in parts.items()
+        }
+        for method, found in by_part.items():
+            print(f"  of {method}: " + ", ".join(f"{name} {1e3 * each:.1f}" for name, each in found.items()))
         print(
             f"CPU seconds of ranks that wait {WAIT_S:.0f} s: server {cpu[0]:.2f}, "
             f"device ranks at most {max(cpu[1:-1]):.2f}"

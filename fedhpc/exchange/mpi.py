@@ -1,16 +1,19 @@
 """Real ranks: the only import of mpi4py.
 
-The server calls :meth:`MpiExchange.request`; a command is broadcast and fixed-size records come back by one gatherv.
-Every buffer is contiguous, allocated once and used again. Beside that order, small notes pass at any time: every rank
-says what it is doing, a rank that was asked to stop tells the server, the server tells all.
+The server calls :meth:`MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
+each worker's as soon as it has them, while others are still at work. Every buffer is contiguous, allocated once and
+used again. Beside that order, small notes pass at any time: every rank says what it is doing, a rank that was asked to
+stop tells the server, the server tells all.
+
+Whoever waits for another rank's work sleeps between two looks. A message of a few bytes goes straight to every rank: in
+a tree each rank on the way would have to wake up first.
 """
 
-import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +41,13 @@ BEAT_S = 5.0
 BEATS_PER_TIMEOUT = 5
 PARTING_S = 0.2
 FLOAT_BYTES = 4
-NOTES, STATE, SUMS = 0, 1, 2
+NOTES, STATE, SUMS, COMMAND, ANSWER, RECORDS, UNIT = range(7)
 """Tags of messages between two ranks."""
+DELIVERY_NAP_S = 1e-3
+"""Of a worker whose records the server takes while it waits for others."""
 PAYLOAD = RecordType(np.dtype(np.float32))
+ANSWERS = np.dtype([("halted", "?"), ("exponent", "<i8")])
+"""What a worker says when it is done with a command: whether it was halted, and the exponent of its terms."""
 
 
 class MpiExchange(Exchange):
@@ -68,26 +75,15 @@ class MpiExchange(Exchange):
         self.attend()
         self._refuse_when_stopped(command)
         start = time.perf_counter()
-        header = command.header()
-        self._meet()
+        self._tell(range(self.num_workers), command.header(), COMMAND)
         with self._inside("the broadcast"):
-            for part in (header, command.workers, command.payload):
+            for part in (command.workers, command.payload):
                 self._broadcast(part)
         sent = time.perf_counter()
         if command.op in (Op.STOP, Op.SUSPEND):
             return record.zeros(0)
-        halted, exponent = self._meet()
-        if halted:
-            raise Halt
-        ready = time.perf_counter()
         records = self._buffer(record, sum(counts))
-        if record.nbytes:
-            displacements = np.concatenate([[0, 0], np.cumsum(counts)[:-1]])
-            target = [records, ([0, *counts], displacements), self._type(record.nbytes)]
-            with self._inside("the gather"):
-                self._finish(self._comm.Igatherv([None, 0, self._type(record.nbytes)], target, root=0))
-        if summed:
-            self.sums = self._receive_sums(summed, exponent)
+        ready = self._collect(records, counts if record.nbytes else [0] * self.num_workers, summed)
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * command.nbytes,
@@ -100,9 +96,9 @@ class MpiExchange(Exchange):
         """Worker: the server's next command; its payload is valid until the next one arrives."""
         header = np.zeros(1, HEADER)
         self._activity = "waiting for the server"
-        self._meet()
+        with self._losses():
+            self._finish(self._comm.Irecv([header, self._mpi.BYTE], source=0, tag=COMMAND), LONGEST_NAP_S)
         with self._inside("the broadcast"):
-            self._broadcast(header)
             workers = np.zeros(header[0]["num_packs"], np.int32)
             payload = self._buffer(PAYLOAD, int(header[0]["payload_size"]))
             self._broadcast(workers)
@@ -113,17 +109,19 @@ class MpiExchange(Exchange):
         """Worker: send this worker's records; None if it was halted."""
         self._activity = "waiting for the other ranks"
         terms, self._terms = self._terms, None
-        halted, exponent = self._meet(halted=records is None, exponent=terms.exponent if terms else NOTHING)
-        if halted:
-            return
-        assert records is not None
-        nbytes = records.dtype.itemsize * math.prod(records.shape[1:])
-        if nbytes:
-            source = [np.ascontiguousarray(records), len(records), self._type(nbytes)]
-            with self._inside("the gather"):
-                self._finish(self._comm.Igatherv(source, None, root=0))
+        answer = np.array([(records is None, terms.exponent if terms else NOTHING)], ANSWERS)
+        with self._inside("the gather"):
+            self._finish(self._comm.Isend([answer, self._mpi.BYTE], dest=0, tag=ANSWER))
+            if records is None:
+                return
+            if records.nbytes:
+                source = [np.ascontiguousarray(records), len(records), self._type(records[0].nbytes)]
+                self._finish(self._comm.Isend(source, dest=0, tag=RECORDS), DELIVERY_NAP_S)
         if terms:
-            self._send_sums(terms.fixed(exponent))
+            with self._losses():
+                self._finish(self._comm.Irecv([answer, self._mpi.BYTE], source=0, tag=UNIT), LONGEST_NAP_S)
+            if not answer[0]["halted"]:
+                self._send_sums(terms.fixed(int(answer[0]["exponent"])))
 
     def beat(self, activity: str) -> None:
         """See :class:`Exchange`."""
@@ -224,6 +222,47 @@ class MpiExchange(Exchange):
         self._last_look = time.monotonic()
         self._since_beat = 0.0
 
+    def _tell(self, workers: Iterable[int], word: np.ndarray, tag: int) -> None:
+        with self._losses():
+            for worker in workers:
+                self._finish(self._comm.Isend([word, self._mpi.BYTE], dest=worker + 1, tag=tag))
+
+    def _collect(self, records: np.ndarray, counts: Sequence[int], summed: SumSize | None) -> float:
+        """Take every worker's records when it has them, and add up the sums; when the last worker was done.
+
+        Raises:
+            Halt: a worker was halted.
+        """
+        answers = np.zeros(self.num_workers, ANSWERS)
+        rows = np.split(records, np.cumsum(counts)[:-1])
+        with self._losses():
+            coming = [
+                self._comm.Irecv([answers[worker : worker + 1], self._mpi.BYTE], source=worker + 1, tag=ANSWER)
+                for worker in range(self.num_workers)
+            ]
+            on_their_way = []
+
+            def all_have_answered() -> bool:
+                for worker in self._mpi.Request.Testsome(coming) or ():
+                    if counts[worker] and not answers[worker]["halted"]:
+                        target = [rows[worker], counts[worker], self._type(rows[worker][0].nbytes)]
+                        on_their_way.append(self._comm.Irecv(target, source=worker + 1, tag=RECORDS))
+                return all(request == self._mpi.REQUEST_NULL for request in coming)
+
+            self._wait(all_have_answered, LONGEST_NAP_S)
+        ready = time.perf_counter()
+        with self._inside("the gather"):
+            for request in on_their_way:
+                self._finish(request)
+        common = np.array([(answers["halted"].any(), answers["exponent"].max())], ANSWERS)
+        if summed:
+            self._tell(np.flatnonzero(~answers["halted"]), common, UNIT)
+        if common[0]["halted"]:
+            raise Halt
+        if summed:
+            self.sums = self._receive_sums(summed, int(common[0]["exponent"]))
+        return ready
+
     def _broadcast(self, part: np.ndarray) -> None:
         if part.size:
             self._finish(self._comm.Ibcast([part, 1, self._type(part.nbytes)], root=0))
@@ -251,21 +290,19 @@ class MpiExchange(Exchange):
             self._finish(self._comm.Irecv([sums, 1, self._type(sums.nbytes)], source=1, tag=SUMS))
         return of.floats(sums, exponent)
 
-    def _meet(self, *, halted: bool = False, exponent: int = NOTHING) -> tuple[bool, int]:
-        """Wait for all ranks without spinning, so that waiters leave the cores alone.
-
-        Returns:
-            Whether any was halted, and the largest exponent of their terms.
-        """
-        mine, largest = np.array([halted, exponent], np.int64), np.zeros(2, np.int64)
+    def _meet(self) -> None:
+        """Wait for all ranks without spinning, so that waiters leave the cores alone."""
         with self._losses():
-            self._finish(self._comm.Iallreduce(mine, largest, self._mpi.MAX), LONGEST_NAP_S)
-        return bool(largest[0]), int(largest[1])
+            self._finish(self._comm.Ibarrier(), LONGEST_NAP_S)
 
     def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S) -> None:
-        """Wait for an operation, and go on saying and noticing who is alive."""
+        """Wait for an operation."""
+        self._wait(request.Test, longest_nap_s)
+
+    def _wait(self, is_over: Callable[[], bool], longest_nap_s: float) -> None:
+        """Wait, and go on saying and noticing who is alive."""
         began = looked = time.monotonic()
-        while not request.Test():
+        while not is_over():
             now = time.monotonic()
             if now - looked > LOOK_S:
                 self.attend()
