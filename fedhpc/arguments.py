@@ -1,0 +1,178 @@
+"""What can be written on the command line: commands, options, and their help."""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fedhpc
+
+EPILOG = (
+    "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; 75 stopped on request with a valid "
+    "checkpoint, run again to go on; anything else is a failure"
+)
+SWEEP_EPILOG = (
+    "exit status: 0 all cells are done; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
+    "75 stopped on request, run again to go on"
+)
+
+
+def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+    """The parser; what it makes of a command line has the command's action in ``action``."""
+    parser = argparse.ArgumentParser(
+        prog="fedhpc", description="Federated prompt tuning of large language models over MPI.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"fedhpc {fedhpc.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_run, _plan, _inspect, _report, _export, _predict, _sweep):
+        add(commands)
+    for name, command in commands.choices.items():
+        command.set_defaults(action=actions[name])
+    return parser
+
+
+def _run(commands: Any) -> None:
+    command = commands.add_parser("run", help="select layers, train, evaluate, checkpoint", epilog=EPILOG)
+    _add_config(command)
+    command.add_argument(
+        "--resume",
+        choices=("auto", "never", "require"),
+        default="auto",
+        help="auto (default): go on from the run directory's newest valid checkpoint, if there is one",
+    )
+
+
+def _plan(commands: Any) -> None:
+    command = commands.add_parser("plan", help="what a run would need: bytes, memory, placement; no training")
+    _add_config(command)
+    command.add_argument(
+        "--ranks", type=positive_number, required=True, metavar="R", help="MPI ranks, the server included"
+    )
+    command.add_argument(
+        "--examples-per-second",
+        type=positive_rate,
+        metavar="X",
+        help="training throughput of one rank, to estimate the time",
+    )
+
+
+def _inspect(commands: Any) -> None:
+    command = commands.add_parser("inspect", help="a run directory or a checkpoint in words")
+    command.add_argument("path")
+
+
+def _report(commands: Any) -> None:
+    command = commands.add_parser("report", help="a page about one or more runs, with tables as CSV and LaTeX")
+    command.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
+    command.add_argument(
+        "--out", metavar="FILE.html", type=Path, required=True, help="the page; the tables go beside it"
+    )
+    command.add_argument(
+        "--target",
+        type=positive_rate,
+        metavar="X",
+        help="accuracy to be reached, or what the task has in its place; 95 %% of the task's best unless given",
+    )
+
+
+def _export(commands: Any) -> None:
+    command = commands.add_parser("export", help="what a run has tuned, as an adapter that Hugging Face PEFT loads")
+    _add_trained(command)
+    command.add_argument("--format", choices=("peft",), default="peft")
+    command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+
+
+def _predict(commands: Any) -> None:
+    command = commands.add_parser(
+        "predict", help="class and probability for new text", description="Writes one JSON object a text."
+    )
+    _add_trained(command)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text",
+        action="append",
+        nargs="+",
+        metavar="T",
+        help="a text; for a task of several fields one for each, in the order of its template; repeatable",
+    )
+    source.add_argument(
+        "--file", metavar="F", help="TSV with a header line (.tsv), JSON lines (.jsonl), or one text a line"
+    )
+    command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
+    command.add_argument("--out", metavar="FILE", help="write there, not to standard output")
+
+
+def _sweep(commands: Any) -> None:
+    command = commands.add_parser(
+        "sweep",
+        help="the runs of an experiment: a grid over keys and seeds",
+        description="Run every cell of an experiment that is not done, and write its tables. The same command goes on "
+        "after an interruption.",
+        epilog=SWEEP_EPILOG,
+    )
+    command.add_argument("experiment", metavar="EXPERIMENT", type=Path, help="the experiment's YAML file")
+    _add_set(command, "override a key of every cell; repeatable")
+    command.add_argument("--out", metavar="DIR", help="instead of the file's out:")
+    command.add_argument(
+        "--launch", metavar="COMMAND", help="what starts a cell's ranks, as 'mpirun -np 3'; one process unless given"
+    )
+    command.add_argument(
+        "--jobs",
+        type=positive_number,
+        metavar="N",
+        help="cells at once (default: 1; of an array as many as SLURM starts)",
+    )
+    action = command.add_mutually_exclusive_group()
+    action.add_argument("--report", action="store_true", help="only write the tables of what is there")
+    action.add_argument(
+        "--submit",
+        nargs="?",
+        const="jobs/sweep.slurm",
+        metavar="FILE",
+        help="submit the cells that are not done as one SLURM array with this job file (default: jobs/sweep.slurm)",
+    )
+    action.add_argument(
+        "--cell", type=int, metavar="N", help="print what `fedhpc run` is given for cell N, a line each"
+    )
+    command.add_argument("--expect", metavar="DIGEST", help="with --cell: refuse if the experiment's cells are others")
+    command.add_argument(
+        "--dry-run", action="store_true", help="list the cells and where they stand; with --submit, print the command"
+    )
+
+
+def _add_trained(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder; its newest valid checkpoint counts")
+    command.add_argument(
+        "--device",
+        type=int,
+        metavar="ID",
+        help="this device's personal parameters; otherwise the global ones, untrained where they are not exchanged",
+    )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    _add_set(command, "override a key of the file; repeatable")
+
+
+def _add_set(command: argparse.ArgumentParser, words: str) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help=words)
+
+
+def positive_number(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def positive_rate(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
+    return rate
