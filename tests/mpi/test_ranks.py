@@ -210,6 +210,12 @@ def test_bad_input_is_told_once(run_config):
     assert "Traceback" not in done.stderr
 
 
+def test_an_upload_leaves_while_another_rank_still_works():
+    done = mpirun(3, Path(__file__).parent / "early_upload.py", timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    assert "all have come" in done.stdout
+
+
 def test_messages_past_two_gib(tmp_path):
     done = mpirun(2, Path(__file__).parent / "large_messages.py")
     assert done.returncode == 0, done.stderr
