@@ -206,6 +206,14 @@ def test_an_update_leaves_the_old_state_as_it_was(name):
     assert all(np.array_equal(old.control[device], control[device]) for device in control)
 
 
+@pytest.mark.parametrize("name", ["drift_corrected", "released"])
+def test_control_variates_leave_memory_without_the_other_vectors(name):
+    fedpeptao = method(variant=name)
+    state = fedpeptao.update(fedpeptao.init(P0), uploads([[0, 4], [8, 0]]))
+    kept = [vector.base for vector in (state.params, *state.vectors.values())]
+    assert not any(vector.base is piece for vector in state.control.values() for piece in kept)
+
+
 @pytest.mark.skipif(not VECTORS.is_dir(), reason="no number vectors; FEDHPC_VECTORS names their folder")
 @pytest.mark.parametrize("name", ["fedavg", "drift_corrected", "released"])
 def test_vectors_of_an_independent_implementation(name):

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,8 +144,11 @@ class Method(ABC):
         """
         size = state.params.size
         outline = self._step_of(slice(0), state, uploads)
-        # One piece of memory: the system hands out large pieces in large pages, 2 MB at a time instead of 4 kB.
-        rows = iter(np.empty((len(list(outline.all_vectors())), size), np.float32))
+        # Control variates in one piece of memory: the system hands it out in pages of 2 MB, not 4 kB. The other vectors
+        # in another, which does not stay when those have gone to disk.
+        num_control = len(outline.control)
+        num_others = len(list(outline.all_vectors())) - num_control
+        rows = chain(*(np.empty((count, size), np.float32) for count in (num_others, num_control)))
         new = outline.each(lambda _: next(rows))
 
         def fill(first: int) -> None:
