@@ -43,8 +43,6 @@ PARTING_S = 0.2
 FLOAT_BYTES = 4
 NOTES, STATE, SUMS, COMMAND, ANSWER, RECORDS, UNIT = range(7)
 """Tags of messages between two ranks."""
-DELIVERY_NAP_S = 1e-3
-"""Of a worker whose records the server takes while it waits for others."""
 PAYLOAD = RecordType(np.dtype(np.float32))
 ANSWERS = np.dtype([("halted", "?"), ("exponent", "<i8")])
 """What a worker says when it is done with a command: whether it was halted, and the exponent of its terms."""
@@ -116,7 +114,7 @@ class MpiExchange(Exchange):
                 return
             if records.nbytes:
                 source = [np.ascontiguousarray(records), len(records), self._type(records[0].nbytes)]
-                self._finish(self._comm.Isend(source, dest=0, tag=RECORDS), DELIVERY_NAP_S)
+                self._finish(self._comm.Isend(source, dest=0, tag=RECORDS))
         if terms:
             with self._losses():
                 self._finish(self._comm.Irecv([answer, self._mpi.BYTE], source=0, tag=UNIT), LONGEST_NAP_S)
@@ -179,8 +177,10 @@ class MpiExchange(Exchange):
     def part(self, status: int) -> None:
         """See :class:`Exchange`."""
         self.stop.close()
-        with self._losses():
+        try:
             self._meet()
+        except RanksLost:  # all is done and saved
+            self._repaired = True
         sys.stdout.flush()
         sys.stderr.flush()
         if self._repaired:  # MPI_Finalize can hang then

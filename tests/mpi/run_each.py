@@ -15,7 +15,7 @@ from fedhpc.jobenv import JobEnvironment
 from fedhpc.messages import Op
 from fedhpc.stopping import StopRequest
 
-_LOAD, _LOADED = models._load_frozen, {}
+_LOAD, _LOADED = models.load_frozen, {}
 
 
 def load_once(config, **place):
@@ -40,7 +40,7 @@ def run(config, stop_at_step=0):
 
     if stop_at_step:
         exchange.beat = counting_beat
-    with ExitStack() as held, mock.patch.object(models, "_load_frozen", load_once):
+    with ExitStack() as held, mock.patch.object(models, "load_frozen", load_once):
         return cli.set_up(Namespace(config=config, set=[], resume="auto"), exchange, environment, held)()
 
 
