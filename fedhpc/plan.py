@@ -112,11 +112,12 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     scale = DTYPE_BYTES[config.model.dtype] / 2
     per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
+    in_a_pack = -(-sampled // count_packs(config, _pack(job)))
     device = {
         "program": PROCESS_BYTES,
         f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,
         "weights with the device's changes": DTYPE_BYTES[config.model.dtype] * total * (config.tuning.kind == "full"),
-        "prompts, gradients, Adam moments": 4 * 4 * _trainable(job) * _pack(job),
+        "prompts, gradients, Adam moments": 4 * _trainable(job) * (3 * in_a_pack + _pack(job)),
         "what devices keep": _kept(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,
     }
