@@ -212,8 +212,26 @@ class Backbone(nn.Module):
             theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
         if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
             raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
+        if self.answers.branch_tokens:
+            self._check_branches(who)
         if config.attention == "sdpa":
             self._narrow_last_layer(shape_of(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
+
+    def _check_branches(self, who: str) -> None:
+        """Refuse a model in which answers of several tokens see each other, or what is behind a short text."""
+        ids = torch.tensor([[0, 1], [1, 0]], device=self.torch_device)
+        mask = torch.tensor([[True, True], [True, False]], device=self.torch_device)
+        slots = mask.sum(1) - 1
+        both = self.word_scores(Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=(2,)))
+        short = Batch(input_ids=ids[1:, :1], attention_mask=mask[1:, :1], slots=slots[1:], labels=slots[1:], sizes=(1,))
+        given, self.answers = self.answers, Answers(self.answers.word_ids[::-1], full_vocabulary=True)
+        reversed_alone = self.word_scores(short).flip(1)
+        self.answers = given
+        if not torch.allclose(both[1:], reversed_alone, rtol=0.02, atol=0.02):
+            raise ModelError(
+                f"{who} does not only look where the attention mask says, and so cannot score class words of several "
+                "tokens; choose words of one token each"
+            )
 
     @torch.no_grad()
     def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:

@@ -62,6 +62,8 @@ def class_probabilities(trained: Trained, rows: Sequence[Row]) -> NDArray[np.flo
     encoded = [(example.ids, example.slot) for example in trained.text_encoder()(rows)]
     split = Split.of(encoded, [0] * len(rows), pad_id=description.pad_id)
     backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, JobEnvironment()))
+    if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
+        job.tuning.check(backbone)
     batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)
     found = np.empty((len(rows), len(description.class_names)), np.float32)
     for examples, scores in class_scores(backbone, job.tuning, trained.tensors, split, batches):

@@ -34,6 +34,8 @@ from transformers import (
     FalconForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     T5Config,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -408,7 +410,7 @@ def save_falcon(folder):
 
 def test_architectures_that_take_no_prompts_are_refused(tmp_path):
     falcon = load_backbone(save_falcon(tmp_path / "falcon"), "gpt2")
-    with pytest.raises(ModelError, match=r"tuning.kind: prompt: model.name: .*falcon does not take it: "):
+    with pytest.raises(ModelError, match=r"tuning.kind: prompt: model.name: .*falcon takes no notice of it"):
         read_tuning(tmp_path / "falcon").check(falcon)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     AlbertModel(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(tmp_path / "albert")
@@ -421,6 +423,17 @@ def test_architectures_that_take_no_prompts_are_refused(tmp_path):
 def test_architectures_that_take_no_prompts_can_be_tuned_otherwise(tmp_path, kind):
     falcon = load_backbone(save_falcon(tmp_path), "gpt2", kind=kind)
     read_tuning(tmp_path, kind=kind).check(falcon)
+
+
+def test_answers_that_see_each_other_are_refused(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 1}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+    config = Lfm2Config(**sizes, **heads, **kinds, initializer_range=0.3)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    load_backbone(tmp_path, "llama", kind="prompt_tuning")
+    with pytest.raises(ModelError, match="a lfm2 model does not only look where the attention mask says"):
+        load_backbone(tmp_path, "llama", kind="prompt_tuning", words=LONG_WORDS)
 
 
 def test_layers_that_ignore_prompts_are_named(folders, monkeypatch):

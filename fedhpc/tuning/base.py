@@ -152,6 +152,8 @@ class Tuning(ABC):
         who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
         with no_surprise(f"{who} does not take it"):
             loss = self.losses(self.forward(backbone, [params], batch), batch.labels * 0).sum()
+            if not loss.requires_grad:
+                raise ModelError(f"{who} takes no notice of it")
             gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         for name, gradient in zip(params, gradients, strict=True):
             if name.endswith(self.without_effect):
