@@ -50,9 +50,10 @@ demo: $(VENV)/base-$(MPI)
 	    '  fedhpc plan jobs/demo.yaml --ranks 17' \
 	    '  mpirun -np 5 fedhpc run jobs/demo.yaml --set run_dir=runs/mine --set selection.ratio=0.25'
 
+# A file's tests share ranks, or a SLURM cluster; the files that take longest come first in the alphabet.
 test: $(VENV)/tests-$(MPI) lint
 	@tests/slurm/install.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's tests share ranks, or a SLURM cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/tests-$(MPI)
 	$(BIN)/ruff check
