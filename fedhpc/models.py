@@ -5,7 +5,7 @@ V words.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -243,14 +243,14 @@ class Backbone(nn.Module):
         if with_prompts:
             size = (1, shape.num_layers, 2, 1, shape.key_width)
             overlays.append(Overlay(prompts=torch.full(size, 0.1, device=self.torch_device)))
-        wanted = [self._at_slots(batch, overlay) for overlay in overlays]
-        self._last_layer = LastLayer(self._layers[-1])
-        try:
+        same = False
+        # What raises here does so in `Tuning.check` too, or in nothing that is asked for.
+        with suppress(AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+            wanted = [self._at_slots(batch, overlay) for overlay in overlays]
+            self._last_layer = LastLayer(self._layers[-1])
             found = [self._at_slots(batch, overlay) for overlay in overlays]
             same = torch.allclose(torch.cat(found), torch.cat(wanted), rtol=0.01, atol=0.01)
-        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
-            same = False
-        if not same:
+        if self._last_layer and not same:
             self._last_layer.restore()
             self._last_layer = None
 

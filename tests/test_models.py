@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import (
     AlbertConfig,
+    AlbertForMaskedLM,
     AlbertModel,
     AutoModel,
     BertModel,
@@ -417,6 +418,13 @@ def test_architectures_that_take_no_prompts_are_refused(tmp_path):
     albert = load_backbone(tmp_path / "albert", "bert", head="linear")
     with pytest.raises(ModelError, match=r"albert does not take it: .*layer_idx"):
         read_tuning(tmp_path / "albert", head="linear").check(albert)
+    AlbertForMaskedLM(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(
+        tmp_path / "words"
+    )
+    with pytest.raises(ModelError, match=r"words does not take it: .*layer_idx"):
+        read_tuning(tmp_path / "words").check(load_backbone(tmp_path / "words", "bert"))
+    with pytest.raises(ModelError, match="albert model has no layers that can be told apart"):
+        read_tuning(tmp_path / "words", kind="lora")
 
 
 @pytest.mark.parametrize("kind", ["lora", "adapter", "full"])

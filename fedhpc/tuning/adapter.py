@@ -20,7 +20,9 @@ from fedhpc.tuning.base import ModuleTuning, Params
 
 BLOCKS = (
     ("attention.output.dense", "output.dense"),
+    ("attention.out_lin", "ffn.lin2"),
     ("self_attn.o_proj", "mlp.down_proj"),
+    ("self_attn.o_proj", "mlp.c_proj"),
     ("attn.c_proj", "mlp.c_proj"),
     ("attention.dense", "mlp.dense_4h_to_h"),
     ("self_attention.dense", "mlp.dense_4h_to_h"),

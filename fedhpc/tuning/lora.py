@@ -19,6 +19,7 @@ from fedhpc.tuning.base import ModuleTuning, Params
 
 PROJECTIONS = (
     ("attention.self.query", "attention.self.value"),
+    ("attention.q_lin", "attention.v_lin"),
     ("self_attn.q_proj", "self_attn.v_proj"),
     ("attn.c_attn",),
     ("attention.query_key_value",),
