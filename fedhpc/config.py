@@ -406,14 +406,13 @@ class Config(Section):
         found = [
             f"tuning.kind: {self.tuning.kind} does not use tuning.{key}"
             for key, kinds in OF_KINDS.items()
-            if self.tuning.kind not in kinds and getattr(self.tuning, key) != getattr(TuningConfig(), key)
+            if self.tuning.kind not in kinds and self._is_set(f"tuning.{key}")
         ]
         server = self.server
         found += [
             f"server.method: {server.method} does not use server.{key}"
             for key, methods in OF_METHODS.items()
-            if not {server.method, server.name} & set(methods)
-            and getattr(server, key) != ServerConfig.model_fields[key].default
+            if not {server.method, server.name} & set(methods) and self._is_set(f"server.{key}")
         ]
         strategy, order, fraction = self.selection.strategy, self.curriculum.order, self.sparse.fraction
         for keys, reason, applies in (
