@@ -18,26 +18,31 @@ from fedhpc.tuning.base import as_parameters
 Batches = list[NDArray[np.int64]]
 
 
-def easy_first(
+def easy_first(batches: Batches, traces: NDArray[np.float64]) -> Batches:
+    """The batches by rising trace, ties in the given order."""
+    return [batches[place] for place in np.argsort(traces, kind="stable")]
+
+
+def fisher_traces(
     backbone: Backbone,
     tuning: Tuning,
     tensors: dict[str, np.ndarray],
     split: Split,
     batches: Batches,
     beat: Callable[[str], None],
-) -> Batches:
-    """The batches by rising trace of the empirical Fisher information, ties in the given order.
+) -> NDArray[np.float64]:
+    """How hard each batch is: the trace of its empirical Fisher information.
 
     Args:
         tensors: all trainable tensors before round 0.
         beat: called before every batch.
     """
     backbone.training_mode(True, dropout=False)
-    traces = []
-    for batch in batches:
+    traces = np.empty(len(batches))
+    for place, batch in enumerate(batches):
         beat("measuring how hard batches are")
-        traces.append(fisher_trace(backbone, tuning, tensors, split, batch))
-    return [batches[place] for place in np.argsort(traces, kind="stable")]
+        traces[place] = fisher_trace(backbone, tuning, tensors, split, batch)
+    return traces
 
 
 def fisher_trace(

@@ -13,7 +13,7 @@ from fedhpc import messages
 from fedhpc.background import Background
 from fedhpc.checkpoint import Checkpoints, Position
 from fedhpc.config import Config
-from fedhpc.curriculum import Batches, easy_first
+from fedhpc.curriculum import Batches, easy_first, fisher_traces
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt
@@ -87,12 +87,14 @@ class Worker:
         self.exchange = exchange
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
-        self._curricula: dict[int, Batches] = {}
-        """Device -> its batches from easy to hard, as far as they were needed."""
         self.method = make_method(config.server, population(config, partition))
         self.encoding = make_encoding(config, self.method)
-        self.keeps = self.encoding.keeps or bool(self.method.keeps)
-        """Whether a device needs more of its last update than its own layers."""
+        self.keeps = (
+            bool(self.encoding.keeps or self.method.keeps)
+            or not config.device.reset_moments
+            or config.curriculum.order != "random"
+        )
+        """Whether a device keeps more between its rounds than its own layers."""
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
@@ -176,7 +178,7 @@ class Worker:
         leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
         self.touched.difference_update(device for device, old, _ in moves if old == self.index)
-        if not self.unseen.local.size and self.config.device.reset_moments and not self.keeps:
+        if not self.unseen.local.size and not self.keeps:
             return  # devices keep nothing
         outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
         received = self.exchange.trade(outgoing, [old for _, old in coming])
@@ -247,18 +249,19 @@ class Worker:
         return self.tuning.initial(self.config.seed)
 
     def _curriculum(self, device: int, round_index: int) -> Batches | None:
-        """A device's batches of a round where a curriculum orders them; scored when it first takes part."""
+        """A device's batches of a round where a curriculum orders them; measured when it first takes part."""
         if self.config.curriculum.order == "random":
             return None
-        examples = self.partition.train[device]
-        if device not in self._curricula:
-            rng = generator(self.config.seed, purpose="curriculum batches", device=device)
-            given = epoch_batches(examples, self.train.lengths[examples], self.config.device.batch_size, rng)
-            self._curricula[device] = easy_first(
-                self.backbone, self.tuning, self._initial, self.train, given, self.exchange.beat
-            )
+        examples, state = self.partition.train[device], self.states.get(device, self.unseen)
+        rng = generator(self.config.seed, purpose="curriculum batches", device=device)
+        given = epoch_batches(examples, self.train.lengths[examples], self.config.device.batch_size, rng)
+        traces = state.traces
+        if traces is None:
+            traces = fisher_traces(self.backbone, self.tuning, self._initial, self.train, given, self.exchange.beat)
+            self.states[device] = replace(state, traces=traces)
+            self.touched.add(device)
         used = batches_per_epoch(self.config, len(examples), round_index)
-        return self._curricula[device][:used] * self.config.device.epochs
+        return easy_first(given, traces)[:used] * self.config.device.epochs
 
     def _received(self, command: Command) -> tuple[Vector, dict[str, Vector]]:
         """P^t and the method's vectors that came with it."""
@@ -379,8 +382,8 @@ class Worker:
 
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""
-        states = {device: self.states[device] for device in sorted(self.touched)}
-        states = {device: state for device, state in states.items() if state.local.size or state.moments or state.kept}
+        keep = self.unseen.local.size or self.keeps
+        states = {device: self.states[device] for device in sorted(self.touched)} if keep else {}
         self.touched.clear()
         progress = self.progress if self.progress.round == command.round else None
         self.writing.start(

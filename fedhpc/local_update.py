@@ -39,6 +39,8 @@ class DeviceState:
     """Only with `device.reset_moments: false`."""
     fisher: Vector | None = None
     """Diagonal Fisher information of p_i from its first round, where `sparse.fraction` asks for it."""
+    traces: NDArray[np.float64] | None = None
+    """Of each of its batches, the Fisher information before round 0, where a curriculum orders them."""
     kept: dict[str, Vector] = field(default_factory=dict)
     """In the layout of the exchanged tensors: what is left of its uploads, see :class:`fedhpc.encoding.Encoding`, and
     what the server's method asks it to keep, see :attr:`fedhpc.methods.Method.keeps`."""
@@ -242,6 +244,7 @@ class _Lane:
                 steps_taken=self.state.steps_taken + len(self.losses),
                 moments=None if self.config.device.reset_moments else self._moments(),
                 fisher=self.sparse.fisher(),
+                traces=self.state.traces,
             ),
             gradient=gradient,
         )

@@ -170,6 +170,8 @@ def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layo
             write_vector(file, name, vector, layouts.exchanged(layers))
         if state.fisher is not None:
             write_vector(file, "fisher", state.fisher, layouts.local(layers))
+        if state.traces is not None:
+            _write(file, "traces", state.traces)
         _write_tensors(file, "optimizer", state.moments or {})
         return _image(file)
 
@@ -188,6 +190,7 @@ def read_local_file(
             steps_taken=int(file.attrs["steps_taken"]),
             moments=_read_tensors(file, "optimizer") or None,
             fisher=_read_vector(file, "fisher", layouts.local(written_for)) if file.attrs["has_fisher"] else None,
+            traces=file["traces"][:] if "traces" in file else None,
             kept=kept,
         )
     return state if written_for == layers else state.narrowed(layouts.kept_elements(layers), unseen_local)

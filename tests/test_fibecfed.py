@@ -7,7 +7,7 @@ from backbones import NUM_LAYERS, load_backbone, load_plain, make_batch, save_ba
 from test_local_update import OURS, Device, make_split
 from tiny import metrics
 
-from fedhpc.curriculum import easy_first, fisher_trace
+from fedhpc.curriculum import easy_first, fisher_trace, fisher_traces
 from fedhpc.sensitivity import PERTURBATION, layer_sensitivity
 from fedhpc.tuning.base import as_parameters
 
@@ -47,7 +47,8 @@ def test_batches_go_from_easy_to_hard(folder, backbone):
     device = Device(folder, backbone, tuning=LORA)
     given = np.split(np.arange(8), 4)
     seen = []
-    ordered = easy_first(backbone, device.tuning, device.tensors, make_split(), given, seen.append)
+    found = fisher_traces(backbone, device.tuning, device.tensors, make_split(), given, seen.append)
+    ordered = easy_first(given, found)
     traces = [np.mean([squared_gradient(device, example) for example in batch]) for batch in ordered]
     assert traces == sorted(traces)
     assert [batch.tolist() for batch in ordered] != [batch.tolist() for batch in given]

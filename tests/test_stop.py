@@ -87,6 +87,15 @@ def test_interruptions_leave_no_trace_in_the_results(run_config, fedhpc, stop_af
     assert ours == theirs
 
 
+def test_what_a_curriculum_measured_before_a_stop_is_not_measured_again(run_config, fedhpc, stop_after, monkeypatch):
+    config = run_config(**SETTINGS["fibecfed"], federation__sample_rate=1.0)
+    stop_after(90)
+    assert fedhpc("run", config)[0] == EXIT_STOPPED
+    assert len(metrics(config)) == 1  # every device has been measured
+    monkeypatch.setattr("fedhpc.curriculum.fisher_trace", None)
+    assert fedhpc("run", config)[0] == 0
+
+
 def in_a_job(monkeypatch, seconds_left):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + seconds_left)))

@@ -24,6 +24,7 @@ from fedhpc.tuning.base import as_parameters
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
+HERE = Path(__file__).parent
 HEADER_BYTES = 64
 
 
@@ -75,6 +76,7 @@ MOVING = {
         "selection__ratio": "auto",
         "selection__warmup_rounds": 3,
         "selection__auto_by": "density",
+        "curriculum": {"order": "fisher"},
         "federation__rounds": 5,
         "checkpoint__every": 4,
     },
@@ -84,13 +86,16 @@ MOVING = {
 
 
 @pytest.mark.parametrize("setting", MOVING)
-def test_what_devices_keep_moves_with_them(run_config, setting):
+def test_what_devices_keep_moves_with_them(run_config, tmp_path, setting):
     changes = {**MOVING[setting], "evaluate__every": 1}
     alone, together = run_config("alone", **changes), run_config("together", **changes)
     assert cli.main(["run", str(alone)]) == 0
-    done = mpirun(4, "-m", "fedhpc", "run", together)
+    done = mpirun(4, HERE / "note_traces.py", tmp_path, "run", together)
     assert done.returncode == 0, done.stderr
     assert final_prompts(together) == final_prompts(alone)
+    measured = [line for file in tmp_path.glob("*.traces") for line in file.read_text().splitlines()]
+    assert len(measured) == len(set(measured))
+    assert bool(measured) == ("curriculum" in changes)
     for ours, theirs in zip(metrics(together), metrics(alone), strict=True):
         # Accuracy is personalised: every device with the prompts that it keeps to itself.
         for key in ("loss", "accuracy", "device_accuracy"):
@@ -128,7 +133,7 @@ def test_what_17_ranks_have_tuned_is_an_adapter_for_plain_peft(seventeen, tmp_pa
         ours = trained.job.tuning.forward(backbone, [as_parameters(trained.tensors, torch.device("cpu"))], batch)
     texts = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
     words = [word for (word,) in data.description.word_ids]
-    call = [sys.executable, Path(__file__).parent / "plain_peft.py", config.model.name, tmp_path / "adapter"]
+    call = [sys.executable, HERE / "plain_peft.py", config.model.name, tmp_path / "adapter"]
     done = subprocess.run(
         call, input=json.dumps([texts, words]), capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
     )
@@ -166,7 +171,7 @@ def test_a_trace_can_be_recomputed_from_outside(seventeen):
 
 def test_a_rank_that_raises_ends_all_of_them(run_config):
     config = run_config(federation__sample_rate=1.0)
-    done = mpirun(5, Path(__file__).parent / "raise_in_round.py", "run", config)
+    done = mpirun(5, HERE / "raise_in_round.py", "run", config)
     ended = time.time()
     assert done.returncode not in (0, 2)
     folder = run_dir(config)
@@ -190,7 +195,7 @@ def test_no_rank_waits_for_one_that_is_gone(run_config, fault):
     """Neither when a rank's own checkpoint file is the fault, nor when the log that would tell of it is gone."""
     config = run_config()
     assert cli.main(["run", str(config), "--set", "federation.rounds=1"]) == 0
-    done = mpirun(3, Path(__file__).parent / "fault.py", fault, "run", config, timeout_s=90)
+    done = mpirun(3, HERE / "fault.py", fault, "run", config, timeout_s=90)
     assert done.returncode not in (0, 2)
     assert "rank 2/3" in done.stderr
     assert "Traceback" in done.stderr
@@ -211,12 +216,12 @@ def test_bad_input_is_told_once(run_config):
 
 
 def test_an_upload_leaves_while_another_rank_still_works():
-    done = mpirun(3, Path(__file__).parent / "early_upload.py", timeout_s=60)
+    done = mpirun(3, HERE / "early_upload.py", timeout_s=60)
     assert done.returncode == 0, done.stderr
     assert "all have come" in done.stdout
 
 
 def test_messages_past_two_gib(tmp_path):
-    done = mpirun(2, Path(__file__).parent / "large_messages.py")
+    done = mpirun(2, HERE / "large_messages.py")
     assert done.returncode == 0, done.stderr
     assert f"exchanged {64 + 4 * ((1 << 29) + 1000)}" in done.stdout
