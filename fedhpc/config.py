@@ -19,19 +19,6 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
 """Kinds of tuning without tensors per layer: nothing to select from."""
 WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
-OF_KINDS = {
-    "num_tokens": WITH_TOKENS,
-    "layer": ("late_prompt",),
-    "bottleneck": ("adapter", "late_prompt", "instance_prompt", "attempt"),
-    "sources": ("attempt",),
-    "rank": ("lora",),
-    "alpha": ("lora",),
-    "position_offset": ("prompt",),
-    "dropout": ("prompt",),
-}
-"""Key of the tuning -> the kinds that use it."""
-RELEASED_LEARNING_RATE = 1e-2
-"""Device learning rate below which variant `released` is warned about."""
 
 
 class Section(BaseModel):
@@ -222,15 +209,6 @@ DEFAULTS = {
     "mime": {"momentum": 0.9},
 }
 """Variant of fedpeptao or method -> what it uses of the server's learning rate and momentum, and the defaults."""
-OF_METHODS = {
-    "variant": ("fedpeptao",),
-    "control_variates": ("fedpeptao",),
-    "second_momentum": ("fedadam", "fedyogi"),
-    "tau": ("fedadam", "fedyogi"),
-    "proximal": ("fedprox",),
-    **{key: tuple(name for name, used in DEFAULTS.items() if key in used) for key in ("learning_rate", "momentum")},
-}
-"""Key of the server -> the methods, or variants, that use it."""
 
 
 class ServerConfig(Section):
@@ -400,46 +378,6 @@ class Config(Section):
         if self.model.dtype == "float32" and self.model.attention != "sdpa":
             raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
         return self
-
-    def notices(self) -> list[str]:
-        """What the user should know although it is no error."""
-        found = [
-            f"tuning.kind: {self.tuning.kind} does not use tuning.{key}"
-            for key, kinds in OF_KINDS.items()
-            if self.tuning.kind not in kinds and self._is_set(f"tuning.{key}")
-        ]
-        server = self.server
-        found += [
-            f"server.method: {server.method} does not use server.{key}"
-            for key, methods in OF_METHODS.items()
-            if not {server.method, server.name} & set(methods) and self._is_set(f"server.{key}")
-        ]
-        strategy, order, fraction = self.selection.strategy, self.curriculum.order, self.sparse.fraction
-        for keys, reason, applies in (
-            (("selection.distance",), f"selection.strategy: {strategy}", strategy not in ("score", "lowest_score")),
-            (("curriculum.start", "curriculum.end"), "curriculum.order: random", order == "random"),
-            (("sparse.momentum",), "sparse.fraction: 1", fraction == 1),
-        ):
-            found += [f"{key} has no effect with {reason}" for key in keys if applies and self._is_set(key)]
-        if fraction < 1 and strategy == "all":
-            found.append("sparse.fraction has no effect: with selection.strategy: all no layer stays on the devices")
-        if self.selection.is_automatic and self.selection.warmup_rounds >= self.federation.rounds:
-            found.append(
-                f"selection.ratio: auto decides after selection.warmup_rounds: {self.selection.warmup_rounds}, but the "
-                f"run ends after federation.rounds: {self.federation.rounds}; all layers are exchanged to the end"
-            )
-        if server.name == "released" and self.device.learning_rate < RELEASED_LEARNING_RATE:
-            found.append(
-                f"server.variant: released is known to diverge at small device.learning_rate (found "
-                f"{self.device.learning_rate}); it learns at the published 0.04"
-            )
-        return found
-
-    def _is_set(self, key: str) -> bool:
-        """Whether a key of a section differs from its default."""
-        section, name = key.split(".")
-        value: Section = getattr(self, section)
-        return getattr(value, name) != type(value).model_fields[name].default
 
     def to_yaml(self) -> str:
         """The resolved configuration, as written to the run directory."""

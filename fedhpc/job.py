@@ -20,6 +20,7 @@ from fedhpc.exchange import Exchange
 from fedhpc.federation import count_packs
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone
+from fedhpc.notices import notices
 from fedhpc.partition import Partition, make_partition
 from fedhpc.pretrained import BackboneShape, load_tokenizer, read_shape
 from fedhpc.report import log
@@ -119,7 +120,7 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
 
 def log_notices(job: Job, num_workers: int) -> None:
     """Say what the user should know although it is no error."""
-    for notice in job.config.notices():
+    for notice in notices(job.config):
         log.warning("%s", notice)
     if (idle := num_workers - job.config.federation.num_devices) > 0:
         log.warning(

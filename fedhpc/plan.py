@@ -10,6 +10,7 @@ from fedhpc.federation import Homes, batches_per_epoch, count_packs, population
 from fedhpc.job import Job, check_data, check_run_dir, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
+from fedhpc.notices import notices
 from fedhpc.pretrained import count_parameters
 from fedhpc.report import human_bytes
 from fedhpc.selection import num_selected
@@ -42,7 +43,7 @@ def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) 
         _stop(job, num_workers),
         _placement(job, ranks),
         _time(job, num_workers, examples_per_second),
-        [f"note: {notice}" for notice in config.notices()],
+        [f"note: {notice}" for notice in notices(config)],
     )
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
 

@@ -7,6 +7,7 @@ import yaml
 from fedhpc.config import Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import ConfigError
+from fedhpc.notices import notices
 
 MINIMAL = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}
 
@@ -134,14 +135,14 @@ def test_a_tuning_without_layers_is_exchanged_whole(write):
 
 def test_keys_of_another_method_are_noticed(write):
     overrides = ["server.method=fedadam", "server.variant=released", "server.proximal=0.5", "server.tau=0.1"]
-    assert load_config(write(**MINIMAL), overrides).notices() == [
+    assert notices(load_config(write(**MINIMAL), overrides)) == [
         "server.method: fedadam does not use server.variant",
         "server.method: fedadam does not use server.proximal",
     ]
 
 
 def test_keys_of_another_tuning_are_noticed(write):
-    (notice,) = load_config(write(**MINIMAL), ["tuning.kind=lora", "tuning.num_tokens=5"]).notices()
+    (notice,) = notices(load_config(write(**MINIMAL), ["tuning.kind=lora", "tuning.num_tokens=5"]))
     assert notice == "tuning.kind: lora does not use tuning.num_tokens"
 
 
@@ -157,14 +158,14 @@ def test_keys_of_another_tuning_are_noticed(write):
 def test_a_key_that_another_key_leaves_without_effect_is_noted(write, key, with_effect, reason):
     overrides = ["selection.strategy=first", key]
     name = key.split("=")[0]
-    assert load_config(write(**MINIMAL), overrides).notices() == [f"{name} has no effect with {reason}"]
-    assert load_config(write(**MINIMAL), [*overrides, with_effect]).notices() == []
+    assert notices(load_config(write(**MINIMAL), overrides)) == [f"{name} has no effect with {reason}"]
+    assert notices(load_config(write(**MINIMAL), [*overrides, with_effect])) == []
 
 
 def test_a_ratio_that_nothing_asks_for_is_not_said_to_decide(write):
     automatic = ["selection.ratio=auto", "federation.rounds=5"]
-    assert load_config(write(**MINIMAL), [*automatic, "tuning.kind=prompt_tuning"]).notices() == []
-    (notice,) = load_config(write(**MINIMAL), automatic).notices()
+    assert notices(load_config(write(**MINIMAL), [*automatic, "tuning.kind=prompt_tuning"])) == []
+    (notice,) = notices(load_config(write(**MINIMAL), automatic))
     assert "decides after selection.warmup_rounds: 10" in notice
 
 

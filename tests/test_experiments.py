@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from fedhpc.config import TuningConfig
+from fedhpc.notices import notices
 from fedhpc.sweep.experiment import load_experiment
 from fedhpc.tasks import TASKS
 
@@ -18,7 +19,7 @@ FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 def test_an_experiment_is_valid_without_notices(path):
     experiment = load_experiment(path)
     for cell in experiment.cells:
-        assert cell.config.notices() == []
+        assert notices(cell.config) == []
         assert cell.config_file.resolve().is_relative_to(ROOT / "jobs")
         assert cell.run_dir == Path("runs") / experiment.out.name / cell.name
         assert cell.config.data.path.endswith(f"/{cell.config.data.task}")

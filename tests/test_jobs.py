@@ -9,6 +9,7 @@ import yaml
 
 from fedhpc.config import Config, flatten
 from fedhpc.config_file import load_config
+from fedhpc.notices import notices
 from fedhpc.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def name(path):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_file_is_valid_without_notices_and_names_its_task(path):
     config = load_config(path)
-    assert config.notices() == []
+    assert notices(config) == []
     in_folder = path.parent != JOBS and path.stem != "base"
     assert config.data.task == (path.stem if in_folder or path.stem == "demo" else None)
     assert config.data.task in {*TASKS, "demo", None}
