@@ -101,9 +101,9 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def report(tmp_path):
-    def write(*runs, target=None):
+    def write(*runs, target=None, budget_bytes=None):
         out = tmp_path / "page.html"
-        write_report(runs, out, target)
+        write_report(runs, out, target, budget_bytes)
         return Page(out)
 
     return write
@@ -163,6 +163,15 @@ def test_methods_are_compared_after_equally_many_bytes_too(report, make_run):
     ).tables["final results"]
     columns = head.index("accuracy"), head.index("accuracy within 4.00 MB")
     assert [[row[column] for column in columns] for row in rows] == [["0.600", "**0.600**"], ["**0.900**", "0.550"]]
+
+
+def test_a_budget_of_bytes_ends_every_run(report, make_run):
+    dear = make_run("b", [0.55, 0.9], extra={"bytes": 3_000_000}, server__method="mime")  # 1, 4, 5 and 8 MB
+    page = report(make_run("a", [0.5, 0.6]), dear, budget_bytes=4.5e6)
+    head, *rows = page.tables["final results"]
+    assert [row[head.index("accuracy")] for row in rows] == ["**0.600**", "0.550"]
+    assert [row[1] for row in rows] == ["1", "1"]  # that is all there is to see of them
+    assert "up to its last round within 4.50 MB." in page.text
 
 
 def test_the_target_is_95_percent_of_the_best_unless_given(report, two_methods):

@@ -15,22 +15,26 @@ from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
 from fedhpc.pages.parts import TaskPart, task_metrics, task_part
 from fedhpc.pages.runs import Run, read_run
 from fedhpc.pages.tables import Cell, Table
+from fedhpc.pages.units import unit_for
 
 
-def write_report(run_dirs: Sequence[Path], out: Path, target: float | None = None) -> None:
+def write_report(
+    run_dirs: Sequence[Path], out: Path, target: float | None = None, budget_bytes: float | None = None
+) -> None:
     """Write the page, and its tables beside it with the endings .csv and .tex.
 
     Args:
         run_dirs: of `fedhpc run`; unfinished ones are marked.
         out: ends in .html.
         target: of the task's own metric; 95 % of each task's best final value unless given.
+        budget_bytes: each run is shown up to its last round within it.
 
     Raises:
         UserError: a folder is no run directory, or `out` cannot be written.
     """
     if out.suffix != ".html":
         raise ReportError(f"--out {out}: must end in .html; the tables go beside it, with .csv and .tex")
-    runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in run_dirs)]
+    runs = [read_run(path, budget_bytes) for path in dict.fromkeys(path.resolve() for path in run_dirs)]
     tasks = group_runs(runs)
     parts = [task_part(name, groups, target) for name, groups in tasks.items()]
     whole = [_overview(parts)] if len(parts) > 1 else []
@@ -40,7 +44,14 @@ def write_report(run_dirs: Sequence[Path], out: Path, target: float | None = Non
         *((part.name, table) for part in parts for table in part.tables),
     ]
     texts = {
-        ".html": _html(runs=runs, parts=parts, whole=whole, ending=ending, is_given=target is not None),
+        ".html": _html(
+            runs=runs,
+            parts=parts,
+            whole=whole,
+            ending=ending,
+            is_given=target is not None,
+            budget=budget_bytes and unit_for("bytes", [budget_bytes]).full_text(budget_bytes),
+        ),
         ".csv": exports.csv_text({part.name: (part.groups, part.summaries, part.goal) for part in parts}),
         ".tex": exports.latex_text(named),
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles
 
 Floats = NDArray[np.float64]
+Record = Mapping[str, Any]
+"""A round's line of metrics.jsonl."""
 GLOBAL = "_global"
 PHASES = ("broadcast", "local", "idle", "gather", "server", "evaluate", "checkpoint")
 """Parts of a round's seconds; together they are the round."""
@@ -43,8 +46,10 @@ class Run:
     path: Path
     config: Mapping[str, Any]
     """Dotted key -> value."""
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[Record]
     """Lines of metrics.jsonl by ascending round."""
+    is_cut: bool = False
+    """Whether the rounds after these are left out, as beyond a budget of bytes."""
 
     @property
     def seed(self) -> int | None:
@@ -68,8 +73,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all rounds are done."""
-        return self.rounds_done > 0 and self.rounds_done >= self.rounds_wanted
+        """Whether all rounds are done, or all that count."""
+        return self.is_cut or (self.rounds_done > 0 and self.rounds_done >= self.rounds_wanted)
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -125,8 +130,8 @@ class Run:
         return None
 
 
-def read_run(path: Path) -> Run:
-    """One run directory.
+def read_run(path: Path, budget_bytes: float | None = None) -> Run:
+    """One run directory, up to its last round within a budget of bytes.
 
     Raises:
         CheckpointError: it is none, or its configuration cannot be read.
@@ -143,7 +148,17 @@ def read_run(path: Path) -> Run:
         raise CheckpointError(f"{files.config}: must hold keys and values, found {type(values).__name__}")
     with suppress(ValidationError):  # keys that came later than the run have their defaults
         values = Config.model_validate(values).model_dump()
-    return Run(path=path, config=flatten(values), records=files.read_metrics())
+    recorded = files.read_metrics()
+    records = within(recorded, budget_bytes)
+    return Run(path=path, config=flatten(values), records=records, is_cut=len(records) < len(recorded))
+
+
+def within(records: Sequence[Record], budget_bytes: float | None) -> Sequence[Record]:
+    """The rounds until which no more than these bytes were moved; all without a budget."""
+    if budget_bytes is None:
+        return records
+    moved = accumulate(record["bytes"] for record in records)
+    return [record for record, so_far in zip(records, moved, strict=True) if so_far <= budget_bytes]
 
 
 def _number(value: Any) -> float:

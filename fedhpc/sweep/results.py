@@ -2,17 +2,14 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedhpc.files import write_whole
-from fedhpc.pages import write_report
+from fedhpc.pages import Record, within, write_report
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
-
-Record = Mapping[str, Any]
-"""A round's line of metrics.jsonl."""
 
 
 def write_tables(experiment: Experiment) -> list[Path]:
@@ -32,20 +29,14 @@ def write_tables(experiment: Experiment) -> list[Path]:
     begun = [cell.run_dir for cell in experiment.cells if RunFiles(cell.run_dir).rounds_recorded()]
     if not begun:
         return [table]
-    write_report(begun, report, experiment.target)
+    write_report(begun, report, experiment.target, experiment.budget_bytes)
     return [table, report]
 
 
-def curve(cell: Cell, budget_bytes: float | None) -> list[Record]:
+def curve(cell: Cell, budget_bytes: float | None) -> Sequence[Record]:
     """The rounds of a cell that count: those the experiment has, as far as the budget goes."""
-    rounds: list[Record] = []
-    moved = 0
-    for record in RunFiles(cell.run_dir).read_metrics():
-        moved += _bytes(record)
-        if record["round"] >= cell.config.federation.rounds or (budget_bytes is not None and moved > budget_bytes):
-            break
-        rounds.append(record)
-    return rounds
+    records = RunFiles(cell.run_dir).read_metrics()
+    return within([record for record in records if record["round"] < cell.config.federation.rounds], budget_bytes)
 
 
 def results(rounds: Sequence[Record]) -> dict[str, Any]:
@@ -57,10 +48,6 @@ def results(rounds: Sequence[Record]) -> dict[str, Any]:
         "accuracy": last.get("accuracy"),
         "accuracy_global": last.get("accuracy_global"),
         "best_accuracy_global": max((record["accuracy_global"] for record in evaluated), default=None),
-        "bytes": sum(map(_bytes, rounds)),
+        "bytes": sum(record["bytes"] for record in rounds),
         "seconds": round(sum(record["seconds"]["round"] for record in rounds), 3),
     }
-
-
-def _bytes(record: Record) -> int:
-    return int(record["bytes"])
