@@ -69,7 +69,7 @@ def run(task, name, overrides, prepared, arguments):
         "layers": layers,
         "accuracy": round(records[-1]["accuracy"], 4),
         "accuracy_global": round(records[-1]["accuracy_global"], 4),
-        "megabytes": round(sum(record["bytes_up"] + record["bytes_down"] for record in records) / 1e6, 1),
+        "megabytes": round(sum(record["bytes"] for record in records) / 1e6, 1),
         "seconds": round(sum(record["seconds"]["round"] for record in records), 1),
     }
 

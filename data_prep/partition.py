@@ -52,7 +52,7 @@ def draw(file: str, title: str, class_names: Sequence[str], train: np.ndarray) -
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DataError("drawing needs matplotlib: pip install fedhpc[plot]") from error
+        raise DataError("drawing needs matplotlib: pip install -e '.[plot]'") from error
     counts = train[np.argsort(-train.sum(axis=1), kind="stable")]
     figure = Figure(figsize=(10, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)

@@ -93,7 +93,7 @@ def _load_datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("hub and save_to_disk data sets need the datasets library: pip install fedhpc[data]") from error
+        raise DataError("hub and save_to_disk data sets need the datasets library: pip install -e '.[data]'") from error
     name, _, configuration = source.partition(":")
     family, _, member = name.partition("/")
     if family in ("glue", "super_glue"):

@@ -9,8 +9,8 @@ from typing import Any
 import fedhpc
 
 EPILOG = (
-    "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; 75 stopped on request with a valid "
-    "checkpoint, run again to go on; anything else is a failure"
+    "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; 75 stopped on request, run again to go "
+    "on; anything else is a failure"
 )
 SWEEP_EPILOG = (
     "exit status: 0 all cells are done; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "

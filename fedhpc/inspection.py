@@ -36,8 +36,8 @@ def _run(path: Path) -> tuple[str, bool]:
     lines = [f"run directory {path}"]
     if records := RunFiles(path).read_metrics():
         evaluated = [record for record in records if record["accuracy"] is not None]
-        moved = sum(record["bytes_down"] + record["bytes_up"] for record in records)
-        lines.append(f"metrics: {len(records)} rounds recorded, {human_bytes(moved)} moved between ranks")
+        moved = sum(record["bytes"] for record in records)
+        lines.append(f"metrics: {len(records)} rounds recorded, {human_bytes(moved)} moved between devices and server")
         if evaluated:
             last = evaluated[-1]
             lines.append(

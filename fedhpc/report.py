@@ -99,7 +99,7 @@ class Progress:
         done = record["round"] + 1
         if record["accuracy"] is not None:
             self.accuracy = f"{record['accuracy']:.3f}"
-        self.bytes += record["bytes_down"] + record["bytes_up"]
+        self.bytes += record["bytes"]
         facts = {"accuracy": self.accuracy, "loss": f"{record['loss']:.3f}", "moved": human_bytes(self.bytes)}
         if self.bar is not None:
             self.bar.set_postfix(facts, refresh=False)

@@ -387,5 +387,5 @@ def test_partition_preview(tmp_path, bert, capsys):
 
 def test_preview_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(preview.DataError, match=r"pip install fedhpc\[plot\]"):
+    with pytest.raises(preview.DataError, match=r"pip install -e '\.\[plot\]'"):
         preview.draw(str(tmp_path / "p.png"), "", ["a", "b"], np.ones((2, 2), int))

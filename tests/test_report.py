@@ -7,7 +7,7 @@ from fedhpc.report import Progress, RunFiles, human_bytes, log, log_to_file, sta
 
 
 def record(round_index, **values):
-    return {"round": round_index, "accuracy": None, "loss": 0.5, "bytes_down": 700, "bytes_up": 300, **values}
+    return {"round": round_index, "accuracy": None, "loss": 0.5, "bytes": 1000, **values}
 
 
 def test_a_batch_log_gets_one_plain_line_per_round():

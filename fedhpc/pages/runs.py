@@ -99,7 +99,7 @@ class Run:
 
     @cached_property
     def bytes(self) -> Floats:
-        """Bytes moved between ranks up to the end of every record."""
+        """Bytes moved between devices and server up to the end of every record."""
         return np.cumsum(np.nan_to_num(self.column("bytes")))
 
     @cached_property
