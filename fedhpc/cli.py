@@ -133,6 +133,8 @@ def set_up(
             except RanksLost as loss:
                 if job.config.exchange.on_rank_failure == "stop":
                     raise
+                if has_devices:
+                    worker.writing.finish()  # its notes belong to the ranks as they were
                 exchange.repair()
                 if has_devices:
                     worker.start_over()

@@ -106,7 +106,6 @@ class Worker:
 
     def start_over(self) -> None:
         """Forget all that the server did not tell, and take the share of this rank's new number."""
-        self.writing.finish()
         self.index, self.num_workers = max(0, self.exchange.rank - 1), self.exchange.num_workers
         self.homes = Homes(self.config.federation.num_devices, self.num_workers)
         self.share = self.homes.devices_of(self.index)

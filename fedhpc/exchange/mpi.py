@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ BEAT_S = 5.0
 BEATS_PER_TIMEOUT = 5
 PARTING_S = 0.2
 FLOAT_BYTES = 4
+PAGE_BYTES = 4096
+"""Unit of a device's state on its way."""
+LOSSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")
+"""Error classes that say that a rank is gone, or that another rank has noticed it."""
 NOTES, STATE, SUMS, COMMAND, ANSWER, RECORDS, UNIT = range(7)
 """Tags of messages between two ranks."""
 PAYLOAD = RecordType(np.dtype(np.float32))
@@ -58,10 +62,11 @@ class MpiExchange(Exchange):
 
         self._mpi: Any = MPI
         self._watchdog = Watchdog()
-        self._outbox: deque[Note] = deque()
-        self._buffers: dict[RecordType, np.ndarray] = {}
         self._types: dict[int, Any] = {}
         self._repaired = False
+        self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
+        self._abandoned: list[BaseException] = []
+        """Errors whose frames hold requests and buffers that a transfer may still use."""
         with self._inside("the start of MPI"):
             self._join(MPI.COMM_WORLD.Dup())
 
@@ -135,9 +140,12 @@ class MpiExchange(Exchange):
     def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
         """See :class:`Exchange`."""
         with self._inside("an exchange of device states"):
-            requests = [
-                self._comm.Isend([data, self._mpi.BYTE], dest=worker + 1, tag=STATE) for worker, data in outgoing
-            ]
+            requests = []
+            for worker, data in outgoing:
+                pages = -(-len(data) // PAGE_BYTES)
+                whole = [data.ljust(pages * PAGE_BYTES, b"\0"), pages, self._type(PAGE_BYTES)]
+                size = [np.array([len(data)], np.int64), self._mpi.BYTE]
+                requests += [self._comm.Isend(part, dest=worker + 1, tag=STATE) for part in (size, whole)]
             received = [self._receive_state(worker + 1) for worker in incoming]
             for request in requests:
                 self._finish(request)
@@ -162,13 +170,8 @@ class MpiExchange(Exchange):
         """See :class:`Exchange`; by ULFM's revoke and shrink."""
         if "OMPI_MCA_mpi_ft_enable" not in os.environ:
             raise RanksLost("exchange.on_rank_failure: continue needs an MPI with ULFM: mpirun --with-ft ulfm")
-        old_rank = self.rank
-        with self._losses():
-            self._comm.Revoke()
-            self._join(self._comm.Shrink())
-            first = np.array([old_rank], np.int64)
-            self._comm.Bcast(first, root=0)
-        if first[0] != 0:
+        first = self._join_survivors(self.rank)
+        if first != 0:
             raise RanksLost("rank 0, the server, is lost")
         if not self.num_workers:
             raise RanksLost("no rank with devices is left")
@@ -198,6 +201,17 @@ class MpiExchange(Exchange):
         with self._watchdog.over("MPI_Abort", ABORT_S):
             self._comm.Abort(1)
 
+    def _join_survivors(self, old_rank: int) -> int:
+        """The number that the new rank 0 had."""
+        for _ in range(self.size):
+            with suppress(RanksLost), self._inside("the repair after a loss"):  # another one may be lost meanwhile
+                self._comm.Revoke()
+                self._join(self._comm.Shrink())
+                first = np.array([old_rank], np.int64)
+                self._comm.Bcast(first, root=0)
+                return int(first[0])
+        raise RanksLost("the ranks that are left do not find together")
+
     def _join(self, comm: Any) -> None:
         self._comm = comm
         self.rank, self.size = comm.rank, comm.size
@@ -212,6 +226,8 @@ class MpiExchange(Exchange):
         hosts[self.rank, : len(name)] = np.frombuffer(name, np.uint8)
         comm.Allgather(self._mpi.IN_PLACE, [hosts, self._mpi.BYTE])
         self._hosts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in hosts]
+        self._buffers: dict[RecordType, np.ndarray] = {}
+        self._outbox: deque[Note] = deque()
         self._activity = "setting up"
         self._halted = self._stop_told = False
         self._under_way: list[tuple[Any, np.ndarray]] = []
@@ -268,13 +284,12 @@ class MpiExchange(Exchange):
             self._finish(self._comm.Ibcast([part, 1, self._type(part.nbytes)], root=0))
 
     def _receive_state(self, rank: int) -> bytes:
-        status = self._mpi.Status()
-        while (message := self._comm.Improbe(source=rank, tag=STATE, status=status)) is None:
-            self.attend()
-            time.sleep(TRANSFER_NAP_S)
-        data = bytearray(status.Get_count(self._mpi.BYTE))
-        self._finish(message.Irecv([data, self._mpi.BYTE]))
-        return bytes(data)
+        size = np.zeros(1, np.int64)
+        self._finish(self._comm.Irecv([size, self._mpi.BYTE], source=rank, tag=STATE))
+        pages = -(-int(size[0]) // PAGE_BYTES)
+        data = np.empty(pages * PAGE_BYTES, np.uint8)
+        self._finish(self._comm.Irecv([data, pages, self._type(PAGE_BYTES)], source=rank, tag=STATE))
+        return data[: size[0]].tobytes()
 
     def _send_sums(self, sums: np.ndarray) -> None:
         """To the first worker, by a tree; from there to the server, which so gets them once."""
@@ -323,9 +338,9 @@ class MpiExchange(Exchange):
 
     def _exchange_notes(self) -> None:
         now = time.monotonic()
-        passed, self._last_look = min(now - self._last_look, LONGEST_GAP_S), now
+        passed, self._last_look = now - self._last_look, now
         self._since_beat += passed
-        self._silence = {peer: silent + passed for peer, silent in self._silence.items()}
+        self._silence = {peer: silent + min(passed, LONGEST_GAP_S) for peer, silent in self._silence.items()}
         self._under_way = [(request, buffer) for request, buffer in self._under_way if not request.Test()]
         self._read_notes()
         if self.stop and not self._stop_told:
@@ -377,6 +392,9 @@ class MpiExchange(Exchange):
         try:
             yield
         except self._mpi.Exception as error:
+            if error.Get_error_class() not in self._loss_classes:
+                raise
+            self._abandoned.append(error)
             raise RanksLost(f"another rank is lost: {error}") from error
 
     def _type(self, nbytes: int) -> Any:

@@ -41,7 +41,7 @@ class Watchdog:
     @contextmanager
     def over(self, what: str, limit_s: float) -> Iterator[None]:
         """End this process if the body takes longer."""
-        self._what, self._left_s = what, limit_s
+        self._left_s, self._what = limit_s, what
         try:
             yield
         finally:

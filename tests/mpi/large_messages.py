@@ -1,4 +1,4 @@
-"""Two ranks exchange a payload and a record of more than 2 GiB each."""
+"""Two ranks exchange a payload and a record of more than 2 GiB each, and one a device's state with itself."""
 
 import numpy as np
 
@@ -23,6 +23,11 @@ if exchange.rank == 0:
     assert exchange.traffic.bytes_up == 64 + 4 * FLOATS
     print("exchanged", exchange.traffic.bytes_up)
 else:
+    state = bytearray(4 * FLOATS + 1)
+    state[-1] = 9
+    (received,) = exchange.trade([(0, state)], [0])
+    assert received == state
+    del state, received
     command = exchange.receive()
     assert (command.op, command.round, command.layers) == (Op.TRAIN, 9, (0, 3))
     reply = record_type.zeros(1)

@@ -21,10 +21,10 @@ def environment():
     return {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))}
 
 
-def mpirun(num_ranks, *arguments, timeout_s=300):
+def mpirun(num_ranks, *arguments, options=(), timeout_s=300):
     """Run ``python *arguments`` on so many ranks; the completed process, outputs as text."""
     return subprocess.run(
-        command(num_ranks, *arguments),
+        command(num_ranks, *arguments, options=options),
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -3,10 +3,11 @@
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import yaml
-from launch import MPIRUN, WITH_ULFM, has_ulfm
+from launch import MPIRUN, WITH_ULFM, has_ulfm, mpirun
 from strike import CheckpointFiles, Job
 from tiny import final_prompts, metrics, run_dir
 
@@ -104,10 +105,19 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(start, config, rank):
     assert set(re.findall(words, job.text())) == {str(rank)}, job.text()
 
 
-def test_with_ulfm_the_surviving_ranks_go_on_to_the_same_bits(start, config, expected):
+@pytest.fixture(scope="module")
+def ulfm():
     if not has_ulfm():
         pytest.skip("this mpirun cannot keep the other ranks alive: no --with-ft ulfm")
+
+
+def test_with_ulfm_the_surviving_ranks_go_on_to_the_same_bits(ulfm, start, config, expected):
     job = start(4, config, "exchange.on_rank_failure=continue", options=WITH_ULFM)
     assert strike_in_round(job, config, 2, signal.SIGKILL, 4)[0] == 0, job.text()
     assert "going on from the last checkpoint with 3 ranks" in job.text()
     assert final_prompts(config) == expected
+
+
+def test_with_ulfm_a_second_loss_during_the_repair_is_repaired_too(ulfm):
+    done = mpirun(5, Path(__file__).parent / "lose_two.py", options=WITH_ULFM, timeout_s=60)
+    assert "two have gone on" in done.stdout, done.stderr

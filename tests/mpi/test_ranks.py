@@ -221,6 +221,12 @@ def test_an_upload_leaves_while_another_rank_still_works():
     assert "all have come" in done.stdout
 
 
+def test_steps_that_take_nearly_the_whole_timeout_are_no_silence():
+    done = mpirun(2, HERE / "slow_steps.py", timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    assert "nobody was given up" in done.stdout
+
+
 def test_messages_past_two_gib(tmp_path):
     done = mpirun(2, HERE / "large_messages.py")
     assert done.returncode == 0, done.stderr
