@@ -142,6 +142,7 @@ def _rows(
             for name, value in values.items():
                 if not isinstance(value, str):
                     raise ValueError(f"column {columns[name]!r} holds {value!r}, expected text")
+                value.encode()  # half a surrogate pair is no text
             rows.texts.append(values)
             rows.labels.append(classes[label])
     except ValueError as error:

@@ -167,9 +167,10 @@ def inspect(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     """`fedhpc report`: a page about runs, and its tables."""
     with quick_start():
-        from fedhpc.pages import write_report
+        from fedhpc.pages import read_run, write_report
 
-        write_report(arguments.run_dirs, arguments.out, arguments.target)
+        runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in arguments.run_dirs)]
+        write_report(runs, arguments.out, arguments.target)
     print(f"page: {arguments.out}; tables: {arguments.out.with_suffix('.csv')}, {arguments.out.with_suffix('.tex')}")
     return 0
 

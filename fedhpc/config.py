@@ -21,6 +21,13 @@ WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
 WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
 
 
+WITHOUT_EFFECT = (
+    *("run_dir", "trace", "data.path", "checkpoint.", "evaluate."),
+    *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),
+)
+"""Keys, and beginnings of keys, that do not determine a run's numbers."""
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, no unknown keys, no silent type conversion."""
 
@@ -394,8 +401,7 @@ class Config(Section):
         Left out: where files are, how often to save or evaluate, what to do about faults, and the number of rounds
         unless a schedule depends on it. Those may change when a run is resumed.
         """
-        free = ["run_dir", "trace", "data.path", "checkpoint.", "evaluate."]
-        free += ["exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"]
+        free = [*WITHOUT_EFFECT]
         if self.device.schedule == "constant" and self.curriculum.order == "random":
             free.append("federation.rounds")
         return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))}

@@ -49,11 +49,15 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 """PyYAML lets impossible dates and numbers through as ValueError, deep nesting as RecursionError."""
 
 
+MERGE = "tag:yaml.org,2002:merge"
+"""Of the key `<<`."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 5e-3 as a string, where everyone means a number, and drops all but the last of equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         if repeated := [key for index, key in enumerate(keys) if key in keys[:index]]:
             raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)

@@ -118,7 +118,7 @@ def _text(record: Record, column: str) -> str:
 
 
 def _column(field: str, fields: Sequence[str], task: str, available: Sequence[str]) -> str:
-    names = [field, *(TASKS[task].column_names(field) if task in TASKS else ())]
+    names = [field, *(TASKS[task].column_names(field) if task in TASKS and field in TASKS[task].columns else ())]
     names += USUAL_COLUMNS if len(fields) == 1 else ()
     found = next((name for name in names if name in available), None)
     if found is None:
@@ -131,4 +131,8 @@ def _checked(rows: Iterable[tuple[str, Row]]) -> Iterator[Row]:
     for where, row in rows:
         if not any(text.strip() for text in row.values()):
             raise DataError(f"{where}: holds no text")
+        try:
+            "".join(row.values()).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: is not Unicode text: {error}") from None
         yield row

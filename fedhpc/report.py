@@ -33,6 +33,8 @@ class RunFiles:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
             file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rounds recorded, ascending; of a round repeated after an interruption the last line counts."""

@@ -17,6 +17,7 @@ from fedhpc.errors import Halt, RanksLost
 from fedhpc.exact_sum import SumSize
 from fedhpc.exchange import Exchange
 from fedhpc.federation import Packs, Placement, make_packs, population, round_steps, sample_devices
+from fedhpc.files import write_whole
 from fedhpc.job import Job
 from fedhpc.local_update import learning_rate
 from fedhpc.lock import RunLock
@@ -64,7 +65,7 @@ class Server:
 
     def run(self, found: RunState | None) -> Op:
         """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
-        self.files.config.write_text(self.config.to_yaml(), encoding="utf-8")
+        write_whole(self.files.config, self.config.to_yaml().encode())
         try:
             self.state = self.initial_state() if found is None else self.resumed_state(found)
             self._log_start(self.state, resumed=found is not None)

@@ -169,6 +169,13 @@ def test_a_ratio_that_nothing_asks_for_is_not_said_to_decide(write):
     assert "decides after selection.warmup_rounds: 10" in notice
 
 
+def test_yaml_may_merge(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "device: {<<: {epochs: 3, batch_size: 4}, batch_size: 2}\n")
+    device = load_config(path).device
+    assert (device.epochs, device.batch_size) == (3, 2)
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "device: {epochs: 1}\nseed: 1\ndevice: {batch_size: 2}\n")

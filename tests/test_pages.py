@@ -10,7 +10,7 @@ import yaml
 from tiny import run_dir
 
 from fedhpc.errors import CheckpointError, ReportError
-from fedhpc.pages import write_report
+from fedhpc.pages import read_run, write_report
 from fedhpc.pages.units import unit_for
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -101,8 +101,9 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def report(tmp_path):
-    def write(*runs, target=None, budget_bytes=None):
+    def write(*folders, target=None, rounds=None, budget_bytes=None):
         out = tmp_path / "page.html"
+        runs = [read_run(folder, rounds=rounds, budget_bytes=budget_bytes) for folder in folders]
         write_report(runs, out, target, budget_bytes)
         return Page(out)
 
@@ -311,6 +312,35 @@ def test_labels_name_choices_and_leave_out_what_follows_from_them(report, make_r
     assert rates == ["device.learning_rate", "0.1", "0.2", "0.3"]
 
 
+def test_settings_that_differ_between_tasks_have_a_row_for_each(report, make_run):
+    table = report(
+        make_run("a1", [0.5], data__task="one", device__learning_rate=0.1),
+        make_run("b1", [0.5], data__task="one", device__learning_rate=0.1, server__method="fedprox"),
+        make_run("a2", [0.5], data__task="two", device__learning_rate=0.2),
+        make_run("b2", [0.5], data__task="two", device__learning_rate=0.1, server__method="fedprox"),
+    ).tables["Configurations"]
+    rate = table[0].index("learning_rate")
+    assert [(row[0], row[rate]) for row in table[1:]] == [
+        ("method=fedavg, one", "0.1"),
+        ("method=fedavg, two", "0.2"),
+        ("method=fedprox", "0.1"),
+    ]
+
+
+def test_how_often_a_run_is_saved_makes_it_no_other_configuration(report, make_run):
+    runs = make_run("a", [0.6], rounds=2), make_run("b", [0.8], rounds=2, seed=2, checkpoint__every=7)
+    _, *rows = report(*runs).tables["final results"]
+    assert [row[1:3] for row in rows] == [["2", "0.700 ± 0.141"]]
+
+
+def test_the_rounds_that_an_experiment_asks_for_count(report, make_run):
+    runs = make_run("a", [0.6, 0.9]), make_run("b", [0.8], rounds=2, seed=2)
+    _, *rows = report(*runs, rounds=2).tables["final results"]
+    assert [row[1:3] for row in rows] == [["2", "0.700 ± 0.141"]]
+    _, *rows = report(*runs, rounds=4).tables["final results"]
+    assert [row[1] for row in rows] == ["1 of 2 finished"]
+
+
 def test_a_real_run(fedhpc, run_config, tmp_path):
     config = run_config(federation__rounds=2, selection__ratio=0.5, evaluate__every=1)
     assert fedhpc("run", config)[0] == 0
@@ -320,7 +350,6 @@ def test_a_real_run(fedhpc, run_config, tmp_path):
     page = Page(tmp_path / "page.html")
     assert page.faults == []
     assert page.tables["cost to reach accuracy 0.010"][1][1] == "1.0"
-    assert "bytes" not in page.tables["cost to reach accuracy 0.010"][0]  # one process moves nothing
     assert re.search(r"<title>layer 0: score [\d.]+", page.text)
     assert page.text.count(", exchanged</title>") == 2  # half of 4 layers
     # 240 training examples on 12 devices, in the three classes of tiny.py
@@ -348,7 +377,7 @@ def test_a_configuration_that_cannot_be_read_is_refused(report, make_run):
 @pytest.mark.parametrize(("out", "words"), [("page.csv", "must end in .html"), ("nowhere/page.html", "No such file")])
 def test_a_page_that_cannot_be_written_is_refused(make_run, tmp_path, out, words):
     with pytest.raises(ReportError, match=words):
-        write_report([make_run("a", [0.5])], tmp_path / out)
+        write_report([read_run(make_run("a", [0.5]))], tmp_path / out)
 
 
 def test_a_unit_suits_the_smallest_number_too():

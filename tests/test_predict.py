@@ -149,6 +149,7 @@ FILES = {
     "header.tsv": ("text\n", "header.tsv: holds no text"),
     "number.jsonl": ('{"text": 3}\n', "line 1: column 'text' holds 3, expected text"),
     "broken.jsonl": ('{"text": "a"}\n{\n', "line 2: "),
+    "half_a_character.jsonl": ('{"text": "a \\ud83d"}\n', "line 1: is not Unicode text: 'utf-8' codec can't encode"),
     "blank.txt": ("the place\n\nwas calm\n", "line 2: holds no text"),
 }
 

@@ -193,6 +193,7 @@ def test_faulty_tables(tmp_path, bert, capsys, train, message):
         ("{", "line 2: Expecting property name"),
         ("[1]", "line 2: expected one JSON object a line, found list"),
         ('{"question": "a", "passage": 3, "answer": true}', "line 2: column 'passage' holds 3, expected text"),
+        ('{"question": "a", "passage": "\\ud83d", "answer": true}', "line 2: 'utf-8' codec can't encode character"),
         ('{"question": "a", "passage": "b"}', "line 2: no label in column 'answer'; valid are false, true"),
         ('{"question": "a", "passage": "b", "answer": 1}', "line 2: unknown label '1'; valid are false, true"),
     ],

@@ -1,6 +1,7 @@
 """An experiment's cells: what they are, that each is run once and to its end, and the tables."""
 
 import csv
+import datetime
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from fedhpc.errors import EXIT_STOPPED
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import load_experiment
 from fedhpc.sweep.results import curve, results
+from fedhpc.sweep.runner import Runner
 from fedhpc.sweep.standing import standing
 
 GRID = {
@@ -155,13 +157,30 @@ def test_cells_begun_with_another_configuration_are_refused_before_anything_runs
 
 def test_a_cell_without_its_last_checkpoint_is_not_done(finished):
     experiment = load_experiment(finished)
-    latest = experiment.cells[0].run_dir / "checkpoints/LATEST"
-    text = latest.read_text()
-    latest.write_text("round_000002\n")
+    folder = experiment.cells[0].run_dir / "checkpoints"
+
+    def done():
+        return standing(experiment, experiment.cells[0]).done
+
+    (folder / "round_000003").rename(folder / "last")
+    assert not done()
+    (folder / "round_000002").rename(folder / "before")  # removed to save room
+    assert done()
+    (folder / "partial").mkdir()  # what a run leaves that is killed before its only checkpoint is whole
+    assert not done()
+    (folder / "partial").rmdir()
+    (folder / "last").rename(folder / "round_000003")
+    (folder / "before").rename(folder / "round_000002")
+
+
+def test_a_stop_while_a_cell_is_being_started_reaches_it(write):
+    """Python's handler runs although the main thread has blocked the signal: another thread has taken it."""
+    experiment = load_experiment(write({"federation.rounds": [200]}))
+    experiment.make_folder()
+    runner = Runner(experiment, "env", None, lambda text: runner._pass_on(signal.SIGTERM, None))
+    runner.run(experiment.cells, 1)
+    assert runner.stopped
     assert not standing(experiment, experiment.cells[0]).done
-    latest.unlink()  # removed to save room
-    assert standing(experiment, experiment.cells[0]).done
-    latest.write_text(text)
 
 
 def test_failed_cells_are_reported_and_do_not_stop_the_others(write):
@@ -237,6 +256,19 @@ def test_axes_settings_and_names(write):
     assert load_experiment(path, out="other").cells[0].run_dir == Path("other") / cells[0].name
 
 
+def test_a_date_is_text(write):
+    (cell,) = load_experiment(write({"data.task": [datetime.date(2026, 1, 2)]})).cells
+    assert (cell.name, cell.config.data.task) == ("task=2026-01-02", "2026-01-02")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(write, fedhpc):
+    path = write()
+    for option in ((), ("--report",)):
+        status, _, err = fedhpc("sweep", path, "--out", path, *option)
+        assert status == 2
+        assert f"out: {path} cannot be made: File exists" in err
+
+
 def test_an_axis_may_choose_the_base(write, world, tmp_path):
     (tmp_path / "big.yaml").write_text(f"base: {world}\nfederation: {{rounds: 77}}\n")
     cells = load_experiment(write({"base": [str(world), str(tmp_path / "big.yaml")]}, base=None)).cells
@@ -252,6 +284,9 @@ def test_excluded_combinations(write):
     assert left({"server.method": "fedavg", "layers": "all"}) == every[3:]
     assert left({"server.method": "fedavg", "selection.strategy": "all"}) == every[3:]
     assert left({"seed": [1, 2]}) == every[2::3]
+    numbered = {"devices": {6: {"federation.num_devices": 6}, 12: {"federation.num_devices": 12}}}
+    cells = load_experiment(write(numbered, exclude=[{"devices": 12}])).cells
+    assert [cell.name for cell in cells] == ["devices=6"]
     # One that the configuration refuses may be left out.
     path = write({"exchange.mode": ["gather", "reduce"]}, set={"trace": True}, exclude=[{"exchange.mode": "reduce"}])
     assert [cell.name for cell in load_experiment(path).cells] == ["mode=gather"]
@@ -291,6 +326,14 @@ PROBLEMS = {
     "an unknown key to exclude": (
         {"exclude": [{"server.methd": "fedavg"}]},
         ["exclude: server.methd: neither an axis nor a key; did you mean server.method?"],
+    ),
+    "an unknown name to exclude": (
+        {"exclude": [{"layers": "hafl"}]},
+        ["exclude: layers: no value has the name 'hafl'; there are all, half"],
+    ),
+    "an axis of the name of a figure": (
+        {"grid": {"rounds": {"few": {"federation.rounds": 1}}}},
+        ["grid.rounds: is a column of results.csv already; choose another name"],
     ),
     "nothing left": ({"exclude": [{"seed": [1, 2, 3]}]}, ["exclude: leaves no cell of the grid"]),
     "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, set, grid, exclude"]),

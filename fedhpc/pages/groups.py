@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedhpc.config import WITHOUT_EFFECT
 from fedhpc.pages.runs import GLOBAL, PHASES, Floats, Run
 
-FREE = ("run_dir", "seed")
-"""Keys in which the runs of a group may differ."""
+FREE = ("seed", *(key for key in WITHOUT_EFFECT if key != "data.path"))
+"""Beginnings of keys in which the runs of a group may differ."""
 AXES = ("tuning.kind", "server.method")
 """Keys that name a configuration before all others."""
 DEFAULT_TARGET = 0.95
@@ -65,7 +66,7 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
     """Task -> groups, in the order in which they were first met."""
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        same = {key: value for key, value in run.config.items() if key not in FREE}
+        same = {key: value for key, value in run.config.items() if not key.startswith(FREE)}
         found.setdefault(run.task, {}).setdefault(repr(sorted(same.items())), []).append(run)
     tasks = {task: list(parts.values()) for task, parts in found.items()}
     differing = _differing([[members[0].config for members in parts] for parts in tasks.values()])
@@ -85,7 +86,7 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
 
 def _differing(tasks: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """Keys in which two configurations of a task differ, in the order of the configuration."""
-    keys = dict.fromkeys(key for configs in tasks for config in configs for key in config if key not in FREE)
+    keys = dict.fromkeys(key for configs in tasks for config in configs for key in config if not key.startswith(FREE))
     return [key for key in keys if any(len({repr(config.get(key)) for config in configs}) > 1 for configs in tasks)]
 
 

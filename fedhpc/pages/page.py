@@ -13,28 +13,27 @@ from fedhpc.errors import ReportError
 from fedhpc.pages import charts, exports, tables
 from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
 from fedhpc.pages.parts import TaskPart, task_metrics, task_part
-from fedhpc.pages.runs import Run, read_run
+from fedhpc.pages.runs import Run
 from fedhpc.pages.tables import Cell, Table
 from fedhpc.pages.units import unit_for
 
 
 def write_report(
-    run_dirs: Sequence[Path], out: Path, target: float | None = None, budget_bytes: float | None = None
+    runs: Sequence[Run], out: Path, target: float | None = None, budget_bytes: float | None = None
 ) -> None:
     """Write the page, and its tables beside it with the endings .csv and .tex.
 
     Args:
-        run_dirs: of `fedhpc run`; unfinished ones are marked.
+        runs: unfinished ones are marked.
         out: ends in .html.
         target: of the task's own metric; 95 % of each task's best final value unless given.
-        budget_bytes: each run is shown up to its last round within it.
+        budget_bytes: what the runs were read with.
 
     Raises:
-        UserError: a folder is no run directory, or `out` cannot be written.
+        ReportError: `out` cannot be written.
     """
     if out.suffix != ".html":
         raise ReportError(f"--out {out}: must end in .html; the tables go beside it, with .csv and .tex")
-    runs = [read_run(path, budget_bytes) for path in dict.fromkeys(path.resolve() for path in run_dirs)]
     tasks = group_runs(runs)
     parts = [task_part(name, groups, target) for name, groups in tasks.items()]
     whole = [_overview(parts)] if len(parts) > 1 else []
@@ -88,11 +87,19 @@ def _overview(parts: Sequence[TaskPart]) -> Table:
 
 def _configurations(parts: Sequence[TaskPart]) -> Table:
     """The keys in which configurations differ, in full."""
-    groups = {group.label: group for part in parts for group in part.groups}
-    keys = list(next(iter(groups.values())).settings)
+    found: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for part in parts:
+        for group in part.groups:
+            texts = tuple(map(_setting_text, group.settings.values()))
+            found.setdefault(group.label, {}).setdefault(texts, []).append(part.name)
+    keys = list(parts[0].groups[0].settings)
     rows = [
-        [Cell(text=label), *(Cell(text=_setting_text(group.settings[key])) for key in keys)]
-        for label, group in groups.items()
+        [
+            Cell(text=label if len(variants) == 1 else f"{label}, {', '.join(tasks)}"),
+            *(Cell(text=text) for text in texts),
+        ]
+        for label, variants in found.items()
+        for texts, tasks in variants.items()
     ]
     headings = ["configuration", *(leaf_name(key, keys) for key in keys)]
     return Table(title="Configurations", headings=headings, rows=rows, is_text=True)

@@ -130,8 +130,12 @@ class Run:
         return None
 
 
-def read_run(path: Path, budget_bytes: float | None = None) -> Run:
-    """One run directory, up to its last round within a budget of bytes.
+def read_run(path: Path, *, rounds: int | None = None, budget_bytes: float | None = None) -> Run:
+    """One run directory.
+
+    Args:
+        rounds: those that count, instead of all that were run for.
+        budget_bytes: the run counts up to its last round within it.
 
     Raises:
         CheckpointError: it is none, or its configuration cannot be read.
@@ -148,17 +152,19 @@ def read_run(path: Path, budget_bytes: float | None = None) -> Run:
         raise CheckpointError(f"{files.config}: must hold keys and values, found {type(values).__name__}")
     with suppress(ValidationError):  # keys that came later than the run have their defaults
         values = Config.model_validate(values).model_dump()
+    config = flatten(values) | ({} if rounds is None else {"federation.rounds": rounds})
     recorded = files.read_metrics()
-    records = within(recorded, budget_bytes)
-    return Run(path=path, config=flatten(values), records=records, is_cut=len(records) < len(recorded))
+    records = counted(recorded, rounds, budget_bytes)
+    return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))
 
 
-def within(records: Sequence[Record], budget_bytes: float | None) -> Sequence[Record]:
-    """The rounds until which no more than these bytes were moved; all without a budget."""
+def counted(records: Sequence[Record], rounds: int | None, budget_bytes: float | None) -> Sequence[Record]:
+    """The first rounds of a run, of these those until which no more bytes were moved; None: no such limit."""
+    first = [record for record in records if rounds is None or record["round"] < rounds]
     if budget_bytes is None:
-        return records
-    moved = accumulate(record["bytes"] for record in records)
-    return [record for record, so_far in zip(records, moved, strict=True) if so_far <= budget_bytes]
+        return first
+    moved = accumulate(record["bytes"] for record in first)
+    return [record for record, so_far in zip(first, moved, strict=True) if so_far <= budget_bytes]
 
 
 def _number(value: Any) -> float:

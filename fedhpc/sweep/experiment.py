@@ -21,6 +21,8 @@ from fedhpc.errors import ConfigError
 
 Settings = dict[str, Any]
 """Dotted key -> value. The key `base` stands for the configuration file that the others change."""
+FIGURES = ("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds")
+"""Columns of results.csv behind the axes."""
 CELLS_NAMED = 4
 """So many cells are named beside a problem that several have."""
 
@@ -86,6 +88,17 @@ class Experiment:
     target: float | None
     budget_bytes: float | None
 
+    def make_folder(self) -> None:
+        """Make `out`.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: {self.out} cannot be made: {error.strerror}; give a folder") from None
+
     @cached_property
     def digest(self) -> str:
         """Of the cells in their order: the tasks of a job array know theirs by its number."""
@@ -138,11 +151,13 @@ def _label(value: Any) -> str:
         return _label(next(iter(value.values()), "none"))
     if isinstance(value, list):
         return "+".join(map(_label, value))
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool | float) else str(value)
     return re.sub(r"[^\w.+-]+", "-", text.rstrip("/").rpartition("/")[2].removesuffix(".yaml"))
 
 
 def _axis_problems(file: ExperimentFile, axes: Mapping[str, Axis]) -> Iterator[str]:
+    for name in sorted(axes.keys() & set(FIGURES)):
+        yield f"grid.{name}: is a column of results.csv already; choose another name"
     for name, axis in axes.items():
         for label, count in Counter(label for label, _ in axis).items():
             if count > 1:
@@ -163,6 +178,10 @@ def _key_problems(file: ExperimentFile, axes: Mapping[str, Axis], overrides: Seq
         yield "run_dir: follows from out: and the cell's values; set neither it nor an axis of that name"
     for key in (key for entry in file.exclude for key in flatten(entry) if key not in (*axes, *KEYS)):
         yield f"exclude: {key}: neither an axis nor a key{suggestion(key)}"
+    for key, wanted in (pair for entry in file.exclude for pair in flatten(entry).items()):
+        labels = [label for label, settings in axes.get(key, ()) if key not in settings]
+        for name in (name for name in _any_of(wanted) if labels and _label(name) not in labels):
+            yield f"exclude: {key}: no value has the name {name!r}; there are {', '.join(labels)}"
 
 
 def _keys(axis: Axis) -> set[str]:
@@ -202,7 +221,7 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
 
 
 def _overrides(settings: Settings) -> list[str]:
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in settings.items()]
 
 
 def _short_names(axes: Mapping[str, Axis]) -> dict[str, str]:
@@ -214,10 +233,14 @@ def _short_names(axes: Mapping[str, Axis]) -> dict[str, str]:
 
 def _matches(entry: Settings, known: Settings, labels: Mapping[str, str]) -> bool:
     def has(key: str, wanted: Any) -> bool:
-        found = known[key] if key in known else labels.get(key)
-        return found == wanted or (isinstance(wanted, list) and found in wanted)
+        is_value = key in known and (known[key] == wanted or known[key] in _any_of(wanted))
+        return is_value or (key in labels and labels[key] in map(_label, _any_of(wanted)))
 
     return all(has(key, wanted) for key, wanted in flatten(entry).items())
+
+
+def _any_of(wanted: Any) -> list[Any]:
+    return wanted if isinstance(wanted, list) else [wanted]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ def run_here(
     _say(f"{len(experiment.cells)} cells, {len(experiment.cells) - len(waiting)} of them done")
     runner = Runner(experiment, launch, run, _say)
     if waiting:
-        experiment.out.mkdir(parents=True, exist_ok=True)
+        experiment.make_folder()
         with runner.listening(), RunLock(experiment.out, JobEnvironment()):
             if launch is None:
                 prepare()

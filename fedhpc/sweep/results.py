@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.files import write_whole
-from fedhpc.pages import Record, within, write_report
+from fedhpc.pages import Record, counted, read_run, write_report
 from fedhpc.report import RunFiles
-from fedhpc.sweep.experiment import Cell, Experiment
+from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
 
 
 def write_tables(experiment: Experiment) -> list[Path]:
@@ -23,10 +23,14 @@ def write_tables(experiment: Experiment) -> list[Path]:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    experiment.out.mkdir(parents=True, exist_ok=True)
+    experiment.make_folder()
     table, report = experiment.out / "results.csv", experiment.out / "report.html"
     write_whole(table, text.getvalue().encode())
-    begun = [cell.run_dir for cell in experiment.cells if RunFiles(cell.run_dir).rounds_recorded()]
+    begun = [
+        read_run(cell.run_dir, rounds=cell.config.federation.rounds, budget_bytes=experiment.budget_bytes)
+        for cell in experiment.cells
+        if RunFiles(cell.run_dir).rounds_recorded()
+    ]
     if not begun:
         return [table]
     write_report(begun, report, experiment.target, experiment.budget_bytes)
@@ -35,19 +39,15 @@ def write_tables(experiment: Experiment) -> list[Path]:
 
 def curve(cell: Cell, budget_bytes: float | None) -> Sequence[Record]:
     """The rounds of a cell that count: those the experiment has, as far as the budget goes."""
-    records = RunFiles(cell.run_dir).read_metrics()
-    return within([record for record in records if record["round"] < cell.config.federation.rounds], budget_bytes)
+    return counted(RunFiles(cell.run_dir).read_metrics(), cell.config.federation.rounds, budget_bytes)
 
 
 def results(rounds: Sequence[Record]) -> dict[str, Any]:
     """The figures of one cell; empty where nothing was evaluated. All but `seconds` are the same from every run."""
     evaluated = [record for record in rounds if record["accuracy_global"] is not None]
     last = evaluated[-1] if evaluated else {}
-    return {
-        "rounds": len(rounds),
-        "accuracy": last.get("accuracy"),
-        "accuracy_global": last.get("accuracy_global"),
-        "best_accuracy_global": max((record["accuracy_global"] for record in evaluated), default=None),
-        "bytes": sum(record["bytes"] for record in rounds),
-        "seconds": round(sum(record["seconds"]["round"] for record in rounds), 3),
-    }
+    best = max((record["accuracy_global"] for record in evaluated), default=None)
+    moved = sum(record["bytes"] for record in rounds)
+    seconds = round(sum(record["seconds"]["round"] for record in rounds), 3)
+    figures = (len(rounds), last.get("accuracy"), last.get("accuracy_global"), best, moved, seconds)
+    return dict(zip(FIGURES, figures, strict=True))

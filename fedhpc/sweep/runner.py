@@ -73,6 +73,8 @@ class Runner:
             if (pid := os.fork()) == 0:
                 self._be(cell, log)
             self._running[pid] = cell, time.monotonic()
+            if self.stopped:  # meanwhile: only this thread's signals are blocked, and others take them too
+                self._ask_to_stop()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return True
@@ -99,9 +101,11 @@ class Runner:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)
 
     def _end(self, pid: int, code: int) -> None:
         cell, since = self._running.pop(pid)

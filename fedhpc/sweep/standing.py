@@ -10,6 +10,7 @@ from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
 
 HEAD, END = "=== ", "=== exit status "
+ROUND = re.compile(r"round_(\d+)")
 TAIL_LINES = 15
 """mpirun's own words about a rank that failed take ten."""
 
@@ -61,7 +62,7 @@ class Standing:
     rounds: int
     """All that it has."""
     saved: bool
-    """Whether the checkpoint of the last round is there, or none at all any more."""
+    """Whether the checkpoint of the last round is there; or none any more, and none that was never finished."""
     status: int | None
     """Of its latest run in this sweep."""
 
@@ -84,13 +85,12 @@ class Standing:
 
 def standing(experiment: Experiment, cell: Cell) -> Standing:
     """Where a cell stands."""
-    latest = cell.run_dir / "checkpoints" / "LATEST"
-    found = re.match(r"round_(\d+)", latest.read_text()) if latest.exists() else None
-    rounds = cell.config.federation.rounds
+    checkpoints, rounds = cell.run_dir / "checkpoints", cell.config.federation.rounds
+    saved_after = [int(found[1]) for path in checkpoints.glob("round_*") if (found := ROUND.match(path.name))]
     return Standing(
         completed=len(RunFiles(cell.run_dir).rounds_recorded()),
         rounds=rounds,
-        saved=found is None or int(found[1]) >= rounds,
+        saved=max(saved_after) >= rounds if saved_after else not (checkpoints / "partial").exists(),
         status=CellLog(experiment.out, cell).last_status(),
     )
 
