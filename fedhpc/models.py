@@ -200,18 +200,22 @@ class Backbone(nn.Module):
     def _check(self, config: ModelConfig, tuning: TuningConfig, data: Description) -> None:
         """Refuse what would give wrong numbers without an error; what a tuning needs, `Tuning.check` looks for."""
         _check_attention(self.base.config, config, tuning, data, self.answers)
-        if self.word_head is None:
-            return
         who = f"model.name: {config.name}: a {self.base.config.model_type} model"
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.torch_device)
+        ids = torch.full((1, 2), int(self.base.config.pad_token_id == 0), device=self.torch_device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[:, 0], labels=ids[:, 0], sizes=(1,))
         with no_surprise(f"{who} cannot be used"):
-            ours = self._logits(self.hidden(batch))
-            positions = self._positions(ids, mask, 0)
-            theirs = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.to(ours)
+            ours = self.hidden(batch)
+            if self.word_head is not None:
+                ours = self._logits(ours)
+            theirs = self.model(input_ids=ids, attention_mask=mask)[0].to(ours)
         if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
-            raise ModelError(f"{who} changes its logits behind its language-model head, which is not supported")
+            raise ModelError(
+                f"{who} numbers its positions as fedhpc does not know, or changes its logits behind its language-model "
+                "head; neither is supported"
+            )
+        if self.word_head is None:
+            return
         if self.answers.branch_tokens:
             self._check_branches(who)
         if config.attention == "sdpa":

@@ -25,7 +25,10 @@ from fedhpc.config import ModelConfig
 from fedhpc.errors import ModelError
 from fedhpc.weights import mapped_weights
 
-POSITIONS_COUNT_TOKENS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
+POSITIONS_COUNT_TOKENS = (
+    *("roberta", "roberta-prelayernorm", "camembert", "data2vec-text"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 """Model types whose positions start at padding_idx + 1 and skip padding."""
 
 

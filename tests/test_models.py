@@ -31,6 +31,7 @@ from transformers import (
     AlbertModel,
     AutoModel,
     BertModel,
+    Data2VecTextForMaskedLM,
     FalconConfig,
     FalconForCausalLM,
     GraniteConfig,
@@ -38,6 +39,8 @@ from transformers import (
     Lfm2Config,
     Lfm2ForCausalLM,
     T5Config,
+    XLMRobertaXLForMaskedLM,
+    XmodForMaskedLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -467,8 +470,27 @@ def test_architectures_that_change_logits_behind_the_head_are_refused(tmp_path):
         initializer_range=0.2,
     )
     GraniteForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="a granite model changes its logits behind its language-model head"):
+    with pytest.raises(ModelError, match=r"a granite model .* changes its logits behind its language-model head"):
         load_backbone(tmp_path, "llama")
+
+
+@pytest.mark.parametrize("head", ["verbalizer", "linear"])
+def test_architectures_that_number_positions_otherwise_are_refused(tmp_path, monkeypatch, head):
+    folder = save_backbone(tmp_path, "roberta")
+    load_backbone(folder, "roberta", head=head)
+    monkeypatch.setattr("fedhpc.models.POSITIONS_COUNT_TOKENS", ())
+    with pytest.raises(ModelError, match="a roberta model numbers its positions as fedhpc does not know"):
+        load_backbone(folder, "roberta", head=head)
+
+
+@pytest.mark.parametrize("model_class", [XLMRobertaXLForMaskedLM, Data2VecTextForMaskedLM, XmodForMaskedLM])
+def test_all_relatives_of_roberta_count_positions_as_it_does(tmp_path, model_class):
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = model_class.config_class(vocab_size=VOCABULARY, pad_token_id=1, initializer_range=0.2, **common)
+    if hasattr(config, "default_language"):
+        config.default_language = config.languages[0]
+    model_class(config).save_pretrained(tmp_path)
+    load_backbone(tmp_path, "roberta")
 
 
 def test_configurations_of_other_kinds_are_refused(tmp_path):
@@ -504,7 +526,7 @@ def test_texts_longer_than_a_sliding_window():
 
 def test_spreading_over_gpus_without_accelerate_names_the_extra(folders, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda _name: None)
-    with pytest.raises(ModelError, match=r"pip install fedhpc\[multi-gpu\]"):
+    with pytest.raises(ModelError, match=r"pip install -e '\.\[multi-gpu\]'"):
         load_backbone(folders["gpt2"], "gpt2", device_map="auto")
 
 
