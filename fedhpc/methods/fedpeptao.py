@@ -55,7 +55,7 @@ class DriftCorrected(SummedMethod):
         beta, eta = self.momentum, uploads.device_learning_rate
         c = state.vectors["control_global"].astype(np.float64) if self.has_control else np.float64(0)
         # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
-        momentum = beta * state.vectors["momentum"] + (1 - beta) * (sums.mean + c)  # 3
+        momentum = beta * state.vectors["momentum"].astype(np.float64) + (1 - beta) * (sums.mean + c)  # 3
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
         step = self.learning_rate * mean_steps * eta
