@@ -7,7 +7,6 @@ Zhang, Zhou, Valduriez, Dou. EMNLP 2024. https://arxiv.org/abs/2410.00131.
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedhpc.data import Split
@@ -67,5 +66,5 @@ def _squared_gradients(
     batch = split.batch(examples, [1] * len(examples)).to(backbone.torch_device)
     params = [as_parameters(tensors, backbone.torch_device) for _ in examples]
     losses = tuning.losses(tuning.forward(backbone, params, batch), batch.labels)
-    gradients = torch.autograd.grad(losses.sum(), [tensor for own in params for tensor in own.values()])
+    gradients = backbone.gradients(losses.sum(), [tensor for own in params for tensor in own.values()])
     return float(sum(gradient.double().square().sum() for gradient in gradients))

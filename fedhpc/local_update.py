@@ -224,7 +224,7 @@ class _Lane:
             beat(f"computing the gradient of device {self.device}")
             batch = split.batch(self.examples[first : first + size]).to(backbone.torch_device)
             losses = self.tuning.losses(self.tuning.forward(backbone, [params], batch), batch.labels)
-            gradients = torch.autograd.grad(losses.sum() / len(self.examples), list(params.values()))
+            gradients = backbone.gradients(losses.sum() / len(self.examples), list(params.values()))
             torch._foreach_add_(total, gradients)
         backbone.training_mode(True)
         _clip(total, self.config.device.max_grad_norm)
@@ -301,7 +301,7 @@ def _step(
     scores = tuning.forward(backbone, [lane.params for lane in lanes], batch, dropout_seeds=seeds)
     losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])
     params = [parameter for lane in lanes for parameter in lane.params.values()]
-    gradients = list(torch.autograd.grad(losses.sum(), params))
+    gradients = backbone.gradients(losses.sum(), params)
     ends = [0, *accumulate(len(lane.params) for lane in lanes)]
     with torch.no_grad():
         for lane, loss, first, end in zip(lanes, losses.detach(), ends, ends[1:], strict=False):

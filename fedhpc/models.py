@@ -4,7 +4,7 @@ Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer,
 V words.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,8 @@ from fedhpc.pretrained import POSITIONS_COUNT_TOKENS, BackboneShape, first_line,
 attention.register()
 
 NOTHING = Overlay()
+LOSS_SCALE = 2.0**12
+"""A power of two rounds nothing. Gradients of one example in a batch begin near 1e-3, and float16 ends at 6e-8."""
 
 
 class Backbone(nn.Module):
@@ -118,6 +120,13 @@ class Backbone(nn.Module):
     def parameters_by_path(self) -> dict[str, Tensor]:
         """The frozen parameters behind the hidden states."""
         return dict(self.base.named_parameters())
+
+    def gradients(self, loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+        """Of a loss. In float16 they pass the backbone enlarged, where most of a small one would become zero."""
+        if self.base.dtype != torch.float16:
+            return list(torch.autograd.grad(loss, inputs, create_graph=create_graph))
+        enlarged = torch.autograd.grad(LOSS_SCALE * loss, inputs, create_graph=create_graph)
+        return [at_least_float32(gradient) / LOSS_SCALE for gradient in enlarged]
 
     def training_mode(self, training: bool, *, dropout: bool = True) -> None:
         """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen.
@@ -261,6 +270,7 @@ class Backbone(nn.Module):
 
 def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
     """The mean [b, H] of hidden states [b, s, H] where the mask [b, s, 1] is set."""
+    hidden = at_least_float32(hidden)  # float16 ends at 65504
     mask = in_text.to(hidden)
     return (hidden * mask).sum(1) / mask.sum(1)
 

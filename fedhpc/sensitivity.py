@@ -28,7 +28,7 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
     params = as_parameters(tensors, backbone.torch_device)
     with backbone.watched_embeddings() as embeddings:
         loss = tuning.losses(tuning.forward(backbone, [params], batch), batch.labels).mean()
-        (gradient,) = torch.autograd.grad(loss, embeddings[-1])
+        (gradient,) = backbone.gradients(loss, embeddings[-1:])
     gradient = gradient[:, : batch.input_ids.shape[1]]  # without answers of several tokens
     scale = PERTURBATION * embeddings[-1].detach().norm() / gradient.norm()
     if not torch.isfinite(scale):
@@ -37,7 +37,7 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
             "try another model.dtype"
         )
     before = backbone.layer_outputs(batch)
-    with backbone.watched_embeddings(moved=scale * gradient):
+    with backbone.watched_embeddings(moved=(scale * gradient).to(embeddings[-1])):
         after = backbone.layer_outputs(batch)
     moves = [float((b - a).float().norm() / a.float().norm()) for a, b in zip(before, after, strict=True)]
     return np.array(moves)

@@ -5,7 +5,7 @@ re-orthogonalisation; `eigengap` is the paper's rule, `density` the released cod
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -65,15 +65,15 @@ class BatchLoss:
 
     def gradient(self, displacement: Flat) -> Flat:
         """grad F(P + d)."""
-        return self._flat(torch.autograd.grad(self._value(displacement), self.moved))
+        return self._flat(self.backbone.gradients(self._value(displacement), self.moved))
 
     def hessian_product(self, vector: Flat) -> Flat:
         """H(P) v, by differentiating the gradient's product with v."""
         # The fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            gradients = torch.autograd.grad(self._value(np.zeros(self.size)), self.moved, create_graph=True)
+            gradients = self.backbone.gradients(self._value(np.zeros(self.size)), self.moved, create_graph=True)
             product = torch.stack([(g * v).sum() for g, v in zip(gradients, self._tensors(vector), strict=True)]).sum()
-            return self._flat(torch.autograd.grad(product, self.moved))
+            return self._flat(self.backbone.gradients(product, self.moved))
 
     def _value(self, displacement: Flat) -> torch.Tensor:
         with torch.no_grad():
@@ -87,7 +87,7 @@ class BatchLoss:
         return [part.view_as(parameter) for part, parameter in zip(parts, self.moved, strict=True)]
 
     @staticmethod
-    def _flat(tensors: tuple[torch.Tensor, ...]) -> Flat:
+    def _flat(tensors: Sequence[torch.Tensor]) -> Flat:
         return torch.cat([tensor.detach().flatten() for tensor in tensors]).double().cpu().numpy()
 
 

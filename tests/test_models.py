@@ -295,6 +295,20 @@ def test_bfloat16_backbone_trains_float32_prompts(folders, name):
     assert functional.cosine_similarity(half_gradient.flatten(), gradient.flatten(), dim=0) > 0.9
 
 
+def test_a_small_loss_has_a_gradient_in_float16_too(folders):
+    """As late in training, where most of a batch is right."""
+    batch = make_batch("roberta")
+    exact, half = (load_backbone(folders["roberta"], "roberta", dtype=dtype) for dtype in ("float32", "float16"))
+    prompts = random_prompts(exact.base.config, std=0.3)
+
+    def gradient(backbone):
+        leaf = prompts.clone().requires_grad_()
+        scores = backbone.word_scores(batch, with_prompts(leaf, NUM_TOKENS))
+        return backbone.gradients(1e-6 * functional.cross_entropy(scores, batch.labels), [leaf])[0]
+
+    assert functional.cosine_similarity(gradient(half).flatten(), gradient(exact).flatten(), dim=0) > 0.99
+
+
 def test_backbone_is_frozen(folders):
     backbone = load_backbone(folders["bert"], "bert", backbone_dropout=True, gradient_checkpointing=True)
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
