@@ -10,15 +10,15 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedhpc.errors import CheckpointError
-from fedhpc.files import fsync, write_whole
+from fedhpc.files import fsync, names_in, write_whole
 from fedhpc.local_update import DeviceState
 from fedhpc.messages import Kind, Note
+from fedhpc.report import log
 from fedhpc.state_file import (
     Layouts,
     RoundProgress,
@@ -36,6 +36,8 @@ SEAL = "COMPLETE"
 SERVER_FILE = "server.h5"
 CONTROL, LOCAL = "control", "local"
 DEVICE_FILE = re.compile(rf"\.\./(({CONTROL}|{LOCAL})/\d{{6,}})_\d{{6,}}\.h5")
+DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Of a checkpoint. Any other OSError may be a file system's that is well again tomorrow."""
 Sums = dict[str, str]
 """File name, relative to the checkpoint's folder -> SHA-256."""
 
@@ -73,7 +75,7 @@ class Checkpoints:
 
     def positions(self) -> list[Position]:
         """Of all checkpoints, whole or not, newest first."""
-        found = (Position.parse(path.name) for path in self.folder.glob("round_*"))
+        found = map(Position.parse, names_in(self.folder))
         return sorted((position for position in found if position), reverse=True)
 
     def path(self, position: Position) -> Path:
@@ -135,7 +137,10 @@ class Checkpoints:
         write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {SUMS}\n".encode())
         fsync(self.folder / CONTROL)
         fsync(partial)
-        for broken in (found for found in self.positions() if after is None or found > after):
+        newer = [found for found in self.positions() if after is None or found > after]
+        if newer and after is None:
+            raise RuntimeError(f"{self.folder}: has checkpoints that were not there when this run began")
+        for broken in newer:
             _remove(self.path(broken))
         partial.rename(final)
         fsync(self.folder)
@@ -166,7 +171,7 @@ class Checkpoints:
                 if Position.of(state) != position:
                     raise CheckpointError(f"{folder}: holds the state of {Position.of(state)}, not what its name says")
                 return state
-            except (CheckpointError, OSError) as error:
+            except (CheckpointError, *DAMAGE) as error:
                 problems.append(str(error))
                 report(f"checkpoint not used: {error}")
         if problems:
@@ -202,15 +207,15 @@ class Checkpoints:
     def _drop(self, positions: list[Position]) -> None:
         """Remove checkpoints, and the device files that no other one lists."""
         for position in positions:
-            _remove(self.path(position))
-        kept: set[str] = set()
-        for position in self.positions():
-            with suppress(CheckpointError):  # a broken one keeps nothing
-                kept |= self.device_files(position).keys()
+            _discard(self.path(position))
+        try:
+            kept = {name for position in self.positions() for name in self.device_files(position)}
+        except CheckpointError:  # nobody knows which files it needs
+            return
         for kind in (CONTROL, LOCAL):
-            for path in (self.folder / kind).glob("*.h5*"):
-                if f"../{kind}/{path.name}" not in kept:
-                    _remove(path)
+            for name in names_in(self.folder / kind):
+                if f"../{kind}/{name}" not in kept:
+                    _discard(self.folder / kind / name)
 
 
 def newer(sums: Sums, over: Sums) -> Sums:
@@ -256,7 +261,7 @@ def read_sums(folder: Path) -> Sums:
         if seal != f"{sha256_of(text.encode())}  {SUMS}\n":
             raise ValueError(f"it is not what {SEAL} seals")
         return {name: sha256 for sha256, name in (line.split("  ", 1) for line in text.splitlines())}
-    except (OSError, ValueError) as error:
+    except (*DAMAGE, ValueError) as error:
         raise CheckpointError(f"{folder}: is not complete: {SUMS} cannot be used: {error}") from None
 
 
@@ -273,6 +278,14 @@ def read_verified(path: Path, sha256: str) -> bytes:
 def sha256_of(data: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _discard(path: Path) -> None:
+    """Remove what nobody needs any more; that it cannot be done is no reason to end a run."""
+    try:
+        _remove(path)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path, error.strerror)
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,18 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Of what is in a folder; none where there is no folder.
+
+    Raises:
+        OSError: it cannot be listed, which `Path.glob` would take for an empty folder.
+    """
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that under its name there is all of it or what was there before.
 

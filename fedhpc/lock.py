@@ -27,8 +27,15 @@ WATCH_S = 35.0
 """How long another run's counter must stand still: three beats, and the time to write one."""
 SETTLE_S = 1.0
 """How long to look whether another run takes a left lock over at the same moment."""
+PATIENCE = 10
+"""So often a lock is tried again that a process of a job holds which is over: its node is slow to let go."""
 LOOKS = 20
 RECORD_BYTES = 1024
+USERS_FAULT = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT),
+)
+"""What another start would not mend."""
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -111,10 +118,13 @@ class RunLock:
         """
         self._me = Owner.this_process(self._job)
         self._stop = threading.Event()
+        self._patience = PATIENCE
         try:
             while self._descriptor is None:
                 self._descriptor = self._try()
         except OSError as error:
+            if error.errno not in USERS_FAULT:
+                raise
             raise ConfigError(f"run_dir: {self.path} cannot be locked: {error.strerror}") from None
         self._thread = threading.Thread(target=self._beat, args=[self._descriptor], daemon=True)
         self._thread.start()
@@ -126,9 +136,22 @@ class RunLock:
         self._stop.set()
         self._thread.join()
         with suppress(OSError):
-            if self._in_place(self._descriptor) and not self._taken_over():
+            if self._is_ours(self._descriptor):
                 self.path.unlink()
         self._close()
+
+    def check(self) -> None:
+        """Ask the file system whether this process may still write.
+
+        Raises:
+            RuntimeError: another run has taken the directory over, and may have ended since.
+        """
+        vanished = not self.path.parent.exists()  # which whoever writes there will say
+        if self.lost or not (vanished or (self._descriptor is not None and self._is_ours(self._descriptor))):
+            raise RuntimeError(f"another run has taken over {self.path.parent}, in the belief that this one was dead")
+
+    def _is_ours(self, descriptor: int) -> bool:
+        return self._in_place(descriptor) and not self._taken_over()
 
     def _try(self) -> int | None:
         """The lock file, ours; None if another process changed it meanwhile."""
@@ -175,7 +198,14 @@ class RunLock:
                 if Owner.parse(record := self._read()) is None:
                     self._changes(record, 2 * SETTLE_S)  # it is locked, but not yet written
                 if self._in_place(descriptor):
-                    raise self._refusal(self._read()) from None
+                    owner = Owner.parse(record := self._read())
+                    if owner is None or not self._is_over(owner):
+                        raise self._refusal(record) from None
+                    if not self._patience:
+                        raise TimeoutError(f"{_name(record)} is over, but its lock {self.path} is still held") from None
+                    self._patience -= 1
+                    time.sleep(self._watch_s)
+                    return False
             elif error.errno not in NO_FLOCK:
                 raise
         return self._in_place(descriptor)
@@ -187,12 +217,19 @@ class RunLock:
             return self._changes(record, SETTLE_S), "it names no process"
         if (owner.machine, owner.uid) == (me.machine, me.uid):
             return start_ticks(owner.pid) == owner.start_ticks, "that process has ended"
-        if owner.job_id is not None and (owner.cluster, owner.uid) == (me.cluster, me.uid):
-            if owner.job_id == me.job_id and owner.restarts != me.restarts:
-                return False, "that job was requeued"
-            if owner.job_id != me.job_id and (runs := self._job.job_runs(owner.job_id)) is not None:
-                return runs, "that job has ended"
+        if (reason := self._is_over(owner)) is not None:
+            return not reason, reason
         return self._changes(record, self._watch_s), f"it gave no sign of life for {self._watch_s:g} s"
+
+    def _is_over(self, owner: Owner) -> str | None:
+        """By SLURM: why the owner's job cannot run any more, "" if it does run, None if that is not known."""
+        me = self._me
+        if owner.job_id is None or (owner.cluster, owner.uid) != (me.cluster, me.uid):
+            return None
+        if owner.job_id == me.job_id:
+            return "that job was requeued" if owner.restarts != me.restarts else None
+        runs = self._job.job_runs(owner.job_id)
+        return None if runs is None else "" if runs else "that job has ended"
 
     def _changes(self, record: bytes, seconds: float) -> bool:
         # Counted looks, not elapsed time: while this process or the file system stands still, no time passes.

@@ -10,6 +10,7 @@ from fedhpc.checkpoint import Checkpoints, Position, Sums, device_sums, newer
 from fedhpc.control import ControlVariates
 from fedhpc.exchange import Exchange
 from fedhpc.job import Job
+from fedhpc.lock import RunLock
 from fedhpc.messages import NO_RECORD, Command, Kind, Note, Op
 from fedhpc.state_file import RunState, server_file
 from fedhpc.updates import Vector
@@ -20,8 +21,8 @@ NAP_S = 0.002
 class CheckpointWriter:
     """Writes a run's checkpoints, and keeps the devices' control variates that are part of them."""
 
-    def __init__(self, job: Job, exchange: Exchange, checkpoints: Checkpoints) -> None:
-        self.job, self.exchange, self.checkpoints = job, exchange, checkpoints
+    def __init__(self, job: Job, exchange: Exchange, checkpoints: Checkpoints, lock: RunLock) -> None:
+        self.job, self.exchange, self.checkpoints, self.lock = job, exchange, checkpoints, lock
         self.generation = 0
         self.newest: Position | None = None
         """Of the checkpoint written, being written or resumed from last."""
@@ -50,6 +51,7 @@ class CheckpointWriter:
         if position == self.newest:  # resumed from it, and nothing of it has changed
             return state
         after, self.newest = self.newest, position
+        self.lock.check()
         self.checkpoints.begin()
         command = Command(op=Op.SAVE, round=position.round, generation=self.generation, layers=state.layers)
         self.exchange.request(command, NO_RECORD, [0] * self.exchange.num_workers)
@@ -95,5 +97,6 @@ class CheckpointWriter:
         self.control.note_files(written)
         self.bytes_written += len(server) + sum((self.checkpoints.partial / name).stat().st_size for name in sums)
         self._device_files = newer(self._device_files, written)
+        self.lock.check()
         self.checkpoints.commit(position, server, {**sums, **self._device_files}, after=after, keep=keep)
         self.control.forget(fresh)

@@ -55,7 +55,7 @@ class Server:
         self.num_workers = exchange.num_workers
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
-        self.saving = CheckpointWriter(job, exchange, self.checkpoints)
+        self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
         self.method = make_method(job.config.server, population(job.config, job.partition))
         self.encoding = make_encoding(job.config, self.method)
         self.state: RunState | None = None
@@ -90,7 +90,9 @@ class Server:
     def run_rounds(self, state: RunState) -> RunState:
         """The main loop; returns the state after the last round."""
         rounds = self.config.federation.rounds
-        unfinished = state.record is not None and state.record["round"] not in self.files.rounds_recorded()
+        unfinished = (
+            state.part == 0 and state.record is not None and state.record["round"] not in self.files.rounds_recorded()
+        )
         progress = Progress(state.server.round - unfinished, rounds)
         if unfinished:  # its server update was done when the run was stopped
             state = self.finish_round(state, progress)
@@ -126,8 +128,7 @@ class Server:
         if record["accuracy"] is None and (last or done % config.evaluate.every == 0):
             record |= self.evaluate(state, record["seconds"])
         self.state = state = replace(state, record=record)
-        if self.lock.lost:
-            raise RuntimeError(f"another run has taken over {config.run_dir}, in the belief that this one was dead")
+        self.lock.check()
         if last or done % config.checkpoint.every == 0:
             start = time.perf_counter()
             self.state = state = self.saving.save(state)

@@ -15,7 +15,8 @@ def write_trace(
     """Write traces/round_XXXXXX.h5: broadcast P^t, uploads in sampled order, result P^{t+1}."""
     folder = run_dir / "traces"
     folder.mkdir(exist_ok=True)
-    with h5py.File(folder / f"round_{round_index:06d}.h5", "w") as file:
+    # Nobody else writes here, and where there are no locks, HDF5 would refuse to.
+    with h5py.File(folder / f"round_{round_index:06d}.h5", "w", locking=False) as file:
         file.attrs["device_learning_rate"] = uploads.device_learning_rate
         file["device_ids"] = uploads.device_ids.astype(np.int64)
         file["num_examples"] = uploads.num_examples.astype(np.int64)

@@ -42,6 +42,7 @@ ask_to_stop() { # SIGNAL
 unset "${!SQUEUE_@}" SLURM_CLUSTERS # the user's settings could hide the job from squeue
 # A task of an array has a number of its own, but by that of the last task SLURM would take the whole array.
 job=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%A %i' | sed -n "s/^$SLURM_JOB_ID \(.*_.*\)/\1/p")
+[ "$SLURM_JOB_ID" != "${SLURM_ARRAY_JOB_ID:-}" ] || job=${job:-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 failures=fedhpc-$job.failures
 export FEDHPC_FINISHED=$PWD/fedhpc-$job.finished # made by the run that reaches its end
@@ -59,7 +60,10 @@ else
 fi
 LAUNCH=${LAUNCH:-.venv/bin/mpirun -np $SLURM_NTASKS}
 case $LAUNCH in
-srun*) export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" ;; # srun does not take it from the job by itself
+srun*)
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the job by itself
+    unset SLURM_EXPORT_ENV                                # of `sbatch --export=NONE`: the ranks need FEDHPC_FINISHED
+    ;;
 esac
 
 launcher='' stops=0 terminated=''
@@ -89,7 +93,11 @@ case $status in
 2 | 126 | 127) finish $status "ended with $status, which another run would not mend" ;;
 esac
 if [ -n "$terminated" ]; then
-    case $(squeue --noheader --jobs="$job" --format=%T) in
+    for _ in 1 2 3; do # its daemon may be too busy to answer
+        state=$(squeue --noheader --jobs="$job" --format=%T) && break
+        sleep 2
+    done
+    case $state in
     RUNNING*) ;; # in the grace before a preemption: SLURM does not requeue what ends by itself in it
     *)
         say "ended by SLURM, with $status"

@@ -1,9 +1,12 @@
 """What a checkpoint promises: the run's state to the bit, or a message that says what is wrong with it."""
 
+import errno
 import json
+import os
 import subprocess
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -18,7 +21,9 @@ from fedhpc.control import ControlVariates
 from fedhpc.errors import CheckpointError, ConfigError
 from fedhpc.exchange import LocalExchange
 from fedhpc.files import write_whole
+from fedhpc.jobenv import JobEnvironment
 from fedhpc.local_update import DeviceState, UnfinishedUpdate
+from fedhpc.lock import RunLock
 from fedhpc.methods import ServerState
 from fedhpc.saving import CheckpointWriter
 from fedhpc.state_file import RoundProgress, RunState, read_server_file
@@ -90,7 +95,8 @@ class Run:
         job = SimpleNamespace(tuning=TUNING, identity=IDENTITY, config=SimpleNamespace(checkpoint=self.config))
         exchange = LocalExchange(StopRequest())
         exchange.handler = self.handle
-        self.writer = CheckpointWriter(job, exchange, self.checkpoints)
+        lock = SimpleNamespace(check=lambda: None)
+        self.writer = CheckpointWriter(job, exchange, self.checkpoints, lock)
         self.exchange, self.work = exchange, []
 
     def save(self, state, *, control=None, states=None, progress=()):
@@ -570,6 +576,49 @@ def test_a_broken_checkpoint_does_not_take_the_place_of_a_whole_one(run, tmp_pat
     again.resume(report=lambda line: None)
     again.save(run_state(2))
     assert again.checkpoints.positions() == [Position(2), Position(1)]
+
+
+def test_checkpoints_that_cannot_be_listed_or_read_now_are_neither_passed_over_nor_removed(run, monkeypatch):
+    run.save(run_state(3))
+    run.save(run_state(4))
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for holder, name in ((os, "listdir"), (Path, "read_text"), (Path, "read_bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, fail)
+            with pytest.raises(OSError, match="Stale file handle"):
+                run.newest()
+    assert run.checkpoints.positions() == [Position(4), Position(3)]
+
+
+def test_a_run_that_saw_no_checkpoint_removes_none(run, tmp_path):
+    run.save(run_state(4))
+    other = Run(tmp_path)
+    with pytest.raises(RuntimeError, match="has checkpoints that were not there when this run began"):
+        other.save(run_state(1))
+    assert run.resume().server.round == 4
+
+
+def test_device_files_stay_while_a_list_that_may_name_them_cannot_be_read(run):
+    run.save(run_state(3), control=control(2), states={2: device_state(2)})
+    run.save(run_state(4), control=control(7))
+    (run.checkpoints.path(Position(4)) / "SHA256SUMS").unlink()
+    run.save(run_state(5), control=control(8))
+    assert run.names(CONTROL) == ["000002_000001.h5", "000007_000002.h5", "000008_000003.h5"]
+    assert run.names(LOCAL) == ["000002_000001.h5"]
+
+
+def test_a_run_that_has_lost_its_directory_saves_nothing_more(run, tmp_path):
+    run.save(run_state(3))
+    with RunLock(tmp_path, JobEnvironment({})) as run.writer.lock:
+        run.save(run_state(4))
+        run.writer.lock.path.unlink()  # as its successor does at its end
+        with pytest.raises(RuntimeError, match="another run has taken over"):
+            run.save(run_state(5))
+    assert run.checkpoints.positions() == [Position(4), Position(3)]
+    assert not run.checkpoints.partial.exists()
 
 
 @pytest.mark.parametrize("damage", [drop_line, flip_bit], ids=["line dropped", "flipped bit"])

@@ -263,7 +263,7 @@ def test_a_failing_flock_stops_it(run_dir, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(ConfigError, match=r"lock cannot be locked: Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):  # not the user's fault: worth another start
         run_lock(run_dir).acquire()
 
 
@@ -501,6 +501,28 @@ def test_the_lock_of_another_run_in_a_new_directory_stays(run_dir, hold):
         time.sleep(0.2)
         assert held.lost
     assert f"process {second.pid}" in refused(run_dir)
+
+
+def test_who_has_lost_the_lock_is_told_when_it_asks(run_dir):
+    with run_lock(run_dir) as held:
+        held.check()
+        held.path.unlink()
+        with run_lock(run_dir):
+            pass  # it took over, and has ended
+        with pytest.raises(RuntimeError, match="another run has taken over"):
+            held.check()
+
+
+def test_a_requeued_job_waits_until_its_dead_process_lets_go(run_dir, hold, monkeypatch):
+    holder = hold({**JOB_7, "SLURM_RESTART_COUNT": "0"})
+    again = {**JOB_7, "SLURM_RESTART_COUNT": "1"}
+    monkeypatch.setattr(lock, "PATIENCE", 2)
+    with pytest.raises(TimeoutError, match=r"is over, but its lock .* is still held"):
+        RunLock(run_dir, JobEnvironment(again), watch_s=0.1).acquire()
+    waiting = RunLock(run_dir, JobEnvironment(again), watch_s=LONG_S)
+    threading.Timer(1.0, holder.kill).start()
+    with waiting:
+        assert "that job was requeued" in waiting.notice or "that process has ended" in waiting.notice
 
 
 def before_first(monkeypatch, holder, name, action):

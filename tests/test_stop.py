@@ -5,8 +5,9 @@ import signal
 import time
 
 import pytest
-from tiny import final_tensors, metrics
+from tiny import final_tensors, metrics, run_dir
 
+from fedhpc.checkpoint import Checkpoints
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange
 from fedhpc.jobenv import JobEnvironment
@@ -94,6 +95,20 @@ def test_what_a_curriculum_measured_before_a_stop_is_not_measured_again(run_conf
     assert len(metrics(config)) == 1  # every device has been measured
     monkeypatch.setattr("fedhpc.curriculum.fisher_trace", None)
     assert fedhpc("run", config)[0] == 0
+
+
+def test_a_checkpoint_within_a_round_needs_no_metrics_to_go_on(run_config, fedhpc, stop_after):
+    undisturbed = run_config("undisturbed")
+    assert fedhpc("run", undisturbed)[0] == 0
+    config = run_config("stopped")
+    stop_after(50)
+    assert fedhpc("run", config)[0] == EXIT_STOPPED
+    newest = Checkpoints(run_dir(config)).positions()[0]
+    assert newest.part
+    assert newest.round
+    (run_dir(config) / "metrics.jsonl").unlink()
+    assert fedhpc("run", config)[0] == 0
+    assert final_tensors(config) == final_tensors(undisturbed)
 
 
 def in_a_job(monkeypatch, seconds_left):

@@ -122,7 +122,7 @@ class Run:
     def layers(self) -> Layers | None:
         """From the newest checkpoint that can be read."""
         for file in sorted(self.path.glob("checkpoints/round_*/server.h5"), reverse=True):
-            with suppress(OSError, KeyError, ValueError), h5py.File(file) as state:
+            with suppress(OSError, KeyError, ValueError), h5py.File(file, locking=False) as state:
                 exchanged = tuple(int(layer) for layer in state["selection/layers"][:])
                 scores = state["selection/scores"][:].astype(float) if "selection/scores" in state else None
                 count = max(exchanged, default=-1) + 1 if scores is None else len(scores)
