@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedhpc.data import Split
 from fedhpc.models import Backbone
 from fedhpc.tuning import Tuning
-from fedhpc.tuning.base import as_parameters
+from fedhpc.tuning.base import Params, as_parameters
 
 Batches = list[NDArray[np.int64]]
 
@@ -37,17 +37,17 @@ def fisher_traces(
         beat: called before every batch.
     """
     backbone.training_mode(True, dropout=False)
-    traces = np.empty(len(batches))
+    params, traces = as_parameters(tensors, backbone.torch_device), np.empty(len(batches))
     for place, batch in enumerate(batches):
         beat("measuring how hard batches are")
-        traces[place] = fisher_trace(backbone, tuning, tensors, split, batch)
+        traces[place] = fisher_trace(backbone, tuning, params, split, batch)
     return traces
 
 
 def fisher_trace(
     backbone: Backbone,
     tuning: Tuning,
-    tensors: dict[str, np.ndarray],
+    params: Params,
     split: Split,
     examples: NDArray[np.int64],
 ) -> float:
@@ -56,15 +56,15 @@ def fisher_trace(
     Where devices can be packed, every example counts as a device: one pass gives each its own gradient.
     """
     groups = [examples] if tuning.packable else np.split(examples, len(examples))
-    squares = [_squared_gradients(backbone, tuning, tensors, split, group) for group in groups]
+    squares = [_squared_gradients(backbone, tuning, params, split, group) for group in groups]
     return sum(squares) / len(examples)
 
 
 def _squared_gradients(
-    backbone: Backbone, tuning: Tuning, tensors: dict[str, np.ndarray], split: Split, examples: NDArray[np.int64]
+    backbone: Backbone, tuning: Tuning, params: Params, split: Split, examples: NDArray[np.int64]
 ) -> float:
     batch = split.batch(examples, [1] * len(examples)).to(backbone.torch_device)
-    params = [as_parameters(tensors, backbone.torch_device) for _ in examples]
-    losses = tuning.losses(tuning.forward(backbone, params, batch), batch.labels)
-    gradients = backbone.gradients(losses.sum(), [tensor for own in params for tensor in own.values()])
+    each = [{name: tensor.detach().clone().requires_grad_() for name, tensor in params.items()} for _ in examples]
+    losses = tuning.losses(tuning.forward(backbone, each, batch), batch.labels)
+    gradients = backbone.gradients(losses.sum(), [tensor for own in each for tensor in own.values()])
     return float(sum(gradient.double().square().sum() for gradient in gradients))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -371,9 +371,17 @@ class Worker:
         personal = shared
         if self.unseen.local.size:
             personal = np.full_like(shared, ELSEWHERE)
-            for device in self.homes.devices_of(self.index):
-                own = evaluation_batches(self.validation, self.partition.validation[device], size)
-                self._predict(command, self.states.get(device, self.unseen), own, personal)
+            shares = {device: self.partition.validation[device] for device in self.homes.devices_of(self.index)}
+            batches = {
+                device: evaluation_batches(self.validation, examples, size)
+                for device, examples in shares.items()
+                if len(examples)
+            }
+            unseen = chain.from_iterable(own for device, own in batches.items() if device not in self.states)
+            self._predict(command, self.unseen, unseen, personal)
+            for device, own in batches.items():
+                if device in self.states:
+                    self._predict(command, self.states[device], own, personal)
         record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
         is_right = personal == self.validation.labels
         record["correct"] = [np.count_nonzero(is_right[examples]) for examples in self.partition.validation]

@@ -93,20 +93,22 @@ class BatchLoss:
 
 def lanczos(product: Callable[[Flat], Flat], start: Flat, *, steps: int) -> tuple[Flat, Flat]:
     """Ritz values ascending and their weights (squared first components, sum 1) of a symmetric operator."""
-    basis = [start / np.linalg.norm(start)]
+    basis = np.empty((steps, start.size))
+    basis[0] = start / np.linalg.norm(start)
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     while True:
-        w = product(basis[-1])
-        diagonal.append(float(w @ basis[-1]))
-        known = np.stack(basis)
+        done = len(diagonal) + 1
+        known = basis[:done]
+        w = product(known[-1])
+        diagonal.append(float(w @ known[-1]))
         for _ in range(2):  # once is not enough in finite precision
             w = w - known.T @ (known @ w)
         beta = float(np.linalg.norm(w))
         if len(diagonal) == steps or beta <= BREAKDOWN * max(map(abs, diagonal + off_diagonal)):
             break
         off_diagonal.append(beta)
-        basis.append(w / beta)
+        basis[done] = w / beta
     values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1))
     return values, vectors[0] ** 2
 

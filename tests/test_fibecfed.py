@@ -39,7 +39,8 @@ def squared_gradient(device, example):
 def test_the_fisher_trace_is_the_mean_squared_gradient_of_single_examples(folder, backbone, tuning):
     device = Device(folder, backbone, tuning=tuning)
     examples = np.array([3, 8, 5])
-    trace = fisher_trace(backbone, device.tuning, device.tensors, make_split(), examples)
+    params = as_parameters(device.tensors, CPU)
+    trace = fisher_trace(backbone, device.tuning, params, make_split(), examples)
     assert trace == pytest.approx(np.mean([squared_gradient(device, example) for example in examples]), rel=1e-4)
 
 

@@ -16,7 +16,7 @@ from fedhpc.config import TuningConfig
 from fedhpc.overlay import Edit, each_device
 from fedhpc.pretrained import BackboneShape
 from fedhpc.structure import read_structure
-from fedhpc.tuning.base import ModuleTuning, Params
+from fedhpc.tuning.base import ModuleTuning, Rows
 
 BLOCKS = (
     ("attention.output.dense", "output.dense"),
@@ -47,14 +47,14 @@ class Adapter(ModuleTuning):
                 f"up.{module}.bias": (num_layers, width),
             }
 
-    def edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
+    def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
         """See :class:`ModuleTuning`."""
 
         names = [f"{part}.{module}{kind}" for part in ("down", "up") for kind in ("", ".bias")]
 
         def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
-                down, down_bias, up, up_bias = (params[place][name][layer].to(x) for name in names)
+                down, down_bias, up, up_bias = (rows[place][name][layer].to(x) for name in names)
                 return x + functional.linear(functional.gelu(functional.linear(x, down, down_bias)), up, up_bias)
 
             return each_device(of_device, output, sizes)

@@ -23,6 +23,8 @@ from fedhpc.updates import Layout, Vector
 
 Params = Mapping[str, Tensor]
 """A device's trainable tensors by name."""
+Rows = Mapping[str, Sequence[Tensor]]
+"""Those with a row for each layer, by name; the layers' rows."""
 
 
 class Tuning(ABC):
@@ -144,8 +146,10 @@ class Tuning(ABC):
         """Raise ModelError where a backbone would silently take no notice: two tokens pass through it."""
         rng = torch.Generator().manual_seed(0)
         shapes = {**self.per_layer, **self.shared}
-        params = {name: torch.randn(shape, generator=rng).mul_(0.1) for name, shape in shapes.items()}
-        params = {name: tensor.to(backbone.torch_device).requires_grad_() for name, tensor in params.items()}
+        params = {
+            name: torch.randn(shape, generator=rng).mul_(0.1).to(backbone.torch_device).requires_grad_()
+            for name, shape in shapes.items()
+        }
         ids = torch.tensor([[0, 1]], device=backbone.torch_device)
         mask, slot = torch.ones_like(ids, dtype=torch.bool), ids[:, 1]
         batch = Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
@@ -174,8 +178,8 @@ class ModuleTuning(Tuning):
     """Paths within a layer."""
 
     @abstractmethod
-    def edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
-        """What becomes of a module's output."""
+    def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
+        """What becomes of a module's output; rows in the backbone's type."""
 
     def overlay(
         self,
@@ -185,7 +189,10 @@ class ModuleTuning(Tuning):
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
         """See :class:`Tuning`."""
-        return Overlay(edits={module: self.edit(module, params, batch.sizes) for module in self.modules})
+        # Taken apart at once: the gradient of one row of a tensor is as large as the tensor.
+        dtype = backbone.base.dtype
+        rows = [{name: own[name].to(dtype).unbind() for name in self.per_layer} for own in params]
+        return Overlay(edits={module: self.edit(module, rows, batch.sizes) for module in self.modules})
 
 
 def linear_heads(params: Sequence[Params], pooled: Tensor, sizes: Sequence[int]) -> Tensor:

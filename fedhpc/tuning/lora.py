@@ -15,7 +15,7 @@ from fedhpc.config import TuningConfig
 from fedhpc.overlay import Edit, each_device
 from fedhpc.pretrained import BackboneShape
 from fedhpc.structure import read_structure
-from fedhpc.tuning.base import ModuleTuning, Params
+from fedhpc.tuning.base import ModuleTuning, Rows
 
 PROJECTIONS = (
     ("attention.self.query", "attention.self.value"),
@@ -51,12 +51,12 @@ class LoRA(ModuleTuning):
             return float((3 * self.per_layer[name][2]) ** -0.5)
         return super().initial_scale(name)
 
-    def edit(self, module: str, params: Sequence[Params], sizes: Sequence[int]) -> Edit:
+    def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
         """See :class:`ModuleTuning`."""
 
         def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
-                a, b = (params[place][f"lora_{part}.{module}"][layer].to(x) for part in "AB")
+                a, b = (rows[place][f"lora_{part}.{module}"][layer].to(x) for part in "AB")
                 return functional.linear(functional.linear(x, a), b * self.scaling)
 
             return output + each_device(of_device, inputs, sizes)

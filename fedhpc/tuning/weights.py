@@ -58,7 +58,7 @@ class FullTuning(Tuning):
         for name, tensor in own.items():
             kind, _, path = name.partition(".")
             if kind == "layer":
-                changes |= {f"{prefix}.{path}": tensor[index] for index, prefix in enumerate(self.prefixes)}
+                changes |= {f"{prefix}.{path}": row for prefix, row in zip(self.prefixes, tensor.unbind(), strict=True)}
             elif kind == "model":
                 changes[path] = tensor
         frozen = backbone.parameters_by_path
