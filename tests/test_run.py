@@ -171,6 +171,12 @@ def test_bytes_between_devices_and_server_are_those_of_the_method(fedhpc, run_co
     assert metrics(config)[0]["bytes"] == 6 * exchanged * (down + up)
 
 
+def test_a_layer_whose_first_tokens_take_all_attention_is_not_taken_for_deaf(run_config, fedhpc):
+    """The demo's kind of backbone in 16 bits: between tokens 0 and 1 its first layer has no choice."""
+    config = run_config(tuning={"kind": "lora"}, model__dtype="bfloat16", federation__rounds=1)
+    assert fedhpc("run", config)[0] == 0
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(fedhpc, run_config):
     configs = [run_config("a"), run_config("b"), run_config("c", seed=7)]
     assert [fedhpc("run", config)[0] for config in configs] == [0, 0, 0]

@@ -21,6 +21,7 @@ from fedhpc.pretrained import BackboneShape
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
 
+PROBE_TOKENS = 8
 Params = Mapping[str, Tensor]
 """A device's trainable tensors by name."""
 Rows = Mapping[str, Sequence[Tensor]]
@@ -143,15 +144,19 @@ class Tuning(ABC):
         return [layer for layer in range(self.shape.num_layers) if layer not in layers]
 
     def check(self, backbone: Backbone) -> None:
-        """Raise ModelError where a backbone would silently take no notice: two tokens pass through it."""
+        """Raise ModelError where a backbone would silently take no notice: a few tokens pass through it.
+
+        Two would not do: they may be alike, or one of them take all attention, and then the gradient is zero too.
+        """
         rng = torch.Generator().manual_seed(0)
         shapes = {**self.per_layer, **self.shared}
         params = {
             name: torch.randn(shape, generator=rng).mul_(0.1).to(backbone.torch_device).requires_grad_()
             for name, shape in shapes.items()
         }
-        ids = torch.tensor([[0, 1]], device=backbone.torch_device)
-        mask, slot = torch.ones_like(ids, dtype=torch.bool), ids[:, 1]
+        vocabulary = len(backbone.base.get_input_embeddings().weight)
+        ids = torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=backbone.torch_device).long()[None]
+        mask, slot = torch.ones_like(ids, dtype=torch.bool), ids[:, 0] * 0 + PROBE_TOKENS - 1
         batch = Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
         who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
         with no_surprise(f"{who} does not take it"):
