@@ -2,7 +2,6 @@ import signal
 
 import pytest
 import tiny
-import yaml
 
 from fedhpc import cli
 from fedhpc.stopping import STOP_SIGNALS
@@ -19,14 +18,7 @@ def run_config(world, tmp_path):
     """A configuration file of the test's own, with its own run directory and changes given by dotted key."""
 
     def write(run="run", **changes):
-        config = yaml.safe_load(world.read_text())
-        config["run_dir"] = str(tmp_path / run)
-        for key, value in changes.items():
-            section, _, leaf = key.rpartition("__")
-            (config.setdefault(section, {}) if section else config)[leaf] = value
-        path = tmp_path / f"{run}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
+        return tiny.write_config(world, tmp_path, run, **changes)
 
     return write
 

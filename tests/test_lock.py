@@ -519,7 +519,7 @@ def test_a_requeued_job_waits_until_its_dead_process_lets_go(run_dir, hold, monk
     monkeypatch.setattr(lock, "PATIENCE", 2)
     with pytest.raises(TimeoutError, match=r"is over, but its lock .* is still held"):
         RunLock(run_dir, JobEnvironment(again), watch_s=0.1).acquire()
-    waiting = RunLock(run_dir, JobEnvironment(again), watch_s=LONG_S)
+    waiting = RunLock(run_dir, JobEnvironment(again), watch_s=2.0)
     threading.Timer(1.0, holder.kill).start()
     with waiting:
         assert "that job was requeued" in waiting.notice or "that process has ended" in waiting.notice

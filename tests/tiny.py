@@ -86,6 +86,18 @@ def write_source(folder, num_train=240, num_validation=48):
     return folder
 
 
+def write_config(world, folder, run, **changes):
+    """A world's configuration as RUN.yaml in a folder, with a run directory there and changes by dotted key."""
+    config = yaml.safe_load(world.read_text())
+    config["run_dir"] = str(folder / run)
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition("__")
+        (config.setdefault(section, {}) if section else config)[leaf] = value
+    path = folder / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 def write_world(folder, kind="decoder", **source):
     """Everything a run needs; the run's configuration file."""
     backbone, source = write_backbone(folder / "backbone", kind=kind), write_source(folder / "source", **source)

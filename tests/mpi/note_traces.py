@@ -1,21 +1,25 @@
-"""fedhpc, but every process notes whose batches it measures for a curriculum: `note_traces.py FOLDER run CONFIG`."""
+"""Ranks that run several jobs and note whose batches they measure for a curriculum: note_traces.py FOLDER CONFIG..."""
 
 import os
 import sys
 from pathlib import Path
 
-from fedhpc import cli, device
+import run_each
 
-file = Path(sys.argv.pop(1)) / f"{os.getpid()}.traces"
+from fedhpc import device, models
+from fedhpc.messages import Op
+
 fisher_traces = device.fisher_traces
 
 
 def noted_traces(*arguments):
     batches = arguments[4]
-    with file.open("a") as notes:
+    with (Path(sys.argv[1]) / f"{os.getpid()}.traces").open("a") as notes:
         notes.write(f"{min(map(min, batches))}\n")  # no two devices share an example
     return fisher_traces(*arguments)
 
 
 device.fisher_traces = noted_traces
-sys.exit(cli.main())
+run_each.load_once = models.load_frozen  # a copy lies otherwise in memory, and products may be rounded otherwise
+for path in sys.argv[2:]:
+    assert run_each.run(path) == Op.STOP, path
