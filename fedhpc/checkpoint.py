@@ -40,6 +40,7 @@ DEVICE_FILE = re.compile(rf"\.\./(({CONTROL}|{LOCAL})/\d{{6,}})_\d{{6,}}\.h5")
 DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """Of a checkpoint. Any other OSError may be a file system's that is well again tomorrow."""
 READERS = 8
+"""Files read at once to verify a checkpoint: those of 10,000 devices are gigabytes."""
 Sums = dict[str, str]
 """File name, relative to the checkpoint's folder -> SHA-256."""
 
@@ -139,10 +140,10 @@ class Checkpoints:
         write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {SUMS}\n".encode())
         fsync(self.folder / CONTROL)
         fsync(partial)
-        newer = [found for found in self.positions() if after is None or found > after]
-        if newer and after is None:
+        later = [found for found in self.positions() if after is None or found > after]
+        if later and after is None:
             raise RuntimeError(f"{self.folder}: has checkpoints that were not there when this run began")
-        for broken in newer:
+        for broken in later:
             _remove(self.path(broken))
         partial.rename(final)
         fsync(self.folder)
@@ -253,11 +254,11 @@ def verify(folder: Path) -> None:
         odd = ", ".join(sorted(found ^ {*own, SERVER_FILE}))
         raise CheckpointError(f"{folder}: its files are not those that {SUMS} names: {odd}")
 
-    def check(entry: tuple[str, str]) -> None:
-        read_verified(folder / entry[0], entry[1])
+    def check(name: str, sha256: str) -> None:  # keeps nothing of what it reads
+        read_verified(folder / name, sha256)
 
-    with ThreadPoolExecutor(READERS) as pool:  # 10,000 devices have gigabytes of files
-        list(pool.map(check, sums.items()))
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(check, sums, sums.values()))
 
 
 def read_sums(folder: Path) -> Sums:

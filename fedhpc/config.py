@@ -19,8 +19,6 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
 """Kinds of tuning without tensors per layer: nothing to select from."""
 WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
-
-
 WITHOUT_EFFECT = (
     *("run_dir", "trace", "data.path", "checkpoint.", "evaluate."),
     *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),

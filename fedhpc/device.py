@@ -177,8 +177,8 @@ class Worker:
         leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
         self.touched.difference_update(device for device, old, _ in moves if old == self.index)
-        if not self.unseen.local.size and not self.keeps:
-            return  # devices keep nothing
+        if not self.has_states:
+            return
         outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
         received = self.exchange.trade(outgoing, [old for _, old in coming])
         for (device, _), data in zip(coming, received, strict=True):
@@ -241,6 +241,11 @@ class Worker:
             for device in waiting:
                 if device in finished:
                     messages.upload_headers(finished[device][None])["seconds"] = share * steps[device]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether devices keep anything between their rounds."""
+        return self.keeps or bool(self.unseen.local.size)
 
     @cached_property
     def _initial(self) -> dict[str, np.ndarray]:
@@ -372,16 +377,11 @@ class Worker:
         if self.unseen.local.size:
             personal = np.full_like(shared, ELSEWHERE)
             shares = {device: self.partition.validation[device] for device in self.homes.devices_of(self.index)}
-            batches = {
-                device: evaluation_batches(self.validation, examples, size)
-                for device, examples in shares.items()
-                if len(examples)
-            }
-            unseen = chain.from_iterable(own for device, own in batches.items() if device not in self.states)
-            self._predict(command, self.unseen, unseen, personal)
-            for device, own in batches.items():
-                if device in self.states:
-                    self._predict(command, self.states[device], own, personal)
+            batches = {d: evaluation_batches(self.validation, own, size) for d, own in shares.items() if len(own)}
+            trained = batches.keys() & self.states.keys()
+            for device in trained:
+                self._predict(command, self.states[device], batches.pop(device), personal)
+            self._predict(command, self.unseen, chain.from_iterable(batches.values()), personal)
         record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
         is_right = personal == self.validation.labels
         record["correct"] = [np.count_nonzero(is_right[examples]) for examples in self.partition.validation]
@@ -389,8 +389,7 @@ class Worker:
 
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""
-        keep = self.unseen.local.size or self.keeps
-        states = {device: self.states[device] for device in sorted(self.touched)} if keep else {}
+        states = {device: self.states[device] for device in sorted(self.touched)} if self.has_states else {}
         self.touched.clear()
         progress = self.progress if self.progress.round == command.round else None
         self.writing.start(

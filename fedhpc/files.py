@@ -21,7 +21,7 @@ def names_in(folder: Path) -> list[str]:
     """
     try:
         return os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -198,17 +198,22 @@ class RunLock:
                 if Owner.parse(record := self._read()) is None:
                     self._changes(record, 2 * SETTLE_S)  # it is locked, but not yet written
                 if self._in_place(descriptor):
-                    owner = Owner.parse(record := self._read())
-                    if owner is None or not self._is_over(owner):
-                        raise self._refusal(record) from None
-                    if not self._patience:
-                        raise TimeoutError(f"{_name(record)} is over, but its lock {self.path} is still held") from None
-                    self._patience -= 1
-                    time.sleep(self._watch_s)
-                    return False
-            elif error.errno not in NO_FLOCK:
+                    self._wait_or_refuse()
+                return False
+            if error.errno not in NO_FLOCK:
                 raise
         return self._in_place(descriptor)
+
+    def _wait_or_refuse(self) -> None:
+        """Another process has the file locked: wait a while if SLURM says that its job is over."""
+        owner = Owner.parse(record := self._read())
+        known = owner and self._by_slurm(owner)
+        if not known or known[0]:
+            raise self._refusal(record) from None
+        if not self._patience:
+            raise TimeoutError(f"{_name(record)} is over, but its lock {self.path} is still held") from None
+        self._patience -= 1
+        time.sleep(self._watch_s)
 
     def _judge(self, record: bytes) -> tuple[bool, str]:
         """Whether the owner of a left lock file may be alive, and if not, how we know."""
@@ -217,19 +222,19 @@ class RunLock:
             return self._changes(record, SETTLE_S), "it names no process"
         if (owner.machine, owner.uid) == (me.machine, me.uid):
             return start_ticks(owner.pid) == owner.start_ticks, "that process has ended"
-        if (reason := self._is_over(owner)) is not None:
-            return not reason, reason
+        if known := self._by_slurm(owner):
+            return known
         return self._changes(record, self._watch_s), f"it gave no sign of life for {self._watch_s:g} s"
 
-    def _is_over(self, owner: Owner) -> str | None:
-        """By SLURM: why the owner's job cannot run any more, "" if it does run, None if that is not known."""
+    def _by_slurm(self, owner: Owner) -> tuple[bool, str] | None:
+        """What :meth:`_judge` says where SLURM knows it."""
         me = self._me
-        if owner.job_id is None or (owner.cluster, owner.uid) != (me.cluster, me.uid):
-            return None
-        if owner.job_id == me.job_id:
-            return "that job was requeued" if owner.restarts != me.restarts else None
-        runs = self._job.job_runs(owner.job_id)
-        return None if runs is None else "" if runs else "that job has ended"
+        if owner.job_id is not None and (owner.cluster, owner.uid) == (me.cluster, me.uid):
+            if owner.job_id == me.job_id and owner.restarts != me.restarts:
+                return False, "that job was requeued"
+            if owner.job_id != me.job_id and (runs := self._job.job_runs(owner.job_id)) is not None:
+                return runs, "that job has ended"
+        return None
 
     def _changes(self, record: bytes, seconds: float) -> bool:
         # Counted looks, not elapsed time: while this process or the file system stands still, no time passes.

@@ -210,7 +210,8 @@ class Backbone(nn.Module):
         """Refuse what would give wrong numbers without an error; what a tuning needs, `Tuning.check` looks for."""
         _check_attention(self.base.config, config, tuning, data, self.answers)
         who = f"model.name: {config.name}: a {self.base.config.model_type} model"
-        ids = torch.full((1, 2), int(self.base.config.pad_token_id == 0), device=self.torch_device)
+        no_padding = int(getattr(self.base.config, "pad_token_id", None) == 0)  # which has a position of its own
+        ids = torch.full((1, 2), no_padding, device=self.torch_device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[:, 0], labels=ids[:, 0], sizes=(1,))
         with no_surprise(f"{who} cannot be used"):

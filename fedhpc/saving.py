@@ -50,8 +50,8 @@ class CheckpointWriter:
         position = Position.of(state)
         if position == self.newest:  # resumed from it, and nothing of it has changed
             return state
-        after, self.newest = self.newest, position
         self.lock.check()
+        after, self.newest = self.newest, position
         self.checkpoints.begin()
         command = Command(op=Op.SAVE, round=position.round, generation=self.generation, layers=state.layers)
         self.exchange.request(command, NO_RECORD, [0] * self.exchange.num_workers)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
+from fedhpc.files import names_in
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
 
@@ -85,12 +86,12 @@ class Standing:
 
 def standing(experiment: Experiment, cell: Cell) -> Standing:
     """Where a cell stands."""
-    checkpoints, rounds = cell.run_dir / "checkpoints", cell.config.federation.rounds
-    saved_after = [int(found[1]) for path in checkpoints.glob("round_*") if (found := ROUND.match(path.name))]
+    names, rounds = names_in(cell.run_dir / "checkpoints"), cell.config.federation.rounds
+    saved_after = [int(found[1]) for name in names if (found := ROUND.match(name))]
     return Standing(
         completed=len(RunFiles(cell.run_dir).rounds_recorded()),
         rounds=rounds,
-        saved=max(saved_after) >= rounds if saved_after else not (checkpoints / "partial").exists(),
+        saved=max(saved_after) >= rounds if saved_after else "partial" not in names,
         status=CellLog(experiment.out, cell).last_status(),
     )
 

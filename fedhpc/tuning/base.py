@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedhpc.config import TuningConfig
 from fedhpc.data import Batch
 from fedhpc.errors import ModelError
-from fedhpc.models import Backbone, at_least_float32, no_surprise
+from fedhpc.models import LOSS_SCALE, Backbone, at_least_float32, no_surprise
 from fedhpc.overlay import Edit, Overlay, SoftTokens
 from fedhpc.pretrained import BackboneShape
 from fedhpc.seeding import generator
@@ -156,14 +156,14 @@ class Tuning(ABC):
         }
         vocabulary = len(backbone.base.get_input_embeddings().weight)
         ids = torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=backbone.torch_device).long()[None]
-        mask, slot = torch.ones_like(ids, dtype=torch.bool), ids[:, 0] * 0 + PROBE_TOKENS - 1
+        mask, slot = torch.ones_like(ids, dtype=torch.bool), torch.full_like(ids[:, 0], PROBE_TOKENS - 1)
         batch = Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
         who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
         with no_surprise(f"{who} does not take it"):
             loss = self.losses(self.forward(backbone, [params], batch), batch.labels * 0).sum()
             if not loss.requires_grad:
                 raise ModelError(f"{who} takes no notice of it")
-            gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            gradients = torch.autograd.grad(LOSS_SCALE * loss, list(params.values()), allow_unused=True)
         for name, gradient in zip(params, gradients, strict=True):
             if name.endswith(self.without_effect):
                 continue
