@@ -6,7 +6,7 @@ V words.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -121,11 +121,14 @@ class Backbone(nn.Module):
         """The frozen parameters behind the hidden states."""
         return dict(self.base.named_parameters())
 
-    def gradients(self, loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    def gradients(
+        self, loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> list[Tensor]:
         """Of a loss. In float16 they pass the backbone enlarged, where most of a small one would become zero."""
+        differentiate = partial(torch.autograd.grad, create_graph=create_graph, retain_graph=retain_graph)
         if self.base.dtype != torch.float16:
-            return list(torch.autograd.grad(loss, inputs, create_graph=create_graph))
-        enlarged = torch.autograd.grad(LOSS_SCALE * loss, inputs, create_graph=create_graph)
+            return list(differentiate(loss, inputs))
+        enlarged = differentiate(LOSS_SCALE * loss, inputs)
         return [at_least_float32(gradient) / LOSS_SCALE for gradient in enlarged]
 
     def training_mode(self, training: bool, *, dropout: bool = True) -> None:

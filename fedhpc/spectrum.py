@@ -6,6 +6,7 @@ re-orthogonalisation; `eigengap` is the paper's rule, `density` the released cod
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,27 +60,34 @@ class BatchLoss:
         self.backbone, self.tuning, self.batch = backbone, tuning, batch
         self.params = as_parameters(tensors, backbone.torch_device)
         self.moved = [self.params[name] for name in tuning.per_layer]
-        self.at = [parameter.detach().clone() for parameter in self.moved]
         self.size = sum(parameter.numel() for parameter in self.moved)
-        self.norm = math.sqrt(sum(float(parameter.double().square().sum()) for parameter in self.at))
+        self.norm = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in self.moved))
 
     def gradient(self, displacement: Flat) -> Flat:
         """grad F(P + d)."""
-        return self._flat(self.backbone.gradients(self._value(displacement), self.moved))
+        at = [
+            (parameter.detach() + move).requires_grad_()
+            for parameter, move in zip(self.moved, self._tensors(displacement), strict=True)
+        ]
+        return self._flat(self.backbone.gradients(self._loss_at(at), at))
 
     def hessian_product(self, vector: Flat) -> Flat:
         """H(P) v, by differentiating the gradient's product with v."""
+        product = torch.stack(
+            [(gradient * v).sum() for gradient, v in zip(self._gradients, self._tensors(vector), strict=True)]
+        ).sum()
+        return self._flat(self.backbone.gradients(product, self.moved, retain_graph=True))
+
+    @cached_property
+    def _gradients(self) -> list[torch.Tensor]:
+        """grad F(P) with its graph, for all products."""
         # The fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            gradients = self.backbone.gradients(self._value(np.zeros(self.size)), self.moved, create_graph=True)
-            product = torch.stack([(g * v).sum() for g, v in zip(gradients, self._tensors(vector), strict=True)]).sum()
-            return self._flat(self.backbone.gradients(product, self.moved))
+            return self.backbone.gradients(self._loss_at(self.moved), self.moved, create_graph=True)
 
-    def _value(self, displacement: Flat) -> torch.Tensor:
-        with torch.no_grad():
-            for parameter, base, move in zip(self.moved, self.at, self._tensors(displacement), strict=True):
-                parameter.copy_(base + move)
-        scores = self.tuning.forward(self.backbone, [self.params], self.batch)
+    def _loss_at(self, at: list[torch.Tensor]) -> torch.Tensor:
+        params = {**self.params, **dict(zip(self.tuning.per_layer, at, strict=True))}
+        scores = self.tuning.forward(self.backbone, [params], self.batch)
         return self.tuning.losses(scores, self.batch.labels).mean()
 
     def _tensors(self, flat: Flat) -> list[torch.Tensor]:
