@@ -3,8 +3,8 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property, partial
-from itertools import chain, cycle, islice
+from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from fedhpc import messages
 from fedhpc.background import Background
 from fedhpc.checkpoint import Checkpoints, Position
 from fedhpc.config import Config
-from fedhpc.curriculum import Batches, easy_first, fisher_traces
+from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt
@@ -39,16 +39,13 @@ from fedhpc.local_update import (
     learning_rate,
     local_updates,
 )
+from fedhpc.measuring import Measurements
 from fedhpc.messages import Command, Op
 from fedhpc.methods import make_method
 from fedhpc.metrics import confusion
 from fedhpc.models import Backbone
-from fedhpc.packing import probe
 from fedhpc.partition import Partition
 from fedhpc.seeding import generator
-from fedhpc.selection import layer_score
-from fedhpc.sensitivity import layer_sensitivity
-from fedhpc.spectrum import lossless_ratio
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
 from fedhpc.updates import Fault, Vector, fault_of
@@ -85,6 +82,7 @@ class Worker:
         self.backbone = backbone
         self.tuning = tuning
         self.exchange = exchange
+        self.measurements = Measurements(config, self.train, partition, backbone, tuning, exchange.beat)
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
         self.method = make_method(config.server, population(config, partition))
@@ -247,11 +245,6 @@ class Worker:
         """Whether devices keep anything between their rounds."""
         return self.keeps or bool(self.unseen.local.size)
 
-    @cached_property
-    def _initial(self) -> dict[str, np.ndarray]:
-        """All trainable tensors before round 0."""
-        return self.tuning.initial(self.config.seed)
-
     def _curriculum(self, device: int, round_index: int) -> Batches | None:
         """A device's batches of a round where a curriculum orders them; measured when it first takes part."""
         if self.config.curriculum.order == "random":
@@ -261,7 +254,7 @@ class Worker:
         given = epoch_batches(examples, self.train.lengths[examples], self.config.device.batch_size, rng)
         traces = state.traces
         if traces is None:
-            traces = fisher_traces(self.backbone, self.tuning, self._initial, self.train, given, self.exchange.beat)
+            traces = self.measurements.fisher_traces(given)
             self.states[device] = replace(state, traces=traces)
             self.touched.add(device)
         used = batches_per_epoch(self.config, len(examples), round_index)
@@ -296,67 +289,17 @@ class Worker:
         header["num_examples"], header["fault"], header["norm"] = update.num_examples, fault, norm
 
     def score(self, command: Command) -> np.ndarray:
-        """Layer scores of the devices in this worker's share, on one batch each."""
-        selection = self.config.selection
-        records = messages.score_record(self.tuning.shape.num_layers).zeros(len(self.share))
-        self.backbone.training_mode(selection.strategy == "sensitivity", dropout=False)
-        for record, device in zip(records, self.share, strict=True):
-            self.exchange.beat(f"scoring layers on device {device}")
-            examples = self._one_batch(device, "score batch", selection.batch_size)
-            batch = self.train.batch(examples).to(self.backbone.torch_device)
-            record["device"], record["num_examples"] = device, len(self.partition.train[device])
-            if selection.strategy == "sensitivity":
-                record["scores"] = layer_sensitivity(self.backbone, self.tuning, self._initial, batch)
-            else:
-                outputs = self.backbone.layer_outputs(batch)
-                record["scores"] = [layer_score(out.float().cpu().numpy(), selection.distance) for out in outputs]
-        return records
+        """Layer scores of the devices in this worker's share."""
+        return self.measurements.layer_scores(self.share)
 
     def probe(self, command: Command) -> np.ndarray:
-        """Seconds of a device's step by the number of devices side by side: this worker's devices with most texts."""
-        train_examples = self.partition.train
-        candidates = sorted(self.share or range(len(train_examples)), key=lambda device: -len(train_examples[device]))
-        size = 2 * self.config.device.batch_size
-
-        def train(pack: int) -> int:
-            assignments = [
-                Assignment(device=device, state=self.unseen, examples=train_examples[device][:size])
-                for device in islice(cycle(candidates), pack)
-            ]
-            updates = local_updates(
-                self.config,
-                self.backbone,
-                self.tuning,
-                command.layers,
-                start=command.payload,
-                assignments=assignments,
-                split=self.train,
-                round_index=command.round,
-                pack=pack,
-                beat=self.exchange.beat,
-            )
-            return max(update.num_steps for _, update in updates if isinstance(update, DeviceUpdate))
-
-        records = messages.probe_record().zeros(1)
-        records["seconds"][0] = probe(train, largest=command.pack, ranks_here=self.exchange.ranks_here)
-        return records
+        """Seconds of a step by the number of devices side by side."""
+        return self.measurements.step_seconds(self.share, command, self.unseen, ranks_here=self.exchange.ranks_here)
 
     def ratio(self, command: Command) -> np.ndarray:
-        """Lossless ratio of the sampled devices in this worker's share, from the Hessian on one batch each."""
+        """Lossless ratios of the sampled devices in this worker's share."""
         devices = [device for device in sample_devices(self.config, command.round) if device in self.share]
-        records = messages.ratio_record().zeros(len(devices))
-        self.backbone.training_mode(False)
-        for record, device in zip(records, devices, strict=True):
-            self.exchange.beat(f"estimating the lossless ratio on device {device}")
-            examples = self._one_batch(device, "hessian batch", self.config.device.batch_size)
-            tensors = self.tuning.merge(command.payload, self.unseen.local, command.layers)
-            rng = generator(self.config.seed, purpose="hessian", round_index=command.round, device=device)
-            batch = self.train.batch(examples).to(self.backbone.torch_device)
-            record["device"], record["num_examples"] = device, len(self.partition.train[device])
-            record["ratio"] = lossless_ratio(
-                self.backbone, self.tuning, tensors, batch, by=self.config.selection.auto_by, rng=rng
-            )
-        return records
+        return self.measurements.lossless_ratios(devices, command, self.unseen)
 
     def select(self, command: Command) -> np.ndarray:
         """Take over the selected layers; every device goes on from the same local tensors."""
@@ -438,7 +381,3 @@ class Worker:
     def _confusion(self, predictions: NDArray[np.int64]) -> np.ndarray:
         here = predictions != ELSEWHERE
         return confusion(self.validation.labels[here], predictions[here], self.num_classes)
-
-    def _one_batch(self, device: int, purpose: str, size: int) -> np.ndarray:
-        rng = generator(self.config.seed, purpose=purpose, device=device)
-        return rng.permutation(self.partition.train[device])[:size]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import run_each
 
-from fedhpc import device, models
+from fedhpc import measuring, models
 from fedhpc.messages import Op
 
-fisher_traces = device.fisher_traces
+fisher_traces = measuring.fisher_traces
 
 
 def noted_traces(*arguments):
@@ -19,7 +19,7 @@ def noted_traces(*arguments):
     return fisher_traces(*arguments)
 
 
-device.fisher_traces = noted_traces
+measuring.fisher_traces = noted_traces
 run_each.load_once = models.load_frozen  # a copy lies otherwise in memory, and products may be rounded otherwise
 for path in sys.argv[2:]:
     assert run_each.run(path) == Op.STOP, path
