@@ -52,18 +52,6 @@ def seventeen(world, tmp_path_factory):
     return config, done
 
 
-def test_any_number_of_ranks_gives_the_same_bits(serial, seventeen, run_config):
-    expected = final_prompts(serial)
-    assert final_prompts(seventeen[0]) == expected
-    config = run_config("ranks5")
-    done = mpirun(5, "-m", "fedhpc", "run", config)
-    assert done.returncode == 0, done.stderr
-    assert final_prompts(config) == expected
-    for ours, theirs in zip(metrics(config), metrics(serial), strict=True):
-        for key in ("loss", "accuracy", "accuracy_global", "device_accuracy", "devices", "steps", "update_norm"):
-            assert ours[key] == theirs[key]
-
-
 MOVING = {
     "packs; moments, Fisher information and control variates kept": {
         "device__pack": 2,
@@ -83,31 +71,44 @@ MOVING = {
     "sums": {"exchange__mode": "reduce", "trace": False, "federation__rounds": 5},
     "16 bits": {"exchange__dtype": "bfloat16", "device__pack": 2, "federation__rounds": 5},
 }
+ON_FIVE = {
+    **{setting: {"evaluate__every": 1, **changes} for setting, changes in MOVING.items()},
+    "the world's": {},
+    "every layer": {"selection__ratio": 1.0, "federation__rounds": 1},
+}
 
 
 @pytest.fixture(scope="module")
-def moving(world, tmp_path_factory):
-    """Configurations of runs on four ranks, by setting, and whose batches were measured for a curriculum meanwhile."""
-    folder = tmp_path_factory.mktemp("moving")
+def five(world, tmp_path_factory):
+    """Runs on five ranks in one start, by setting, and the batches that were measured for a curriculum meanwhile."""
+    folder = tmp_path_factory.mktemp("five")
     configs = {
-        setting: tiny.write_config(world, folder, f"run{number}", evaluate__every=1, **changes)
-        for number, (setting, changes) in enumerate(MOVING.items())
+        setting: tiny.write_config(world, folder, f"run{number}", **changes)
+        for number, (setting, changes) in enumerate(ON_FIVE.items())
     }
-    done = mpirun(4, HERE / "note_traces.py", folder, *configs.values())
+    done = mpirun(5, HERE / "note_traces.py", folder, *configs.values())
     assert done.returncode == 0, done.stderr
     return configs, [line for file in folder.glob("*.traces") for line in file.read_text().splitlines()]
 
 
-def test_a_device_that_moves_is_not_measured_again(moving):
-    measured = moving[1]
+def test_any_number_of_ranks_gives_the_same_bits(serial, five, seventeen):
+    for config in (five[0]["the world's"], seventeen[0]):
+        assert final_prompts(config) == final_prompts(serial)
+        for ours, theirs in zip(metrics(config), metrics(serial), strict=True):
+            for key in ("loss", "accuracy", "accuracy_global", "device_accuracy", "devices", "steps", "update_norm"):
+                assert ours[key] == theirs[key]
+
+
+def test_a_device_that_moves_is_not_measured_again(five):
+    measured = five[1]
     assert measured
     assert len(measured) == len(set(measured))
 
 
 @pytest.mark.parametrize("setting", MOVING)
-def test_what_devices_keep_moves_with_them(run_config, moving, setting):
-    together = moving[0][setting]
-    alone = run_config("alone", evaluate__every=1, **MOVING[setting])
+def test_what_devices_keep_moves_with_them(run_config, five, setting):
+    together = five[0][setting]
+    alone = run_config("alone", **ON_FIVE[setting])
     assert cli.main(["run", str(alone)]) == 0
     assert final_prompts(together) == final_prompts(alone)
     for ours, theirs in zip(metrics(together), metrics(alone), strict=True):
@@ -126,11 +127,8 @@ def test_idle_ranks_are_noticed_not_refused(seventeen):
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["1/3", "2/3", "3/3"]
 
 
-def test_bytes_are_those_of_the_selected_layers(seventeen, run_config):
-    everything = run_config(selection__ratio=1.0, federation__rounds=1)
-    done = mpirun(3, "-m", "fedhpc", "run", everything)
-    assert done.returncode == 0, done.stderr
-    for config, num_workers, num_layers in ((seventeen[0], 16, 2), (everything, 2, 4)):
+def test_bytes_are_those_of_the_selected_layers(five, seventeen):
+    for config, num_workers, num_layers in ((seventeen[0], 16, 2), (five[0]["every layer"], 4, 4)):
         prompts = 4 * num_layers * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
         for record in metrics(config):
             assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
@@ -222,7 +220,7 @@ def test_processes_that_do_not_find_each_other_are_refused(run_config, monkeypat
 
 
 def test_bad_input_is_told_once(run_config):
-    done = mpirun(4, "-m", "fedhpc", "run", run_config(device__epochs=0))
+    done = mpirun(3, "-m", "fedhpc", "run", run_config(device__epochs=0))
     assert done.returncode == 2
     assert done.stderr.count("fedhpc: error:") == 1
     assert "device.epochs" in done.stderr

@@ -13,6 +13,8 @@ import pytest
 import tiny
 from cluster import Cluster, missing_program
 
+from fedhpc import cli
+
 ROOT = Path(__file__).parent.parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
 DONE = re.compile(r"done after round 20; .* final prompts sha256 ([0-9a-f]{64})$", re.MULTILINE)
@@ -54,41 +56,30 @@ def checkout(tmp_path_factory):
     return folder
 
 
-# The demo: 17 ranks, disturbed and undisturbed.
+# The demo: 17 ranks.
 
 
 @pytest.fixture(scope="module")
-def submit_demo(cluster, checkout):
-    """Submit demo.slurm with a run directory; the job's number."""
+def demo(checkout):
+    """The demo's inputs, in the checkout; what a run of it there changes in its configuration."""
     make_demo, prepare = tiny.load_script("make_demo"), tiny.load_script("prepare")
     assert make_demo.make_demo(checkout / "backbone", make_demo.DemoSettings(pretraining_steps=20))
     arguments = ["--task", ROOT / "data_prep/tasks/demo.yaml", "--source", checkout / "backbone/data"]
     arguments += ["--model", checkout / "backbone/model", "--out", checkout / "prepared"]
     assert prepare.main([str(argument) for argument in arguments]) == 0
 
-    def submit(run_dir):
-        changes = {"run_dir": run_dir, "model.name": "backbone/model", "data.path": "prepared", "evaluate.every": 10}
-        overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-        environment = {
-            **RANKS_TAKE_TURNS,
-            "LAUNCH": f"{MPIRUN} -np 17",
-            "FEDHPC": f"{sys.executable} -m fedhpc",
-            "PYTHONPATH": ROOT,
-        }
-        return cluster.submit(checkout, "jobs/demo.slurm", "jobs/demo.yaml", *overrides, **environment)
+    def overrides(run_dir):
+        names = {"run_dir": run_dir, "model.name": "backbone/model", "data.path": "prepared"}
+        values = [f"{key}={checkout / name}" for key, name in names.items()]
+        return [part for value in [*values, "evaluate.every=10"] for part in ("--set", value)]
 
-    return submit
+    return overrides
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, checkout, submit_demo):
-    """The SHA-256 of the final prompts of a job that nobody disturbs."""
-    number = submit_demo("undisturbed")
-    job = cluster.ended(number, DEMO_S)
-    output = (checkout / f"{number}.out").read_text()
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output
-    assert "rank 0/17" in output
-    assert output.splitlines()[-1] == "fedhpc job: done"
+def undisturbed(checkout, demo):
+    """The SHA-256 of the final prompts of one process that nobody disturbs."""
+    assert cli.main(["run", str(ROOT / "jobs/demo.yaml"), *demo("undisturbed")]) == 0
     return DONE.search((checkout / "undisturbed/log.txt").read_text())[1]
 
 
@@ -99,13 +90,19 @@ def latest_round(run_dir):
     return json.loads(lines[-1]) if lines else {"round": -1}
 
 
-def test_a_job_that_is_interrupted_again_and_again_ends_with_the_same_bits(cluster, checkout, submit_demo, undisturbed):
+def test_a_job_that_is_interrupted_again_and_again_ends_with_the_same_bits(cluster, checkout, demo, undisturbed):
     dice = random.Random(SEED)
     requeue, signal = ["scontrol", "requeue"], ["scancel", "--signal=USR1", "--batch"]
     interruptions = [requeue, signal, dice.choice([requeue, signal])]
     dice.shuffle(interruptions)
     run_dir = checkout / "disturbed"
-    number = submit_demo("disturbed")
+    environment = {
+        **RANKS_TAKE_TURNS,
+        "LAUNCH": f"{MPIRUN} -np 17",
+        "FEDHPC": f"{sys.executable} -m fedhpc",
+        "PYTHONPATH": ROOT,
+    }
+    number = cluster.submit(checkout, "jobs/demo.slurm", "jobs/demo.yaml", *demo("disturbed"), **environment)
     output = checkout / f"{number}.out"
     for index, command in enumerate(interruptions):
         # In one of the rounds 1 to 14 of 20, after the run has come further than at the interruption before.
@@ -121,6 +118,8 @@ def test_a_job_that_is_interrupted_again_and_again_ends_with_the_same_bits(clust
             time.sleep(0.5)
     job = cluster.ended(number, DEMO_S)
     text, log = output.read_text(), (run_dir / "log.txt").read_text()
+    assert "rank 0/17" in text
+    assert text.splitlines()[-1] == "fedhpc job: done"
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "3"), text
     # After `scontrol requeue`, a machine that is too busy may not get so far before SIGKILL.
     assert interruptions.count(signal) <= log.count("stopped on request") <= 3
