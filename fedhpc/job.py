@@ -3,7 +3,7 @@
 import os
 import tempfile
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone
 from fedhpc.notices import notices
 from fedhpc.partition import Partition, make_partition
-from fedhpc.pretrained import BackboneShape, load_tokenizer, read_shape
+from fedhpc.pretrained import BackboneShape, load_pretrained, load_tokenizer, read_shape
 from fedhpc.report import log
 from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState
 from fedhpc.stopping import StopRequest
 from fedhpc.tuning import Tuning, make_tuning
+from fedhpc.weights import weights_sha256
 
 MISSING = "<not set>"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
@@ -43,11 +44,16 @@ class Job:
     tuning: Tuning
     partition: Partition
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What determines the run's numbers: configuration, digest of it, prepared data, the tuning's own files."""
+        """What determines the run's numbers: configuration, digest of it, prepared data, weights, the tuning's files.
+
+        Raises:
+            ModelError: the weights cannot be read.
+        """
         made_from = {"sha256": self.config.sha256, "data": self.data.description.sha256, **self.tuning.files}
-        return {**self.config.identity(), **made_from}
+        weights = load_pretrained(weights_sha256, self.config.model.name)
+        return {**self.config.identity(), **made_from, "model.name sha256": weights}
 
 
 def limit_threads(count: int) -> None:
@@ -148,8 +154,9 @@ def load_state(job: Job, resume: str) -> RunState | None:
     Raises:
         CheckpointError: resuming is required but impossible.
         ConfigError: the checkpoint belongs to another configuration.
+        ModelError: the backbone's weights cannot be read.
     """
-    checkpoints = Checkpoints(job.config.run_dir)
+    checkpoints, ours = Checkpoints(job.config.run_dir), job.identity
     if resume == "never":
         if checkpoints.positions():
             raise CheckpointError(
@@ -159,7 +166,6 @@ def load_state(job: Job, resume: str) -> RunState | None:
         return None
 
     def check(saved: dict[str, Any]) -> None:
-        ours = job.identity
         differing = [
             f"{key}: {saved.get(key, MISSING)} in the checkpoint, {ours.get(key, MISSING)} now"
             for key in sorted({*saved, *ours} - {"sha256"})

@@ -41,7 +41,6 @@ class Server:
         self.lock = lock
         self.config = job.config
         self.description = job.data.description
-        self.identity = job.identity
         self.tuning = job.tuning
         self.exchange = exchange
         self.partition = job.partition

@@ -1,14 +1,21 @@
-"""Weights as they lie in a file: mapped into memory, so that all ranks of a node share one copy.
+"""Weights as they lie in files: mapped into memory, so that all ranks of a node share one copy, and recognised.
 
 The safetensors format: https://github.com/huggingface/safetensors#format.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -23,6 +30,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 HEADER_LENGTH_BYTES = 8
+SAMPLES, SAMPLE_BYTES = 2000, 4096
 
 
 def mapped_weights(name: str) -> dict[str, Tensor] | None:
@@ -30,9 +38,8 @@ def mapped_weights(name: str) -> dict[str, Tensor] | None:
 
     Pages are read when they are used, and never written.
     """
-    files = _files(name)
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in _safetensors_files(name):
         mapped = _mapped(file)
         if mapped is None:
             return None
@@ -40,11 +47,29 @@ def mapped_weights(name: str) -> dict[str, Tensor] | None:
     return tensors or None
 
 
-def _files(name: str) -> list[Path]:
-    single = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+def weights_sha256(name: str) -> str:
+    """SHA-256 of samples from all over a local or cached model's weight files; all of small ones."""
+    files = _safetensors_files(name) or _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    sizes = [file.stat().st_size for file in files]
+    distance = max(SAMPLE_BYTES, sum(sizes) // SAMPLES)
+    digest = hashlib.sha256(repr(sizes).encode())
+    for file, size in zip(files, sizes, strict=True):
+        with file.open("rb") as stream:
+            for offset in range(0, size, distance):
+                stream.seek(offset)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _safetensors_files(name: str) -> list[Path]:
+    return _files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+
+
+def _files(name: str, single_name: str, index_name: str) -> list[Path]:
+    single = cached_file(name, single_name, _raise_exceptions_for_missing_entries=False)
     if single is not None:
         return [Path(single)]
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    index = cached_file(name, index_name, _raise_exceptions_for_missing_entries=False)
     if index is None:
         return []
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
