@@ -7,6 +7,7 @@ The source is a folder with the task's original files (TSV, unquoted, or JSON li
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
@@ -85,7 +87,8 @@ def refuse_pickle(file: Path) -> None:
 def _read_file(task: Task, file: Path) -> Rows:
     refuse_pickle(file)
     headerless = HEADERLESS.get(task.name, []) if task in TASKS.values() else []
-    records, first_line = read_table(file, headerless=headerless)
+    known = [name for field in task.columns for name in task.column_names(field)]
+    records, first_line = read_table(file, headerless=headerless, known=known)
     return _rows(task, str(file), records, first_line=first_line)
 
 
@@ -93,11 +96,12 @@ def _load_datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("hub and save_to_disk data sets need the datasets library: pip install -e '.[data]'") from error
+        found = "a folder of save_to_disk; to read it" if Path(source).is_dir() else "no folder; to ask the hub for it"
+        raise DataError(f"{source!r} is {found}, install the datasets library: pip install -e '.[data]'") from error
     name, _, configuration = source.partition(":")
     family, _, member = name.partition("/")
     if family in ("glue", "super_glue"):
-        name, configuration = family, member
+        name, configuration = family, member or configuration
     try:
         if Path(source).is_dir():
             return datasets.load_from_disk(source)
@@ -120,7 +124,7 @@ def _read_datasets(task: Task, source: str, dataset: Any) -> dict[str, Rows]:
         found = next((name for name in names if name in dataset), None)
         if found is None:
             raise DataError(f"{source} has no {split} split: looked for {', '.join(names)}, has {', '.join(dataset)}")
-        examples = dataset[found]
+        examples = dataset[found].with_format(None)
         rows[split] = _rows(task, f"{source} {found}", examples, first_line=0, features=examples.features)
     return rows
 
@@ -162,13 +166,13 @@ def _resolve(task: Task, field: str, available: list[str]) -> str:
 
 
 def _label(value: Any, feature: Any, classes: Mapping[str, int]) -> str:
-    """A label as the task writes it; a numbered class counts by its name where the task knows that name."""
+    """A label as the task writes it; numbered classes count by their names where the task knows one of these."""
     if isinstance(value, bool):
         return str(value).lower()
     class_names = getattr(feature, "names", ())
     if isinstance(value, int) and 0 <= value < len(class_names):
-        name = class_names[value]
-        return next((text for text in (name, name.lower()) if text in classes), str(value))
+        known = [next((text for text in (name, name.lower()) if text in classes), None) for name in class_names]
+        return (known[value] or class_names[value]) if any(known) else str(value)
     return "" if value is None else str(value)
 
 
@@ -179,7 +183,7 @@ def load_backbone(name: str) -> Backbone:
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers has no class of its own for a file that it does not understand
         looked = f"a folder {Path(name).absolute()} with config.json and tokenizer files, then the Hugging Face hub"
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"model {name!r} cannot be read; looked for {looked} ({reason})") from error
@@ -246,7 +250,8 @@ def prepare(arguments: argparse.Namespace) -> str:
 
     encoder = TextEncoder(template, backbone.tokenizer, kind=backbone.kind, max_length=arguments.max_length)
     tokenizer = backbone.tokenizer
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    usual = (tokenizer.pad_token_id, tokenizer.eos_token_id)  # a model may know neither
+    pad_id = next((i for i in usual if i is not None and i < backbone.vocabulary_size), 0)
     encoded = {name: encode(rows, encoder, pad_id, name) for name, rows in source.items()}
     largest = max(int(split.tokens.max()) for split, _ in encoded.values())
     if largest >= backbone.vocabulary_size:
@@ -291,9 +296,16 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
             f"template: {description.template}",
             *([f"answers: {answers}"] if description.head == "verbalizer" else []),
             f"written to {out}; next:",
-            f"  fedhpc run CONFIG.yaml --set data.task={description.task} --set data.path={shlex.quote(out)}",
+            "  fedhpc run CONFIG.yaml"
+            + "".join(f" --set {_setting(*pair)}" for pair in (("data.task", description.task), ("data.path", out))),
         ]
     )
+
+
+def _setting(key: str, value: str) -> str:
+    """For the shell, and in quotes of YAML where it would read something else than a text."""
+    plain = value if yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
+    return shlex.quote(f"{key}={plain}")
 
 
 def _positive(text: str) -> int:

@@ -14,11 +14,12 @@ from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.job import choose_torch_device
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone
-from fedhpc.tables import Record, read_lines, read_table
+from fedhpc.tables import JSON_LINES, Record, read_lines, read_table
 from fedhpc.tasks import TASKS, template_fields
 from fedhpc.trained import Trained, load_trained
 
-TABLES = (".tsv", ".jsonl", ".json")
+TABLES = (".tsv", *JSON_LINES)
+OTHER_TABLES = (".csv", ".parquet", ".xlsx", ".xls")
 USUAL_COLUMNS = ("text", "sentence")
 """Where a task of one text may have it, if not in a column of the field's name."""
 
@@ -94,7 +95,10 @@ def _given(texts: Sequence[Sequence[str]], fields: Sequence[str]) -> Iterator[tu
 
 
 def _read(file: Path, description: Description, fields: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    if file.suffix not in TABLES:
+    suffix = file.suffix.lower()
+    if suffix in OTHER_TABLES:
+        raise DataError(f"{file}: {suffix} is not read; give TSV with a header line, or JSON lines")
+    if suffix not in TABLES:
         if len(fields) > 1:
             raise DataError(f"{file}: this task takes {', '.join(fields)}; give a file {' or '.join(TABLES)} of them")
         yield from ((f"{file} line {number}", {fields[0]: line}) for number, line in enumerate(read_lines(file), 1))

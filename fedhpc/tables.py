@@ -7,6 +7,7 @@ from typing import Any
 
 from fedhpc.errors import DataError
 
+JSON_LINES = (".jsonl", ".json", ".ndjson")
 Record = Mapping[str, Any]
 """Column -> value."""
 
@@ -27,18 +28,26 @@ def read_lines(file: Path) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_table(file: Path, *, headerless: Sequence[str] = ()) -> tuple[Iterator[Record], int]:
+def read_table(
+    file: Path, *, headerless: Sequence[str] = (), known: Sequence[str] = ()
+) -> tuple[Iterator[Record], int]:
     """The records of a file, and the number of the first one's line; a malformed one raises ValueError.
 
     Args:
         headerless: columns of a TSV file that has as many and no header line.
+        known: columns of which a header line has at least one.
+
+    Raises:
+        DataError: the file cannot be read, or has two columns of one name.
     """
     lines = read_lines(file)
-    if file.suffix in (".jsonl", ".json"):
+    if file.suffix.lower() in JSON_LINES:
         return map(_json_record, lines), 1
     header, first_line = lines[0].split("\t"), 2
-    if len(headerless) == len(header):
+    if len(headerless) == len(header) and not set(header) & set(known):
         header, first_line = list(headerless), 1
+    if twice := [name for place, name in enumerate(header) if name in header[:place]]:
+        raise DataError(f"{file}: column {twice[0]!r} stands twice in the header line; rename one")
     return (_tsv_record(header, line) for line in lines[first_line - 1 :]), first_line
 
 

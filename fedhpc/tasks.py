@@ -185,6 +185,9 @@ def _problems(content: dict[str, Any]) -> Iterable[str]:
     columns, classes = sound.get("columns"), sound.get("classes")
     if columns is not None and ("label" not in columns or len(columns) < 2):
         yield "columns: needs the label column under `label`, and at least one text field"
+    for name in columns or ():
+        if name == "word" or not re.fullmatch(r"\w+", name):
+            yield f"columns.{name}: a template cannot name this field; use letters, digits and _, and not `word`"
     if classes is not None and (len(classes) < 2 or len(set(classes.values())) < len(classes)):
         yield "classes: needs at least two label values, each with a class word of its own"
     if "metric" in sound and sound["metric"] not in METRICS:

@@ -89,9 +89,10 @@ def test_every_form_of_input_gives_the_same(predict, finished, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     (tmp_path / "texts.tsv").write_text("id\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(texts)))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
+    (tmp_path / "texts.NDJSON").write_text((tmp_path / "texts.jsonl").read_text())
     expected = predict(finished, "--text", texts[0], "--text", texts[1])
     assert [record["text"] for record in expected] == texts
-    for name in ("texts.txt", "texts.tsv", "texts.jsonl"):
+    for name in ("texts.txt", "texts.tsv", "texts.jsonl", "texts.NDJSON"):
         assert predict(finished, "--file", tmp_path / name) == expected
     assert predict(finished, "--text", texts[0], "--out", tmp_path / "out.jsonl") == []
     (written,) = (tmp_path / "out.jsonl").read_text().splitlines()
@@ -150,6 +151,7 @@ FILES = {
     "number.jsonl": ('{"text": 3}\n', "line 1: column 'text' holds 3, expected text"),
     "broken.jsonl": ('{"text": "a"}\n{\n', "line 2: "),
     "half_a_character.jsonl": ('{"text": "a \\ud83d"}\n', "line 1: is not Unicode text: 'utf-8' codec can't encode"),
+    "table.CSV": ("text,label\nthe place,good\n", ".csv is not read; give TSV with a header line, or JSON lines"),
     "blank.txt": ("the place\n\nwas calm\n", "line 2: holds no text"),
 }
 

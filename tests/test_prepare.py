@@ -1,11 +1,13 @@
 import json
 import os
 import pickle
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from test_tasks import bert_like, gpt_like, llama_like
 from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
@@ -180,11 +182,18 @@ def test_max_length_and_limit(tmp_path, bert, capsys):
         ("sentence\tlabel\na\t0\textra\n", "train.tsv line 2: 3 columns, expected 2: sentence, label"),
         ("phrase\tlabel\na\t0\n", "no column 'sentence', which task sst-2 needs; there are phrase, label"),
         ("sentence\tlabel\n", "train.tsv holds no examples"),
+        ("sentence\tlabel\tsentence\na\t0\tb\n", "train.tsv: column 'sentence' stands twice in the header line"),
     ],
 )
 def test_faulty_tables(tmp_path, bert, capsys, train, message):
     source = write(tmp_path / "source", train_tsv=train, dev_tsv=SST2)
     assert message in fails(capsys, tmp_path, "sst-2", source, bert)
+
+
+def test_cola_with_as_many_columns_and_a_header(tmp_path, bert):
+    table = "\tsentence\tlabel\tidx\n0\ta b\t1\t0\n"
+    source = write(tmp_path / "source", train_tsv=table, dev_tsv=table)
+    assert run(tmp_path, "cola", source, bert, "--head", "linear").split("train").labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -304,10 +313,40 @@ def test_save_to_disk_folder(tmp_path, bert, capsys, hub):
 )
 def test_hub_data_sets(tmp_path, bert, hub, *, task, columns, names, label):
     hub.answer = hub.data_set(columns, names)
-    for source in ("glue/member", "owner/name:part", "owner/name"):
+    for source in ("glue/member", "owner/name:part", "owner/name", "glue:member"):
         data = run(tmp_path, task, source, bert)
         assert data.split("train").labels.tolist() == data.split("validation").labels.tolist() == [label]
-    assert hub.asked == [("glue", "member"), ("owner/name", "part"), ("owner/name", None)]
+    assert hub.asked == [("glue", "member"), ("owner/name", "part"), ("owner/name", None), ("glue", "member")]
+
+
+def test_numbered_classes_count_all_by_name_or_all_by_number(tmp_path, bert, capsys, hub):
+    task = {
+        "task": "stars",
+        "columns": {"a": "text", "label": "label"},
+        "classes": {"0": "bad", "1": "fine", "2": "great"},
+        "template": {"encoder": "{a} <mask>"},
+    }
+    (tmp_path / "stars.yaml").write_text(json.dumps(task))
+    columns = {"text": ["a", "b", "c"], "label": [0, 1, 2]}
+    hub.answer = hub.data_set(columns, ["one", "two", "three"])
+    data = run(tmp_path, tmp_path / "stars.yaml", "owner/name", bert, "--head", "linear")
+    assert data.split("train").labels.tolist() == [0, 1, 2]
+    hub.answer = hub.data_set(columns, ["1", "2", "3"])
+    message = fails(capsys, tmp_path, tmp_path / "stars.yaml", "owner/name", bert, "--head", "linear")
+    assert "train row 2: unknown label '3'; valid are 0, 1, 2" in message
+
+
+def test_a_saved_format_hides_nothing(tmp_path, bert, hub):
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [1, 0]}
+    dataset = hub.data_set(columns, ["entailment", "not_entailment"])
+    dataset.with_format("numpy", columns=["label"]).save_to_disk(tmp_path / "saved")
+    assert run(tmp_path, "rte", str(tmp_path / "saved"), bert).split("train").labels.tolist() == [1, 0]
+
+
+def test_without_the_datasets_library_the_source_is_named(tmp_path, bert, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    message = fails(capsys, tmp_path, "rte", "mydatta", bert)
+    assert "'mydatta' is no folder; to ask the hub for it, install the datasets library" in message
 
 
 def test_unlabelled_hub_split_and_missing_connection(tmp_path, bert, capsys, hub):
@@ -354,6 +393,28 @@ def test_models_that_cannot_be_used(tmp_path, bert, capsys):
     assert "without a usable tokenizer" in fails(capsys, tmp_path, "sst-2", source, str(tmp_path / "bare"))
     message = fails(capsys, tmp_path, "sst-2", source, str(tmp_path / "nowhere"))
     assert f"looked for a folder {tmp_path / 'nowhere'} with config.json" in message
+    (tmp_path / "small" / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "newer"}}')
+    assert "cannot be read; looked for a folder" in fails(capsys, tmp_path, "sst-2", source, small)
+
+
+def test_a_padding_token_that_the_model_does_not_know_is_not_used(tmp_path):
+    tokenizer = gpt_like()
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    source = write(tmp_path / "source", train_tsv=SST2, dev_tsv=SST2)
+    model = save_model(tmp_path / "model", tokenizer, config, "GPT2LMHeadModel")
+    assert run(tmp_path, "sst-2", source, model, "--head", "linear").description.pad_id == tokenizer.eos_token_id == 0
+
+
+@pytest.mark.parametrize("name", ["my reviews", "2024", "on", "it's"])
+def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path, bert, capsys, name):
+    example = (ROOT / "data_prep" / "tasks" / "example.yaml").read_text(encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(example.replace("task: reviews", f'task: "{name}"'), encoding="utf-8")
+    table = "text\tlabel\na\tpositive\nb\tnegative\n"
+    run(tmp_path, tmp_path / "task.yaml", write(tmp_path / "source", train_tsv=table, dev_tsv=table), bert)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:4] == ["fedhpc", "run", "CONFIG.yaml", "--set"]
+    assert [yaml.safe_load(word.partition("=")[2]) for word in words[4::2]] == [name, str(tmp_path / "out")]
 
 
 def test_class_word_of_several_tokens_is_refused_for_an_encoder(tmp_path, bert, capsys):

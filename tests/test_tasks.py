@@ -154,6 +154,15 @@ def test_template_problems(tmp_path, template, problem):
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["word", "text-b", "my text"])
+def test_a_field_that_no_template_can_name(tmp_path, field):
+    file = tmp_path / "task.yaml"
+    columns, classes = f"{{text: t, {field}: s, label: l}}", "{a: good, b: bad}"
+    file.write_text(f"task: t\ncolumns: {columns}\nclasses: {classes}\ntemplate: {{encoder: '{{text}} <mask>'}}\n")
+    with pytest.raises(ConfigError, match=rf"columns\.{field}: a template cannot name this field"):
+        load_task(file)
+
+
 def test_unknown_tasks_and_broken_files(tmp_path):
     with pytest.raises(ConfigError, match=r"'sst2' is neither a task file nor one of .*; did you mean sst-2"):
         load_task("sst2")
