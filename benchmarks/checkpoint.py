@@ -31,7 +31,9 @@ from fedhpc.checkpoint import CONTROL, Checkpoints, verify
 from fedhpc.device import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
 from fedhpc.files import fsync
+from fedhpc.jobenv import JobEnvironment
 from fedhpc.local_update import DeviceState, DeviceUpdate
+from fedhpc.lock import RunLock
 from fedhpc.messages import NO_RECORD, Kind, Note
 from fedhpc.methods import Population, make_method
 from fedhpc.report import start_log
@@ -112,8 +114,9 @@ def measure_overhead(exchange, folder, ratio):
         serve(exchange, worker)
         return None
     Path(job.config.run_dir).mkdir(parents=True)
-    server = TimedServer(job, exchange, SimpleNamespace(lost=False))
-    server.run(None)
+    with RunLock(job.config.run_dir, JobEnvironment()) as lock:
+        server = TimedServer(job, exchange, lock)
+        server.run(None)
     seconds = np.diff(server.began)
     counted = [t for t in range(len(seconds)) if t % BLOCK >= 2]
     with_one = [seconds[t] for t in counted if TimedServer.in_block_with(t + 1)]
@@ -197,7 +200,7 @@ def measure_server(folder, seen):
         name = f"../{CONTROL}/{device:06d}_000000.h5"
         os.link(first, checkpoints.partial / name)
         sums[name] = sha256
-    writer = CheckpointWriter(job, exchange, checkpoints)
+    writer = CheckpointWriter(job, exchange, checkpoints, SimpleNamespace(check=lambda: None))
     writer.control.note_files(sums)
     writer._device_files = sums
     method = make_method(job.config.server, Population(num_devices=seen, sample_rate=SAMPLED / seen, num_examples=seen))

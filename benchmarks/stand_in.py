@@ -8,6 +8,8 @@ import numpy as np
 
 from fedhpc.config import Config, TuningConfig
 from fedhpc.device import Worker, serve
+from fedhpc.jobenv import JobEnvironment
+from fedhpc.lock import RunLock
 from fedhpc.pretrained import BackboneShape
 from fedhpc.server import Server
 from fedhpc.tuning import make_tuning
@@ -53,8 +55,9 @@ def run_job(job, exchange):
         serve(exchange, Worker(job.config, job.data, job.partition, None, job.tuning, exchange))
         return None
     Path(job.config.run_dir).mkdir(parents=True)
-    server = TimedServer(job, exchange, SimpleNamespace(lost=False))
-    server.run(None)
+    with RunLock(job.config.run_dir, JobEnvironment()) as lock:
+        server = TimedServer(job, exchange, lock)
+        server.run(None)
     return server
 
 

@@ -1,0 +1,36 @@
+"""The benchmarks' stand-ins are still what the engine expects."""
+
+from pathlib import Path
+
+import pytest
+
+from fedhpc import device
+from fedhpc.device import Worker
+from fedhpc.exchange import LocalExchange
+from fedhpc.stopping import StopRequest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def test_rounds_without_work_go_through(tmp_path, monkeypatch):
+    import round as benchmark
+    from stand_in import make_job, run_job
+
+    monkeypatch.setattr(device, "local_updates", benchmark.StandIn())
+    job, exchange = make_job(tmp_path / "run", rounds=2, num_devices=2, sampled=1), LocalExchange(StopRequest())
+    exchange.handler = Worker(job.config, job.data, job.partition, None, job.tuning, exchange).handle
+    server = run_job(job, exchange)
+    assert [record["steps"] for record in server.records] == [16, 16]
+
+
+def test_a_checkpoint_of_a_server_that_has_seen_many_devices_is_measured(tmp_path):
+    import checkpoint as benchmark
+
+    found = benchmark.measure_server(tmp_path, 12)
+    assert found["seen"] == 12
+    assert found["checkpoint_s"] > 0
