@@ -2,7 +2,7 @@
 step times."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -73,14 +73,19 @@ class Measurements:
         records = messages.ratio_record().zeros(len(devices))
         self.backbone.training_mode(False)
         for record, device in zip(records, devices, strict=True):
-            self.beat(f"estimating the lossless ratio on device {device}")
             examples = self._one_batch(device, "hessian batch", self.config.device.batch_size)
             tensors = self.tuning.merge(command.payload, unseen.local, command.layers)
             rng = generator(self.config.seed, purpose="hessian", round_index=command.round, device=device)
             batch = self.train.batch(examples).to(self.backbone.torch_device)
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
             record["ratio"] = lossless_ratio(
-                self.backbone, self.tuning, tensors, batch, by=self.config.selection.auto_by, rng=rng
+                self.backbone,
+                self.tuning,
+                tensors,
+                batch,
+                by=self.config.selection.auto_by,
+                rng=rng,
+                beat=partial(self.beat, f"estimating the lossless ratio on device {device}"),
             )
         return records
 

@@ -42,22 +42,34 @@ def lossless_ratio(
     *,
     by: str,
     rng: np.random.Generator,
+    beat: Callable[[], None],
 ) -> float:
     """Share of the layers that a device would exchange, from one batch: in (0, 1], or 0 where `density` finds no
-    positive curvature."""
-    loss = BatchLoss(backbone, tuning, tensors, batch)
+    positive curvature.
+
+    Args:
+        by: the rule, `eigengap` or `density`.
+        beat: called before every gradient and product.
+    """
+    loss = BatchLoss(backbone, tuning, tensors, batch, beat)
     start = rng.standard_normal(loss.size)
+    lipschitz = lipschitz_constant(loss, rng) if by == "eigengap" else 0.0
     values, weights = lanczos(loss.hessian_product, start, steps=min(LANCZOS_STEPS, loss.size))
-    if by == "density":
-        return density_ratio(values, weights)
-    return eigengap_ratio(values, lipschitz_constant(loss, rng))
+    return density_ratio(values, weights) if by == "density" else eigengap_ratio(values, lipschitz)
 
 
 class BatchLoss:
     """The loss of one batch as a function of the per-layer parameters, as one float64 vector; shared ones stay."""
 
-    def __init__(self, backbone: Backbone, tuning: Tuning, tensors: dict[str, np.ndarray], batch: Batch) -> None:
-        self.backbone, self.tuning, self.batch = backbone, tuning, batch
+    def __init__(
+        self,
+        backbone: Backbone,
+        tuning: Tuning,
+        tensors: dict[str, np.ndarray],
+        batch: Batch,
+        beat: Callable[[], None],
+    ) -> None:
+        self.backbone, self.tuning, self.batch, self.beat = backbone, tuning, batch, beat
         self.params = as_parameters(tensors, backbone.torch_device)
         self.moved = [self.params[name] for name in tuning.per_layer]
         self.size = sum(parameter.numel() for parameter in self.moved)
@@ -65,6 +77,7 @@ class BatchLoss:
 
     def gradient(self, displacement: Flat) -> Flat:
         """grad F(P + d)."""
+        self.beat()
         at = [
             (parameter.detach() + move).requires_grad_()
             for parameter, move in zip(self.moved, self._tensors(displacement), strict=True)
@@ -73,6 +86,7 @@ class BatchLoss:
 
     def hessian_product(self, vector: Flat) -> Flat:
         """H(P) v, by differentiating the gradient's product with v."""
+        self.beat()
         product = torch.stack(
             [(gradient * v).sum() for gradient, v in zip(self._gradients, self._tensors(vector), strict=True)]
         ).sum()
@@ -123,15 +137,17 @@ def lanczos(product: Callable[[Flat], Flat], start: Flat, *, steps: int) -> tupl
 
 def lipschitz_constant(loss: BatchLoss, rng: np.random.Generator) -> float:
     """Lip of B(d) = H(P) d - grad F(P + d), estimated as the largest |B(d) - B(0)| / |d| over random displacements."""
+    length = LIPSCHITZ_RADIUS * loss.norm
+    directions = [rng.standard_normal(loss.size) for _ in range(LIPSCHITZ_PROBES)]
+    displacements = [direction * (length / np.linalg.norm(direction)) for direction in directions]
+    # Gradients first: from the first product on there is its graph in memory, too.
     at_zero = loss.gradient(np.zeros(loss.size))
-    largest = 0.0
-    for _ in range(LIPSCHITZ_PROBES):
-        direction = rng.standard_normal(loss.size)
-        length = LIPSCHITZ_RADIUS * loss.norm
-        displacement = direction * (length / np.linalg.norm(direction))
-        change = loss.hessian_product(displacement) - loss.gradient(displacement) + at_zero
-        largest = max(largest, float(np.linalg.norm(change)) / length)
-    return largest
+    gradients = [loss.gradient(displacement) for displacement in displacements]
+    changes = [
+        loss.hessian_product(displacement) - gradient + at_zero
+        for displacement, gradient in zip(displacements, gradients, strict=True)
+    ]
+    return max(float(np.linalg.norm(change)) for change in changes) / length
 
 
 def eigengap_ratio(values: Flat, lipschitz: float) -> float:
