@@ -29,8 +29,8 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
     with backbone.watched_embeddings() as embeddings:
         loss = tuning.losses(tuning.forward(backbone, [params], batch), batch.labels).mean()
         (gradient,) = backbone.gradients(loss, embeddings[-1:])
-    gradient = gradient[:, : batch.input_ids.shape[1]]  # without answers of several tokens
-    scale = PERTURBATION * embeddings[-1].detach().norm() / gradient.norm()
+    gradient, text = (part[:, : batch.input_ids.shape[1]] for part in (gradient, embeddings[-1].detach()))  # no answers
+    scale = PERTURBATION * text.norm() / gradient.norm()
     if not torch.isfinite(scale):
         raise FloatingPointError(
             "selection.strategy: sensitivity cannot rank the layers: a batch's loss gradient is zero or not finite; "
