@@ -202,6 +202,11 @@ class DeviceConfig(Section):
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """CPU threads per rank. Part of the run's identity: another number may round differently."""
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether a device has moments to keep."""
+        return not self.reset_moments and self.optimizer == "adamw"
+
 
 DEFAULTS = {
     "drift_corrected": {"learning_rate": 1.5, "momentum": 0.5},
@@ -380,6 +385,11 @@ class Config(Section):
                 raise ValueError(f"exchange.dtype: {self.exchange.dtype} needs exchange.mode: gather; sums are exact")
             if self.trace:
                 raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
+        if self.selection.is_automatic and self.model.attention != "sdpa":
+            raise ValueError(
+                f"selection.ratio: auto differentiates twice, which model.attention: {self.model.attention} cannot; it "
+                "needs sdpa"
+            )
         if self.model.dtype == "float32" and self.model.attention != "sdpa":
             raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
         return self

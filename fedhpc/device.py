@@ -89,7 +89,7 @@ class Worker:
         self.encoding = make_encoding(config, self.method)
         self.keeps = (
             bool(self.encoding.keeps or self.method.keeps)
-            or not config.device.reset_moments
+            or config.device.keeps_moments
             or config.curriculum.order != "random"
         )
         """Whether a device keeps more between its rounds than its own layers."""

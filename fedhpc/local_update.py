@@ -242,7 +242,7 @@ class _Lane:
             state=DeviceState(
                 local=local,
                 steps_taken=self.state.steps_taken + len(self.losses),
-                moments=None if self.config.device.reset_moments else self._moments(),
+                moments=self._moments() if self.config.device.keeps_moments else None,
                 fisher=self.sparse.fisher(),
                 traces=self.state.traces,
             ),

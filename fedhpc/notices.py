@@ -39,18 +39,27 @@ def notices(config: Config) -> list[str]:
         for key, methods in OF_METHODS.items()
         if not {server.method, server.name} & set(methods) and _is_set(config, f"server.{key}")
     ]
-    strategy, order, fraction = config.selection.strategy, config.curriculum.order, config.sparse.fraction
+    selection, order, fraction = config.selection, config.curriculum.order, config.sparse.fraction
+    strategy, ratio, optimizer = selection.strategy, selection.ratio, config.device.optimizer
     for keys, reason, applies in (
         (("selection.distance",), f"selection.strategy: {strategy}", strategy not in ("score", "lowest_score")),
+        (
+            ("selection.batch_size",),
+            f"selection.strategy: {strategy}",
+            strategy in ("all", "first", "last", "random", "explicit"),
+        ),
+        (("selection.auto_by", "selection.warmup_rounds"), f"selection.ratio: {ratio}", ratio != "auto"),
+        (("device.reset_moments",), "device.optimizer: sgd", optimizer == "sgd"),
         (("curriculum.start", "curriculum.end"), "curriculum.order: random", order == "random"),
         (("sparse.momentum",), "sparse.fraction: 1", fraction == 1),
     ):
         found += [f"{key} has no effect with {reason}" for key in keys if applies and _is_set(config, key)]
-    if fraction < 1 and strategy == "all":
-        found.append("sparse.fraction has no effect: with selection.strategy: all no layer stays on the devices")
-    if config.selection.is_automatic and config.selection.warmup_rounds >= config.federation.rounds:
+    if fraction < 1 and (strategy == "all" or ratio == 1):
+        all_of_them = "selection.strategy: all" if strategy == "all" else "selection.ratio: 1"
+        found.append(f"sparse.fraction has no effect: with {all_of_them} no layer stays on the devices")
+    if selection.is_automatic and selection.warmup_rounds >= config.federation.rounds:
         found.append(
-            f"selection.ratio: auto decides after selection.warmup_rounds: {config.selection.warmup_rounds}, but the "
+            f"selection.ratio: auto decides after selection.warmup_rounds: {selection.warmup_rounds}, but the "
             f"run ends after federation.rounds: {config.federation.rounds}; all layers are exchanged to the end"
         )
     if server.name == "released" and config.device.learning_rate < RELEASED_LEARNING_RATE:

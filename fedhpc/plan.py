@@ -151,7 +151,7 @@ def _kept(job: Job) -> int:
     n, local = (4 * part(range(_selected(job))).size for part in (job.tuning.exchanged, job.tuning.local))
     method = _method(job)
     uploads = make_encoding(job.config, method).keeps + len(method.keeps)
-    moments = 0 if job.config.device.reset_moments else 2 * 4 * _trainable(job)
+    moments = 2 * 4 * _trainable(job) if job.config.device.keeps_moments else 0
     return local * (1 + _is_sparse(job)) + n * uploads + moments
 
 

@@ -118,6 +118,10 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
         (["tuning.kind=full", "device.pack=2"], "full changes the weights for one device at a time"),
         (["tuning.kind=bitfit", "model.gradient_checkpointing=true"], "bitfit needs false"),
         (["tuning.kind=full", "model.device_map=auto"], "full needs model.device_map: single"),
+        (
+            ["selection.ratio=auto", "model.dtype=bfloat16", "model.attention=flash_attention_2"],
+            "differentiates twice, which model.attention: flash_attention_2 cannot",
+        ),
         (["server.method=mime"], "mime lends devices its momentum for SGD"),
         (["server.method=moms_adamd", "device.optimizer=sgd"], "moms_adamd is Adam on the devices"),
         (["server={variant: released, control_variates: false}"], "needs server.variant: drift_corrected"),
@@ -153,6 +157,9 @@ def test_keys_of_another_tuning_are_noticed(write):
         ("curriculum.start=0.5", "curriculum.order=fisher", "curriculum.order: random"),
         ("curriculum.end=0.5", "curriculum.order=fisher", "curriculum.order: random"),
         ("sparse.momentum=0.5", "sparse.fraction=0.5", "sparse.fraction: 1"),
+        ("selection.batch_size=3", "selection.strategy=score", "selection.strategy: first"),
+        ("selection.auto_by=density", "selection.ratio=auto", "selection.ratio: 0.5"),
+        ("selection.warmup_rounds=3", "selection.ratio=auto", "selection.ratio: 0.5"),
     ],
 )
 def test_a_key_that_another_key_leaves_without_effect_is_noted(write, key, with_effect, reason):
@@ -160,6 +167,15 @@ def test_a_key_that_another_key_leaves_without_effect_is_noted(write, key, with_
     name = key.split("=")[0]
     assert notices(load_config(write(**MINIMAL), overrides)) == [f"{name} has no effect with {reason}"]
     assert notices(load_config(write(**MINIMAL), [*overrides, with_effect])) == []
+
+
+def test_what_nothing_is_left_for_is_noted(write):
+    assert notices(load_config(write(**MINIMAL), ["sparse.fraction=0.5", "selection.ratio=1.0"])) == [
+        "sparse.fraction has no effect: with selection.ratio: 1 no layer stays on the devices"
+    ]
+    assert notices(load_config(write(**MINIMAL), ["device={optimizer: sgd, reset_moments: false}"])) == [
+        "device.reset_moments has no effect with device.optimizer: sgd"
+    ]
 
 
 def test_a_ratio_that_nothing_asks_for_is_not_said_to_decide(write):
