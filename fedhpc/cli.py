@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedhpc.arguments import make_parser
 from fedhpc.config_file import load_config
-from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, RanksLost, UserError
+from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, RanksLost, UserError
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
 from fedhpc.files import write_whole
 from fedhpc.jobenv import JobEnvironment
@@ -261,7 +261,7 @@ def faults_end_every_rank(exchange: Exchange, but_for: type[Exception] | tuple[(
             sys.stdout.flush()
             sys.stderr.flush()
         finally:  # even where there is nothing left to log to
-            exchange.abort()
+            exchange.abort(EXIT_USER_ERROR if isinstance(error, FloatingPointError) else EXIT_FAILURE)
 
 
 def check_target(name: str) -> None:

@@ -3,7 +3,9 @@
 Whatever derives from :class:`UserError` ends the command with its message, no traceback, and exit status 2.
 """
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+"""Also of a run that diverged: another one would, too."""
 EXIT_STOPPED = 75
 """Stopped on request with a valid checkpoint: EX_TEMPFAIL of sysexits.h, run again to continue."""
 

@@ -10,6 +10,7 @@ from fedhpc.local_update import learning_rate
 from fedhpc.report import log
 from fedhpc.updates import Fault, Vector, longest_change
 
+ADVICE = "Try a smaller device.learning_rate or server.learning_rate, in another run_dir"
 GROWTH_FACTOR = 2.0
 GROWTH_ROUNDS = 3
 """Update norms so many times that of round 0, and what momentum adds to it, so many rounds on end are growth without
@@ -43,7 +44,7 @@ def sift(
             f"round {round_index}: {len(rejected)} of {len(headers)} uploads are bad, more than server.max_rejected: "
             f"{config.server.max_rejected} allows; the last checkpoint is intact. Bad: "
             + "; ".join(f"device {bad['device']}: {bad['reason']}" for bad in rejected[:5])
-            + ". Try a smaller device.learning_rate or server.learning_rate"
+            + f". {ADVICE}"
         )
     return kept, rejected
 
@@ -64,8 +65,8 @@ def check_finite(params: Vector, round_index: int) -> None:
     """
     if not np.isfinite(params).all():
         raise FloatingPointError(
-            f"the global parameters are no longer finite after round {round_index}; the last checkpoint is intact. Try "
-            "a smaller device.learning_rate or server.learning_rate"
+            f"the global parameters are no longer finite after round {round_index}; the last checkpoint is intact. "
+            + ADVICE
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import device
+from fedhpc.errors import EXIT_USER_ERROR
 from fedhpc.updates import Fault, fault_of
 
 BAD = 3
@@ -76,7 +77,7 @@ def test_too_many_bad_uploads_end_the_run_and_leave_the_last_checkpoint(run_conf
     spoil(nan, 1, 2, BAD)
     with pytest.raises(SystemExit) as ended:
         fedhpc("run", config)
-    assert ended.value.code == 1
+    assert ended.value.code == EXIT_USER_ERROR
     err = capfd.readouterr().err
     assert "3 of 12 uploads are bad, more than server.max_rejected: 0.2" in err
     assert "device 1: NaN" in err

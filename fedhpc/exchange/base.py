@@ -123,8 +123,8 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def abort(self) -> None:
-        """End every rank of the job, non-zero, now."""
+    def abort(self, status: int) -> None:
+        """End every rank of the job with this status, now."""
 
     def _look_for_failure(self) -> None:
         if self._failure is not None:

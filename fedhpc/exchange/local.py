@@ -70,6 +70,6 @@ class LocalExchange(Exchange):
     def part(self, status: int) -> None:
         """See :class:`Exchange`."""
 
-    def abort(self) -> None:
+    def abort(self, status: int) -> None:
         """See :class:`Exchange`."""
-        raise SystemExit(1)
+        raise SystemExit(status)

@@ -194,12 +194,12 @@ class MpiExchange(Exchange):
         # Without Python's own long way out: nobody is left to notice a rank that hangs there.
         os._exit(status)
 
-    def abort(self) -> None:
+    def abort(self, status: int) -> None:
         """See :class:`Exchange`."""
         sys.stdout.flush()
         sys.stderr.flush()
         with self._watchdog.over("MPI_Abort", ABORT_S):
-            self._comm.Abort(1)
+            self._comm.Abort(status)
 
     def _join_survivors(self, old_rank: int) -> int:
         """The number that the new rank 0 had."""
