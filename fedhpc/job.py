@@ -28,7 +28,7 @@ from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState
 from fedhpc.stopping import StopRequest
 from fedhpc.tuning import Tuning, make_tuning
-from fedhpc.weights import weights_sha256
+from fedhpc.weights import model_sha256
 
 MISSING = "<not set>"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
@@ -46,14 +46,18 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What determines the run's numbers: configuration, digest of it, prepared data, weights, the tuning's files.
+        """What determines the run's numbers: configuration, digest of it, prepared data, model, the tuning's own files.
+
+        The model counts by its content, wherever it lies.
 
         Raises:
-            ModelError: the weights cannot be read.
+            ModelError: its files cannot be read.
         """
         made_from = {"sha256": self.config.sha256, "data": self.data.description.sha256, **self.tuning.files}
-        weights = load_pretrained(weights_sha256, self.config.model.name)
-        return {**self.config.identity(), **made_from, "model.name sha256": weights}
+        model = self.config.model.name
+        identity = {**self.config.identity(), **made_from, "model.name sha256": load_pretrained(model_sha256, model)}
+        del identity["model.name"]
+        return identity
 
 
 def limit_threads(count: int) -> None:
@@ -154,7 +158,7 @@ def load_state(job: Job, resume: str) -> RunState | None:
     Raises:
         CheckpointError: resuming is required but impossible.
         ConfigError: the checkpoint belongs to another configuration.
-        ModelError: the backbone's weights cannot be read.
+        ModelError: the backbone's files cannot be read.
     """
     checkpoints, ours = Checkpoints(job.config.run_dir), job.identity
     if resume == "never":
@@ -221,6 +225,7 @@ def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.d
         )
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # with NaN, by one more kernel each
     return torch.device("cuda", environment.gpu_index(local_rank, torch.cuda.device_count()))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -47,9 +48,16 @@ def mapped_weights(name: str) -> dict[str, Tensor] | None:
     return tensors or None
 
 
-def weights_sha256(name: str) -> str:
-    """SHA-256 of samples from all over a local or cached model's weight files; all of small ones."""
-    files = _safetensors_files(name) or _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+def model_sha256(name: str) -> str:
+    """SHA-256 of a local or cached model's config.json, and of samples from all over its weight files.
+
+    Raises:
+        OSError: it has no weight files.
+    """
+    weights = _safetensors_files(name) or _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    if not weights:
+        raise OSError(f"there is no {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}")
+    files = [Path(str(cached_file(name, CONFIG_NAME))), *weights]
     sizes = [file.stat().st_size for file in files]
     distance = max(SAMPLE_BYTES, sum(sizes) // SAMPLES)
     digest = hashlib.sha256(repr(sizes).encode())

@@ -339,12 +339,15 @@ def test_a_run_does_not_go_on_with_other_source_prompts(fedhpc, run_config, tmp_
     assert "tuning.sources sha256" in err
 
 
-def test_a_run_does_not_go_on_with_other_weights(fedhpc, run_config, tmp_path):
+def test_a_run_goes_on_where_its_model_lies_now_but_not_with_another(fedhpc, run_config, tmp_path):
     folder = tiny.write_backbone(tmp_path / "backbone")
     config = run_config(model__name=str(folder), federation__rounds=1)
     assert fedhpc("run", config)[0] == 0
+    folder = folder.rename(tmp_path / "moved")
+    more = ["--set", f"model.name={folder}", "--set", "federation.rounds=2"]
+    assert fedhpc("run", config, *more)[0] == 0
     tiny.write_backbone(folder, seed=1)
-    status, _, err = fedhpc("run", config, "--set", "federation.rounds=2")
+    status, _, err = fedhpc("run", config, *more, "--set", "federation.rounds=3")
     assert status == 2
     assert "model.name sha256" in err
     status, _, err = fedhpc("predict", run_dir(config), "--text", "the place was dull")

@@ -8,7 +8,7 @@ from backbones import load_backbone, save_backbone
 from safetensors.torch import load_file, save_file
 
 from fedhpc.files import fsync
-from fedhpc.weights import mapped_weights, weights_sha256
+from fedhpc.weights import mapped_weights, model_sha256
 
 
 def private_dirty():
@@ -48,9 +48,11 @@ def test_without_such_files_there_is_nothing_to_map(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_other_weights_have_another_sum(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+
     def sum_of(tensors):
         save_file(tensors, tmp_path / name) if "safe" in name else torch.save(tensors, tmp_path / name)
-        return weights_sha256(str(tmp_path))
+        return model_sha256(str(tmp_path))
 
     # 24 MB, of which one part in three is looked at; a tensor that changes does so all over.
     tensors = {f"{place}": torch.full((1000, 1000), float(place)) for place in range(6)}
@@ -58,16 +60,25 @@ def test_other_weights_have_another_sum(tmp_path, name):
     assert sum_of(tensors) == first
     sums = [sum_of({**tensors, changed: tensors[changed] + 1e-3}) for changed in tensors]
     assert len({first, *sums}) == 7
+    (tmp_path / "config.json").write_text('{"rope_theta": 500000}')
+    assert sum_of(tensors) not in {first, *sums}
+
+
+def test_without_weights_there_is_no_sum(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OSError, match=r"there is no model\.safetensors or pytorch_model\.bin"):
+        model_sha256(str(tmp_path))
 
 
 def test_every_shard_counts_for_the_sum(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     index = {"weight_map": {name: f"{name}.safetensors" for name in "ab"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     sums = set()
     for a, b in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)):
         for name, value in (("a", a), ("b", b)):
             save_file({name: torch.tensor([value])}, tmp_path / f"{name}.safetensors")
-        sums.add(weights_sha256(str(tmp_path)))
+        sums.add(model_sha256(str(tmp_path)))
     assert len(sums) == 3
 
 
