@@ -232,5 +232,7 @@ def test_devices_per_round(write, num_devices, rate, sampled):
 
 def test_every_key_has_a_known_place_in_the_example_of_the_documentation():
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    for block in re.findall(r"```yaml\n(run_dir: .*?)```", text, re.DOTALL):
+    blocks = re.findall(r"```yaml\n(run_dir: .*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
         Config.model_validate(yaml.safe_load(block))

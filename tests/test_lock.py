@@ -498,7 +498,9 @@ def test_the_lock_of_another_run_in_a_new_directory_stays(run_dir, hold):
         shutil.rmtree(run_dir)
         run_dir.mkdir()
         second = hold()
-        time.sleep(0.2)
+        deadline = time.monotonic() + 30
+        while not held.lost and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert held.lost
     assert f"process {second.pid}" in refused(run_dir)
 
@@ -648,9 +650,10 @@ def test_a_forked_child_neither_has_nor_releases_the_lock(run_dir, hold):
 def test_beats_are_whole_records_of_one_size(run_dir, hold):
     hold(JOB_7, beat_s=0.0005)
     path, beats = run_dir / "lock", []
-    for _ in range(2000):
+    deadline = time.monotonic() + 30
+    while len(set(beats)) < 20 and time.monotonic() < deadline:
         record = path.read_bytes()
         assert len(record) == lock.RECORD_BYTES
         beats.append(Owner.parse(record).beats)
     assert beats == sorted(beats)
-    assert beats[-1] > beats[0]
+    assert len(set(beats)) == 20

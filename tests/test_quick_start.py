@@ -50,7 +50,7 @@ def test_the_remembered_list_of_models_is_the_librarys(tmp_path):
     expected = run_python("import json, transformers;" + look, tmp_path)
     assert run_python(IMPORT + look, tmp_path) == expected
     (file,) = (tmp_path / "fedhpc").iterdir()
-    for damage in (file.read_bytes(), b'{"modules": []}', b"\\xff"):
+    for damage in (file.read_bytes(), b'{"modules": []}', b"\xff"):
         file.write_bytes(damage)
         assert run_python(IMPORT + look + ";transformers.RobertaForMaskedLM", tmp_path) == expected
 

@@ -117,12 +117,12 @@ def in_a_job(monkeypatch, seconds_left):
 
 
 def test_a_job_stops_itself_before_its_time_is_up(run_config, fedhpc, monkeypatch):
-    in_a_job(monkeypatch, 4)
-    config = run_config(federation__rounds=100000, checkpoint__stop_before_end_s=2.0, trace=False)
+    in_a_job(monkeypatch, 60)
+    config = run_config(federation__rounds=100000, checkpoint__stop_before_end_s=56.0, trace=False)
     began = time.monotonic()
     status, _, err = fedhpc("run", config)
     assert status == EXIT_STOPPED
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60
     assert "stopped on request (the job's time limit is near)" in err
 
 

@@ -7,7 +7,8 @@ from fedhpc.messages import NO_RECORD, Command, Op
 from fedhpc.stopping import StopRequest
 
 mpi.LONGEST_GAP_S = 0.25
-exchange = MpiExchange(StopRequest(), timeout_s=2.0)
+exchange = MpiExchange(StopRequest())
+exchange.timeout_s = 2.0  # the start of a rank may take longer
 if exchange.rank == 0:
     exchange.request(Command(op=Op.TRAIN), NO_RECORD, [0])
     print("nobody was given up")

@@ -135,6 +135,13 @@ def test_bytes_are_those_of_the_selected_layers(five, seventeen):
             assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES + 4 * len(record["devices"]))
 
 
+def test_uploads_of_16_bits_are_half_as_long_and_sums_come_once(five):
+    floats = 2 * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
+    for setting, payload, once in (("16 bits", 2 * floats, 0), ("sums", 0, 2 * 8 * floats)):
+        for record in metrics(five[0][setting]):
+            assert record["bytes_up"] == len(record["devices"]) * (payload + HEADER_BYTES) + once
+
+
 def test_what_17_ranks_have_tuned_is_an_adapter_for_plain_peft(seventeen, tmp_path):
     trained = load_trained(str(run_dir(seventeen[0])))
     assert cli.main(["export", str(run_dir(seventeen[0])), "--out", str(tmp_path / "adapter")]) == 0
