@@ -69,6 +69,11 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
         )
     checkpoints, position = Checkpoints(job.config.run_dir), Position.of(state)
     states, _ = checkpoints.load_devices(position, {device}, job.tuning, state.layers, state.unseen_local)
+    if device in states and np.array_equal(states[device].local, state.unseen_local):
+        raise CheckpointError(
+            f"--device {device}: was trained in the warm-up of selection.ratio: auto only, when all layers were "
+            "exchanged, and has nothing of its own; leave --device out"
+        )
     if device not in states:
         kept = (name for name in checkpoints.device_files(position) if name.startswith(f"../{LOCAL}/"))
         seen = ", ".join(map(str, sorted(map(device_of, kept)))) or "none"

@@ -206,6 +206,18 @@ def test_what_cannot_be_read_is_named(fedhpc, finished, tmp_path, command):
     assert f"{copy} has no checkpoint yet" in refusal(copy)
 
 
+def test_a_device_of_the_warm_up_alone_has_no_personal_parameters(fedhpc, world, tmp_path):
+    automatic, keeping = {"ratio": "auto", "warmup_rounds": 1}, {"reset_moments": False}
+    federation = {"rounds": 2, "sample_rate": 0.4}
+    run_dir = start(world, tmp_path, federation=federation, selection=automatic, device=keeping)
+    first, second = (set(json.loads(line)["devices"]) for line in (run_dir / "metrics.jsonl").open())
+    for device in first | second:
+        status, _, err = fedhpc("predict", run_dir, "--text", "a", "--device", device)
+        assert status == (0 if device in second else 2)
+        assert ("was trained in the warm-up of selection.ratio: auto only" in err) == (device not in second)
+    assert first - second
+
+
 def test_a_run_that_exchanges_everything_has_no_personal_parameters(fedhpc, world, tmp_path):
     run_dir = start(world, tmp_path, federation={"rounds": 1}, selection={"strategy": "all"})
     status, _, err = fedhpc("predict", run_dir, "--text", "a", "--device", 0)
