@@ -226,11 +226,15 @@ def limit(rows: Rows, count: int | None, seed: int) -> Rows:
 
 def encode(rows: Rows, encoder: TextEncoder, pad_id: int, title: str) -> tuple[Split, int]:
     """Tokenise one split; also tells how many examples were shortened."""
-    encoded = []
+    encoded: list[tuple[np.ndarray, int]] = []
+    num_shortened = 0
     for start in tqdm(range(0, len(rows.texts), BATCH), desc=title, unit_scale=BATCH, unit=" ex", disable=None):
-        encoded += encoder(rows.texts[start : start + BATCH])
-    split = Split.of([(example.ids, example.slot) for example in encoded], rows.labels, pad_id=pad_id)
-    return split, sum(example.truncated for example in encoded)
+        for example in encoder(rows.texts[start : start + BATCH]):
+            encoded.append(
+                (np.array(example.ids, np.int32), example.slot)
+            )  # a list of ints would be ten times as large
+            num_shortened += example.truncated
+    return Split.of(encoded, rows.labels, pad_id=pad_id), num_shortened
 
 
 def prepare(arguments: argparse.Namespace) -> str:

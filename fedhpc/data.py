@@ -135,7 +135,9 @@ class Split:
     pad_id: int
 
     @classmethod
-    def of(cls, examples: Sequence[tuple[Sequence[int], int]], labels: Sequence[int], *, pad_id: int) -> Self:
+    def of(
+        cls, examples: Sequence[tuple[Sequence[int] | np.ndarray, int]], labels: Sequence[int], *, pad_id: int
+    ) -> Self:
         """A split of examples in memory, each its token ids and slot."""
         return cls(
             tokens=np.concatenate([np.asarray(ids, np.int32) for ids, _ in examples]),
