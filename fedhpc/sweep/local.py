@@ -5,15 +5,13 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 
-from fedhpc.errors import EXIT_STOPPED, ConfigError
+from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, ConfigError
 from fedhpc.jobenv import MPIRUN_VARIABLES, JobEnvironment
 from fedhpc.lock import RunLock
 from fedhpc.sweep.experiment import Experiment
 from fedhpc.sweep.results import write_tables
 from fedhpc.sweep.runner import Runner
 from fedhpc.sweep.standing import CellLog, standing
-
-EXIT_FAILED = 1
 
 
 def cell_list(experiment: Experiment) -> str:
@@ -68,7 +66,7 @@ def run_here(
         _say("stopped; the same command goes on from here")
         return EXIT_STOPPED
     _say(tables_text(experiment))
-    return EXIT_FAILED if runner.failed else 0
+    return EXIT_FAILURE if runner.failed else 0
 
 
 def _check_launch(launch: str | None) -> None:
