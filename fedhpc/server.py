@@ -229,6 +229,7 @@ class Server:
         traffic = self.exchange.traffic
         headers, payloads = messages.upload_headers(records), messages.upload_payloads(records, size, encoding.dtype)
         busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
+        local = max(traffic.seconds["local"], *busy)
         for header in headers:
             self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
         place = {int(device): row for row, device in enumerate(headers["device"])}
@@ -256,7 +257,8 @@ class Server:
             "bytes": len(devices) * (payload.nbytes + start.size * self.method.num_uploaded * encoding.dtype.itemsize),
             "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up,
-            "seconds": {**traffic.seconds, "idle": traffic.seconds["local"] - float(np.mean(busy))},
+            # Of a round that was interrupted, traffic knows only the rest.
+            "seconds": {**traffic.seconds, "local": local, "idle": local - float(np.mean(busy))},
             "rejected": rejected,
         }
         return uploads, metrics

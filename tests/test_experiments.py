@@ -69,4 +69,12 @@ def test_tunings_differ_by_nothing_but_the_tuning_and_its_learning_rate():
 def test_the_baselines_are_compared_on_all_ten_tasks():
     cells = load_experiment(ROOT / "experiments/baselines.yaml").cells
     assert {cell.config.data.task for cell in cells} == set(TASKS)
-    assert len(cells) == len(TASKS) * len({cell.values["method"] for cell in cells}) * 3
+    attempts = [cell for cell in cells if cell.values["method"] == "attempt"]
+    assert len(cells) - len(attempts) == len(TASKS) * (len({cell.values["method"] for cell in cells}) - 1) * 3
+    # Not on the tasks that its source prompts were tuned on.
+    sources = {
+        f"task={cell.config.data.task}" for cell in load_experiment(ROOT / "experiments/prompt-sources.yaml").cells
+    }
+    assert len(attempts) == (len(TASKS) - 3) * 3
+    assert all(source in " ".join(attempts[0].config.tuning.sources) for source in sources)
+    assert not sources & {f"task={cell.config.data.task}" for cell in attempts}

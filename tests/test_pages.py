@@ -11,6 +11,8 @@ from tiny import run_dir
 
 from fedhpc.errors import CheckpointError, ReportError
 from fedhpc.pages import read_run, write_report
+from fedhpc.pages.groups import group_runs
+from fedhpc.pages.parts import _series
 from fedhpc.pages.units import unit_for
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -134,8 +136,34 @@ def test_runs_that_differ_in_seed_alone_are_one_row_with_mean_and_deviation(repo
             "0.800 ± 0.100",
             "0.500 ± 0.000",
         ],  # the loss of the fourth round is 2/4
-        ["method=fedpeptao", "2", "**0.860 ± 0.014**", "**0.860 ± 0.014**", "0.500 ± 0.000"],
+        ["method=fedpeptao", "2", "0.860 ± 0.014", "0.860 ± 0.014", "0.500 ± 0.000"],
     ]
+
+
+def test_what_has_fewer_seeds_is_not_compared(report, two_methods, make_run):
+    page = report(*two_methods)
+    assert "only configurations with 3 finished runs are compared" in page.text
+    page = report(*two_methods, make_run("third", [0.8, 0.89], seed=9, server__method="fedpeptao"))
+    assert [row[2] for row in page.tables["final results"][1:]] == ["0.800 ± 0.100", "**0.870 ± 0.020**"]
+    assert "are compared" not in page.text
+
+
+def test_a_repeated_run_is_no_seed_more(report, make_run):
+    runs = [make_run(name, [0.5, 0.6], seed=1) for name in "ab"] + [make_run("c", [0.5, 0.8], seed=2)]
+    assert report(*runs).tables["final results"][1][1:3] == ["3, of 2 seed(s)", "0.700 ± 0.141"]
+
+
+def test_a_line_is_the_mean_of_the_same_seeds_at_each_point(make_run):
+    # Evaluated after rounds 2 and 4; and, the other one, after round 4 alone.
+    often, seldom = make_run("a", [0.9, 0.5], seed=1), make_run("b", [None, 0.7], seed=2)
+    ((group,),) = group_runs([read_run(often), read_run(seldom)]).values()
+    line = _series(0, group, "accuracy", "rounds")
+    assert (line.x.tolist(), line.y.tolist()) == ([4], [0.6])
+
+
+def test_nothing_is_reached_where_nothing_is_learnt(report, make_run):
+    page = report(make_run("a", [0.0, 0.0]), make_run("b", [0.0, 0.0], server__method="mime"))
+    assert not [title for title in page.tables if title.startswith("cost to reach")]
 
 
 def test_cost_of_the_whole_run(report, two_methods):
@@ -179,7 +207,7 @@ def test_the_target_is_95_percent_of_the_best_unless_given(report, two_methods):
     assert "cost to reach accuracy 0.855" in report(*two_methods).tables  # 0.95 * 0.9
 
 
-def test_tables_are_also_csv_and_latex(report, two_methods, tmp_path):
+def test_tables_are_also_csv_and_latex(report, two_methods, make_run, tmp_path):
     report(*two_methods)
     averaged, better = csv.DictReader((tmp_path / "page.csv").open())
     assert averaged["task"] == "moods"
@@ -189,8 +217,9 @@ def test_tables_are_also_csv_and_latex(report, two_methods, tmp_path):
     assert float(better["bytes_mean"]) == 4_000_000
     assert better["rounds_to_target_n"] == "1"  # 0.87 of 0.85 and 0.87
     assert better["rounds_to_target_sd"] == ""
+    report(*two_methods, make_run("third", [0.8, 0.89], seed=9, server__method="fedpeptao"))
     latex = (tmp_path / "page.tex").read_text()
-    assert r"method=fedpeptao & 2 & \textbf{0.860 $\pm$ 0.014} &" in latex
+    assert r"method=fedpeptao & 3 & \textbf{0.870 $\pm$ 0.020} &" in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
 
 

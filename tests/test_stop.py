@@ -86,6 +86,7 @@ def test_interruptions_leave_no_trace_in_the_results(run_config, fedhpc, stop_af
         for path in (config, undisturbed)
     )
     assert ours == theirs
+    assert all(record["seconds"]["idle"] >= 0 for record in metrics(config))
 
 
 def test_what_a_curriculum_measured_before_a_stop_is_not_measured_again(run_config, fedhpc, stop_after, monkeypatch):

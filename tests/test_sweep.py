@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from tiny import final_prompts
 
@@ -19,7 +20,7 @@ from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import load_experiment
 from fedhpc.sweep.results import curve, results
 from fedhpc.sweep.runner import Runner
-from fedhpc.sweep.standing import standing
+from fedhpc.sweep.standing import CellLog, standing
 
 GRID = {
     "server.method": ["fedavg", "fedpeptao"],
@@ -153,6 +154,27 @@ def test_cells_begun_with_another_configuration_are_refused_before_anything_runs
     assert status == 2
     assert "12 cell(s) were begun with another configuration" in err
     assert "out/method=fedavg,layers=all,seed=1: device.epochs: 1 there, 2 now" in err
+
+
+def test_cells_begun_with_other_data_are_refused_too(finished, fedhpc, world, tmp_path):
+    assert fedhpc("sweep", finished, "--dry-run", "--set", f"data.path={world.parent / 'prepared'}")[0] == 0
+    assert tiny.load_script("prepare").main(
+        ["--task", str(world.parent / "source/task.yaml"), "--source", str(world.parent / "source"), "--model",
+         str(world.parent / "backbone"), "--out", str(tmp_path / "other"), "--limit-train", "100"]
+    ) == 0  # fmt: skip
+    status, _, err = fedhpc("sweep", finished, "--dry-run", "--set", f"data.path={tmp_path / 'other'}")
+    assert status == 2
+    assert f"other data there than in data.path: {tmp_path / 'other'} now" in err
+
+
+def test_a_run_that_died_within_a_line_has_failed_all_the_same(write):
+    experiment = load_experiment(write())
+    log = CellLog(experiment.out, experiment.cells[0])
+    log.begin("fedhpc run")
+    with log.path.open("a") as file:
+        file.write("Loading weights: 46%")
+    log.end(137)
+    assert log.last_status() == 137
 
 
 def test_a_cell_without_its_last_checkpoint_is_not_done(finished):
@@ -378,10 +400,14 @@ def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
     digest = load_experiment(path).digest
     assert out == f"sbatch --array=0-11%4 jobs/sweep.slurm {path} --expect {digest} --set trace=true\n"
     assert fedhpc("sweep", path, "--cell", 3, "--expect", digest)[0] == 0
-    path.write_text(path.read_text().replace("  - 2\n", ""))
-    status, _, err = fedhpc("sweep", path, "--cell", 3, "--expect", digest)
-    assert status == 2
-    assert "the experiment has other cells now" in err
+    text = path.read_text()
+    for change in (text.replace("  - 2\n", ""), text.replace("trace: false", "device.epochs: 7")):
+        assert change != text
+        path.write_text(change)
+        status, _, err = fedhpc("sweep", path, "--cell", 3, "--expect", digest)
+        assert status == 2
+        assert "the experiment has other cells now" in err
+    path.write_text(text.replace("  - 2\n", ""))
     assert fedhpc("sweep", path, "--cell", 8)[2].endswith("--cell 8: the cells have the numbers 0 to 7\n")
 
 

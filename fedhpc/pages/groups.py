@@ -47,8 +47,9 @@ class Group:
 
     @property
     def counted(self) -> list[Run]:
-        """The runs behind the group's numbers: those that are finished, or all while none is."""
-        return [run for run in self.runs if run.is_finished] or list(self.runs)
+        """The runs behind the group's numbers, one a seed: those that are finished, or all while none is."""
+        among = [run for run in self.runs if run.is_finished] or list(self.runs)
+        return list({run.seed: run for run in sorted(among, key=lambda run: run.rounds_done)}.values())
 
     @property
     def is_finished(self) -> bool:
@@ -59,7 +60,9 @@ class Group:
     def state(self) -> str:
         """How many runs there are, and how many are finished if not all."""
         finished, total = sum(run.is_finished for run in self.runs), len(self.runs)
-        return str(total) if finished == total else f"{finished} of {total} finished"
+        seeds = len({run.seed for run in self.runs})
+        again = f", of {seeds} seed(s)" if seeds < total else ""
+        return (str(total) if finished == total else f"{finished} of {total} finished") + again
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
@@ -133,15 +136,16 @@ def stat(values: Iterable[float]) -> Stat | None:
 
 
 def goal_of(groups: Sequence[Group], target: float | None) -> Goal:
-    """What a task's runs are held to; 95 % of the best final value of the task's own metric unless a target is given.
+    """What a task's runs are held to; 95 % of the best final value of the task's own metric, if that is above 0, unless
+    a target is given.
 
     Finished runs alone decide, or all while none is finished.
     """
     every = [run for group in groups for run in group.runs]
     runs = [run for run in every if run.is_finished] or every
     best = max(filter(math.isfinite, (final(run, run.metrics[-1]) for run in runs)), default=None)
-    if target is None and best is not None:
-        target = best - (1 - DEFAULT_TARGET) * abs(best)
+    if target is None and best is not None and best > 0:
+        target = DEFAULT_TARGET * best
     moved = {float(run.bytes[-1]) for run in runs if run.bytes.any()}
     return Goal(target, min(moved) if len(moved) > 1 else None)
 

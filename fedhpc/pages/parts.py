@@ -104,9 +104,12 @@ def task_metrics(groups: Sequence[Group]) -> list[str]:
 
 
 def _series(index: int, group: Group, key: str, along: Quantity) -> Series | None:
-    """Means over the group's runs of what was recorded after the same rounds; the band is lowest to highest."""
+    """Means over the group's runs of what was recorded after the same rounds; the band is lowest to highest.
+
+    Only rounds that all runs have, where there are such: others would let the line jump from one seed to another.
+    """
     points: dict[float, list[tuple[float, float]]] = {}
-    for run in group.runs:
+    for run in group.counted:
         x: Floats = getattr(run, along)
         if along != "rounds" and not x.any():  # a single process moves nothing
             continue
@@ -115,7 +118,8 @@ def _series(index: int, group: Group, key: str, along: Quantity) -> Series | Non
                 points.setdefault(float(done), []).append((float(at), float(value)))
     if not points:
         return None
-    columns = [np.array(points[done]) for done in sorted(points)]
+    most = max(map(len, points.values()))
+    columns = [np.array(points[done]) for done in sorted(points) if len(points[done]) == most]
     means = np.array([column.mean(axis=0) for column in columns])
     return Series(
         index=index,

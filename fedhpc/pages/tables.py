@@ -62,7 +62,7 @@ def group_table(
     with_runs: bool = False,
     notes: Sequence[str] = (),
 ) -> Table:
-    """One row for each group; only groups with finished runs, known for each of them, can be the best."""
+    """One row for each group; only those with as many finished runs as any, all of them known, can be the best."""
     columns = [column for column in columns if any(summary.get(column.key) for summary in summaries)]
     drawn = [_column(groups, [summary.get(column.key) for summary in summaries], column) for column in columns]
     names = [[name_cell(group), *([Cell(text=group.state)] if with_runs else [])] for group in groups]
@@ -70,7 +70,7 @@ def group_table(
     headings = ["configuration", *(["runs"] if with_runs else []), *(heading for heading, _ in drawn)]
     if any(not group.is_finished for group in groups):
         notes = [*notes, "† no run is finished: the latest values, not compared with the others"]
-    return Table(title=title, headings=headings, rows=rows, notes=notes)
+    return Table(title=title, headings=headings, rows=rows, notes=[*notes, *_fewer(groups)])
 
 
 def name_cell(group: Group) -> Cell:
@@ -78,11 +78,21 @@ def name_cell(group: Group) -> Cell:
     return Cell(text=group.label + ("" if group.is_finished else UNFINISHED))
 
 
+def _most_runs(groups: Sequence[Group]) -> int:
+    return max((len(group.counted) for group in groups if group.is_finished), default=0)
+
+
+def _fewer(groups: Sequence[Group]) -> list[str]:
+    """A note if some groups have fewer runs than others."""
+    numbers = {len(group.counted) for group in groups if group.is_finished}
+    return [f"only configurations with {max(numbers)} finished runs are compared"] if len(numbers) > 1 else []
+
+
 def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
     """Heading with unit, and the cells; the best are all that look like the best."""
     unit = unit_for(column.quantity, (found.mean for found in stats if found))
     are_rivals = [
-        found is not None and group.is_finished and found.runs == len(group.counted)
+        found is not None and group.is_finished and found.runs == _most_runs(groups)
         for group, found in zip(groups, stats, strict=True)
     ]
     rivals = [found.mean for found, is_rival in zip(stats, are_rivals, strict=True) if found and is_rival]
@@ -99,7 +109,10 @@ def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Colum
 
 
 def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summary]]]) -> Table:
-    """The task's own metric, configurations by tasks, and its mean over all tasks where it is known for each."""
+    """The task's own metric, configurations by tasks, and its mean over all tasks where it is known for each.
+
+    Only configurations with as many finished runs as any of the task count for the mean.
+    """
     columns: list[dict[str, Cell]] = []
     means: dict[str, list[float]] = {}
     labels: dict[str, Cell] = {}
@@ -110,7 +123,8 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
             text = cell.text if group.is_finished else cell.text + UNFINISHED
             columns[-1][group.label] = Cell(text=text, is_best=cell.is_best)
             labels[group.label] = Cell(text=group.label)
-            means.setdefault(group.label, []).extend([found.mean] if found and group.is_finished else [])
+            is_whole = found is not None and group.is_finished and found.runs == _most_runs(groups)
+            means.setdefault(group.label, []).extend([found.mean] if found and is_whole else [])
     whole = {label: f"{sum(known) / len(known):.3f}" for label, known in means.items() if len(known) == len(tasks)}
     best = max(whole.values(), key=float) if len(whole) > 1 else None
     none = Cell(text=UNKNOWN)
@@ -124,11 +138,12 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
     ]
     headings = [task if column.key == "accuracy" else f"{task} ({column.heading})" for task, column, *_ in tasks]
     dagger = any("†" in cell.text for row in rows for cell in row)
+    fewer = dict.fromkeys(note for _, _, groups, _ in tasks for note in _fewer(groups))
     return Table(
         title="final accuracy, personalised",
         headings=["configuration", *headings, "mean"],
         rows=rows,
-        notes=["† no run is finished: the latest value, not compared with the others"] if dagger else [],
+        notes=[*(["† no run is finished: the latest value, not compared with the others"] if dagger else []), *fewer],
     )
 
 

@@ -101,8 +101,9 @@ class Experiment:
 
     @cached_property
     def digest(self) -> str:
-        """Of the cells in their order: the tasks of a job array know theirs by its number."""
-        return hashlib.sha256("\n".join(cell.name for cell in self.cells).encode()).hexdigest()[:12]
+        """Of the cells in their order and what they run: the tasks of a job array know theirs by its number."""
+        cells = (f"{cell.name} {cell.config.sha256} {cell.config.federation.rounds}" for cell in self.cells)
+        return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:12]
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = (), out: str | None = None) -> Experiment:

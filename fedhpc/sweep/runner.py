@@ -17,7 +17,9 @@ from fedhpc.sweep.experiment import Cell, Experiment
 from fedhpc.sweep.results import curve, results
 from fedhpc.sweep.standing import CellLog, standing
 
-SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+IS_DETACHED = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+SIGNALS = (*STOP_SIGNALS, signal.SIGINT, *(() if IS_DETACHED else (signal.SIGHUP,)))
+"""A terminal that closes is a request to stop, but for `nohup`."""
 PASSED_ON = signal.SIGUSR1
 """Of all stop signals the one that every MPI launcher hands to its ranks instead of ending them."""
 KILLED_BY_IT = 128 + PASSED_ON

@@ -1,8 +1,12 @@
 """Where a cell stands, from the files in its run directory alone."""
 
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import h5py
 
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
@@ -28,8 +32,9 @@ class CellLog:
         self._append(f"{HEAD}{command}")
 
     def end(self, status: int) -> None:
-        """The run has ended."""
-        self._append(f"{END}{status}")
+        """The run has ended, perhaps within a line."""
+        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+        self._append(f"{'' if whole else chr(10)}{END}{status}")
 
     def last_status(self) -> int | None:
         """Of the latest run, if it has ended."""
@@ -125,4 +130,24 @@ def _foreign(cell: Cell) -> str | None:
         for key in sorted({*theirs, *ours})
         if theirs.get(key) != ours.get(key)
     ]
+    data = _data_of(cell.run_dir), _data_in(Path(cell.config.data.path))
+    if None not in data and data[0] != data[1]:
+        differing.append(f"other data there than in data.path: {cell.config.data.path} now")
     return f"{cell.run_dir}: {'; '.join(differing)}" if differing else None
+
+
+def _data_of(run_dir: Path) -> str | None:
+    """The checksum of the data of a run, as its newest checkpoint has it."""
+    checkpoints = run_dir / "checkpoints"
+    with suppress(OSError, KeyError, ValueError):
+        newest = checkpoints / (checkpoints / "LATEST").read_text().strip()
+        with h5py.File(newest / "server.h5", locking=False) as state:
+            return str(json.loads(state.attrs["config"])["data"])
+    return None
+
+
+def _data_in(path: Path) -> str | None:
+    """The checksum of prepared data."""
+    with suppress(OSError, KeyError, ValueError):
+        return str(json.loads((path / "description.json").read_text(encoding="utf-8"))["sha256"])
+    return None
