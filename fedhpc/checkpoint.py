@@ -127,7 +127,16 @@ class Checkpoints:
         write_whole(self.folder / name, data)
         return f"../{name}", sha256_of(data)
 
-    def commit(self, position: Position, server: bytes, sums: Sums, *, after: Position | None, keep: int) -> None:
+    def commit(
+        self,
+        position: Position,
+        server: bytes,
+        sums: Sums,
+        *,
+        after: Position | None,
+        keep: int,
+        check_lock: Callable[[], None],
+    ) -> None:
         """Server: put the checkpoint in place once all its other files are on disk; drop the oldest generations.
 
         The run went on from the checkpoint ``after``, so any newer one is broken, and goes.
@@ -140,6 +149,7 @@ class Checkpoints:
         write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {SUMS}\n".encode())
         fsync(self.folder / CONTROL)
         fsync(partial)
+        check_lock()  # writing may have hung until the directory was another run's
         later = [found for found in self.positions() if after is None or found > after]
         if later and after is None:
             raise RuntimeError(f"{self.folder}: has checkpoints that were not there when this run began")
@@ -149,6 +159,7 @@ class Checkpoints:
         fsync(self.folder)
         write_whole(self.folder / "LATEST", f"{final.name}\n".encode())
         fsync(self.folder)
+        check_lock()
         self._drop(self.positions()[keep:])
 
     def newest(

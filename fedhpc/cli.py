@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         with faults_end_every_rank(exchange):
             status = EXIT_STOPPED if role() == Op.SUSPEND else 0
             if exchange.rank == 0 and status == 0:
-                job.mark_finished()
+                job.mark("FINISHED")
     with faults_end_every_rank(exchange):
         exchange.part(status)
     return status
@@ -123,7 +123,11 @@ def set_up(
     def play() -> Op:
         if isinstance(exchange, MpiExchange) and has_devices:
             return serve(exchange, worker)
-        return Server(job, exchange, lock).run(state)
+        server = Server(job, exchange, lock)
+        how = server.run(state)
+        if how == Op.SUSPEND and server.has_trained:
+            environment.mark("TRAINED")
+        return how
 
     def play_on() -> Op:
         nonlocal state

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 ANSWER_S = 10.0
 """How long SLURM may take to answer."""
@@ -127,9 +128,9 @@ class JobEnvironment:
             "mpirun; if one process is to do everything, with srun --ntasks=1"
         )
 
-    def mark_finished(self) -> None:
-        """Make the file by which a job script tells a run that has ended from one that its launcher has lost."""
-        if name := self.environ.get("FEDHPC_FINISHED"):
+    def mark(self, what: Literal["FINISHED", "TRAINED"]) -> None:
+        """Make a file that tells the job script: the run has ended, not been lost; it was stopped, but in training."""
+        if name := self.environ.get(f"FEDHPC_{what}"):
             Path(name).touch()
 
     def seconds_left(self) -> float | None:

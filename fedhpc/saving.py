@@ -16,6 +16,8 @@ from fedhpc.state_file import RunState, server_file
 from fedhpc.updates import Vector
 
 NAP_S = 0.002
+LONGEST_NAP_S = 1.0
+"""Of a longer one the job was asleep, too."""
 
 
 class CheckpointWriter:
@@ -31,7 +33,8 @@ class CheckpointWriter:
         self._device_files: Sums = {}
         self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self._writing = Background(exchange.fail)
-        exchange.on_saved = self._notes.put
+        self._silence = 0.0
+        exchange.on_saved = self._hear
 
     def go_on_from(self, state: RunState) -> None:
         """The run continues from this state's checkpoint."""
@@ -69,11 +72,27 @@ class CheckpointWriter:
         return self.bytes_written - before
 
     def wait(self) -> None:
-        """Until the checkpoint under way is in place; raises what went wrong with it."""
+        """Until the checkpoint under way is in place; raises what went wrong with it.
+
+        Raises:
+            TimeoutError: no rank has finished a file of it for `exchange.timeout_s`.
+        """
+        self._silence, before = 0.0, time.monotonic()
         while self._writing.busy:
             self.exchange.attend()
             time.sleep(NAP_S)
+            now = time.monotonic()
+            self._silence, before = self._silence + min(now - before, LONGEST_NAP_S), now
+            if self._silence > self.exchange.timeout_s:
+                raise TimeoutError(
+                    f"no file of the checkpoint under way was finished within exchange.timeout_s: "
+                    f"{self.exchange.timeout_s:g} s; a file system may hang"
+                )
         self.exchange.attend()
+
+    def _hear(self, note: Note) -> None:
+        self._silence = 0.0
+        self._notes.put(note)
 
     def abandon(self) -> None:
         """Give up the checkpoint under way if ranks are missing in it."""
@@ -98,5 +117,7 @@ class CheckpointWriter:
         self.bytes_written += len(server) + sum((self.checkpoints.partial / name).stat().st_size for name in sums)
         self._device_files = newer(self._device_files, written)
         self.lock.check()
-        self.checkpoints.commit(position, server, {**sums, **self._device_files}, after=after, keep=keep)
+        self.checkpoints.commit(
+            position, server, {**sums, **self._device_files}, after=after, keep=keep, check_lock=self.lock.check
+        )
         self.control.forget(fresh)

@@ -56,6 +56,8 @@ class Server:
         """The run between two steps of the main loop; what a stop saves."""
         self.in_round = False
         """Whether devices are at work on the round after the state's."""
+        self.has_trained = False
+        """Whether devices have been, since the start."""
 
     def run(self, found: RunState | None) -> Op:
         """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
@@ -221,7 +223,9 @@ class Server:
         summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
         size = 0 if encoding.num_sums else start.size * self.method.num_uploaded
         self.saving.control.prefetch(devices, state.layers)
-        self.state, self.in_round = state, True
+        if self.exchange.stop:
+            raise Halt
+        self.state, self.in_round, self.has_trained = state, True, True
         records = self.exchange.request(
             command, messages.upload_record(size, encoding.dtype), counts, summed=summed if encoding.num_sums else None
         )

@@ -113,7 +113,7 @@ def server_file(state: RunState, layouts: Layouts, identity: Mapping[str, Any], 
         _write(file, "history/update_norm", np.array(state.update_norms, np.float64))
         if state.record is not None:
             _write(file, "history/record", np.frombuffer(json.dumps(dict(state.record)).encode(), np.uint8))
-        return _image(file)
+        return image(file)
 
 
 def read_server_file(data: bytes, name: str, layouts: Layouts, check: Callable[[dict[str, Any]], None]) -> RunState:
@@ -150,7 +150,7 @@ def control_file(vector: Vector, round_index: int, layers: Sequence[int], layout
     with _create(round_index) as file:
         file.attrs["layers"] = layers
         write_vector(file, "control", vector, layouts.exchanged(layers))
-        return _image(file)
+        return image(file)
 
 
 def read_control_file(data: bytes, name: str, layouts: Layouts) -> tuple[Vector, tuple[int, ...]]:
@@ -173,7 +173,7 @@ def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layo
         if state.traces is not None:
             _write(file, "traces", state.traces)
         _write_tensors(file, "optimizer", state.moments or {})
-        return _image(file)
+        return image(file)
 
 
 def read_local_file(
@@ -211,7 +211,7 @@ def progress_file(progress: RoundProgress) -> bytes:
             _write(entry, "losses", update.losses)
             _write_tensors(entry, "params", update.tensors)
             _write_tensors(entry, "optimizer", update.moments)
-        return _image(file)
+        return image(file)
 
 
 def read_progress_file(data: bytes, name: str) -> RoundProgress:
@@ -265,10 +265,11 @@ def _create(round_index: int) -> Iterator[h5py.File]:
         yield file
 
 
-def _image(file: h5py.File) -> bytes:
+def image(file: h5py.File) -> bytes:
+    """The bytes of a file in memory."""
     file.flush()
-    image: bytes = file.id.get_file_image()
-    return image
+    content: bytes = file.id.get_file_image()
+    return content
 
 
 def _dataset(folder: str, tensor: str) -> str:

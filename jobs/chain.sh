@@ -12,9 +12,9 @@ number=$1
 shift
 export FEDHPC_REQUEUE=no
 jobs=''
+trap '[ -z "$jobs" ] || echo "submitted; to cancel all: scancel${jobs//:/ }"' EXIT
 for ((i = 0; i < number; i++)); do
     # Every earlier job must have ended without success: one that SLURM removed counts as such.
     job=$(sbatch --parsable --no-requeue --kill-on-invalid-dep=yes ${jobs:+"--dependency=afternotok$jobs"} "$@")
     jobs=$jobs:${job%;*}
 done
-echo "submitted; to cancel all: scancel${jobs//:/ }"

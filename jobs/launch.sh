@@ -12,8 +12,19 @@
 #   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions and time limits do not count.
 #   FEDHPC_REQUEUE  no: SLURM does not run this job again, the next of a chain goes on (jobs/chain.sh).
 
+set +e +u +o pipefail # whatever the job file works under
+IFS=$' \t\n'
+
 say() {
     echo "fedhpc job: $*"
+}
+
+patiently() { # COMMAND ...
+    for pause in 5 20 0; do # the daemon may be too busy to answer
+        "$@" && return
+        sleep $pause
+    done
+    return 1
 }
 
 finish() { # STATUS MESSAGE
@@ -25,7 +36,7 @@ finish() { # STATUS MESSAGE
 run_again() { # STATUS MESSAGE
     if [ "${FEDHPC_REQUEUE:-yes}" = no ]; then
         finish "$1" "$2; the next job of the chain goes on"
-    elif ! scontrol requeue "$job"; then
+    elif ! patiently scontrol requeue "$job"; then
         finish "$1" "$2; SLURM does not requeue it: submit it again to go on, or several at once with jobs/chain.sh"
     fi
     say "$2; requeued"
@@ -39,6 +50,11 @@ ask_to_stop() { # SIGNAL
     [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
 }
 
+launcher='' stops=0 terminated=''
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop USR2' USR2
+trap 'terminated=yes; ask_to_stop TERM' TERM
+
 unset "${!SQUEUE_@}" SLURM_CLUSTERS # the user's settings could hide the job from squeue
 # A task of an array has a number of its own, but by that of the last task SLURM would take the whole array.
 job=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%A %i' | sed -n "s/^$SLURM_JOB_ID \(.*_.*\)/\1/p")
@@ -46,7 +62,8 @@ job=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%A %i' | s
 job=${job:-$SLURM_JOB_ID}
 failures=fedhpc-$job.failures
 export FEDHPC_FINISHED=$PWD/fedhpc-$job.finished # made by the run that reaches its end
-rm -f "$FEDHPC_FINISHED"
+export FEDHPC_TRAINED=$PWD/fedhpc-$job.trained   # made by a run that is stopped after it has trained something
+rm -f "$FEDHPC_FINISHED" "$FEDHPC_TRAINED"
 
 # SLURM ends a job by SIGTERM to all its processes. Open MPI's mpirun and daemons would kill the ranks 0.2 s later, so
 # they must not see it. Nor must a rank die of a signal that comes while it starts: it stays pending until then.
@@ -61,15 +78,12 @@ fi
 LAUNCH=${LAUNCH:-.venv/bin/mpirun -np $SLURM_NTASKS}
 case $LAUNCH in
 srun*)
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the job by itself
+    # srun does not take it from the job by itself; of a heterogeneous job, that of the first part is everyone's.
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}"
     unset SLURM_EXPORT_ENV                                # of `sbatch --export=NONE`: the ranks need FEDHPC_FINISHED
     ;;
 esac
 
-launcher='' stops=0 terminated=''
-trap 'ask_to_stop USR1' USR1
-trap 'ask_to_stop USR2' USR2
-trap 'terminated=yes; ask_to_stop TERM' TERM
 say "job $job, run $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T'), $LAUNCH: fedhpc run $*"
 # shellcheck disable=SC2086 # several words each
 $deaf $LAUNCH $patient ${FEDHPC:-.venv/bin/fedhpc} run "$@" &
@@ -90,13 +104,13 @@ fi
 
 case $status in
 0) finish 0 'done' ;;
-2 | 126 | 127) finish $status "ended with $status, which another run would not mend" ;;
+2) finish 2 'ended with 2, which another run would not mend' ;;
+126 | 127) # of a run that was begun before: a node may lack its file system
+    [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || finish $status "ended with $status, which another run would not mend"
+    ;;
 esac
 if [ -n "$terminated" ]; then
-    for _ in 1 2 3; do # its daemon may be too busy to answer
-        state=$(squeue --noheader --jobs="$job" --format=%T) && break
-        sleep 2
-    done
+    state=$(patiently squeue --noheader --jobs="$job" --format=%T)
     case $state in
     RUNNING*) ;; # in the grace before a preemption: SLURM does not requeue what ends by itself in it
     *)
@@ -105,11 +119,19 @@ if [ -n "$terminated" ]; then
         ;;
     esac
 fi
-[ $status != 75 ] || run_again 75 'stopped'
+what="failed with $status"
+if [ $status = 75 ]; then
+    if rm "$FEDHPC_TRAINED" 2>/dev/null || [ -n "$terminated" ]; then
+        run_again 75 'stopped'
+    fi
+    what='stopped before it trained anything (is the time limit too short?)' # for ever, if nobody counted
+fi
 
 count=$(($(cat "$failures" 2>/dev/null) + 1))
 if [ $count -gt "${MAX_FAILURES:-3}" ]; then
-    finish $status "failed with $status for the $count. time, not run again"
+    finish $status "$what for the $count. time, not run again"
 fi
-echo $count >"$failures" || finish $status "failed with $status, and there is no room to count failures: not run again"
-run_again $status "failed with $status"
+# Over a quota, some file systems say so only here.
+echo $count | dd of="$failures" conv=fsync status=none ||
+    finish $status "$what, and there is no room to count failures: not run again"
+run_again $status "$what"

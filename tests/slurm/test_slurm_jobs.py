@@ -141,6 +141,12 @@ def test_a_job_that_is_interrupted_again_and_again_ends_with_the_same_bits(clust
 CASES = {
     # name: the exit statuses of its runs, SLURM's last word, restarts, what the output says
     "a run that is stopped goes on": ("75 0", ("COMPLETED", "0:0"), 1, "stopped; requeued"),
+    "a run that never trains is not stopped for ever": (
+        "early early",
+        ("FAILED", "75:0"),
+        1,
+        "stopped before it trained anything (is the time limit too short?) for the 2. time, not run again",
+    ),
     "only failures are counted": ("75 1 1", ("FAILED", "1:0"), 2, "failed with 1 for the 2. time, not run again"),
     "the user's fault is not repeated": ("2", ("FAILED", "2:0"), 0, "another run would not mend"),
     "a missing command is not repeated": ("127", ("FAILED", "127:0"), 0, "another run would not mend"),
@@ -152,6 +158,8 @@ STAND_IN = """\
 read -r status rest <"$1"
 echo "$rest" >"$1"
 [ "$status" != lost ] || exit 0
+[ "$status" != early ] || exit 75
+[ "$status" != 75 ] || touch "$FEDHPC_TRAINED"
 [ "$status" != 0 ] || touch "$FEDHPC_FINISHED"
 exit "$status"
 """
