@@ -24,6 +24,8 @@ from transformers.utils import logging
 
 from fedhpc.config import Config
 from fedhpc.data import Description, Split
+from fedhpc.job import choose_torch_device
+from fedhpc.jobenv import JobEnvironment
 from fedhpc.local_update import Assignment, DeviceState, local_updates
 from fedhpc.models import Backbone
 from fedhpc.pretrained import read_shape
@@ -141,16 +143,28 @@ def wait(place):
         torch.cuda.synchronize(place)
 
 
+def fits(step, pack):
+    """Make the step; whether there is memory for it."""
+    try:
+        step(pack)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def measure(step, packs, place):
-    """Seconds of an epoch of each pack, medians over turns in which all have one go, and the peak of their memory."""
+    """Seconds of an epoch of each pack that fits, medians over turns in which all have one go; their peak memory."""
     times, peaks = {pack: [] for pack in packs}, {}
     for turn in range(TURNS + 1):
-        for pack in packs:
+        for pack in list(times):
             if place.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(place)
             wait(place)
             began = time.perf_counter()
-            step(pack)
+            if not fits(step, pack):
+                torch.cuda.empty_cache()
+                times = {smaller: found for smaller, found in times.items() if smaller < pack}
+                break
             wait(place)
             if turn:
                 times[pack].append(time.perf_counter() - began)
@@ -166,7 +180,7 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.small:
         sys.exit("no GPU that PyTorch can use; --small tries the program without one")
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = choose_torch_device(0, JobEnvironment())  # with a job's settings
     logging.set_verbosity_error()
     rates = [matrix_rate(place, arguments.small)]
     figures = []

@@ -235,6 +235,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         return 0
 
     def load_libraries() -> None:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs that cells can be forked after
         with quick_start():
             from fedhpc import device, job, server  # noqa: F401
 

@@ -224,9 +224,12 @@ def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.d
             "(where SLURM does not manage GPUs, set CUDA_VISIBLE_DEVICES in the job file)"
         )
         return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    # As use_deterministic_algorithms, which would load the compiler. A warning alone would leave attention's backward
+    # pass as it is, and cuDNN's has no deterministic form.
+    torch.set_deterministic_debug_mode("error")
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # with NaN, by one more kernel each
     return torch.device("cuda", environment.gpu_index(local_rank, torch.cuda.device_count()))
 

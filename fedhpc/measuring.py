@@ -99,11 +99,15 @@ class Measurements:
             ranks_here: processes that share this host's memory.
         """
         examples, size = self.partition.train, 2 * self.config.device.batch_size
+
+        def some(own: NDArray[np.int64], longest: bool) -> NDArray[np.int64]:
+            return (own[np.argsort(-self.train.lengths[own], kind="stable")] if longest else own)[:size]
+
         candidates = sorted(devices or range(len(examples)), key=lambda device: -len(examples[device]))
 
-        def train(pack: int) -> int:
+        def train(pack: int, longest: bool) -> int:
             assignments = [
-                Assignment(device=device, state=unseen, examples=examples[device][:size])
+                Assignment(device=device, state=unseen, examples=some(examples[device], longest))
                 for device in islice(cycle(candidates), pack)
             ]
             updates = local_updates(

@@ -21,24 +21,26 @@ def largest_pack(devices_per_round: int, num_workers: int) -> int:
     return int(min(2 ** (PROBES - 1), 2 ** (share.bit_length() - 1)))
 
 
-def probe(train: Callable[[int], int], *, largest: int, ranks_here: int) -> np.ndarray:
+def probe(train: Callable[[int, bool], int], *, largest: int, ranks_here: int) -> np.ndarray:
     """Seconds of a device's step with 1, 2, 4 ... devices side by side, shape [PROBES]; inf where memory may not do.
 
     Args:
-        train: makes steps with so many devices, and says how many.
+        train: makes steps with so many devices, on their longest texts or any, and says how many.
         largest: try no more devices than this.
         ranks_here: processes that share this host's memory.
     """
     seconds = np.full(PROBES, np.inf)
     for place in range(largest.bit_length()):
         pack = 2**place
-        before = _peak_bytes()
+        before, fits = _peak_bytes(), True
         try:
-            train(pack)  # warms caches and allocators
+            train(pack, True)  # needs most memory; warms caches and allocators
             began = time.perf_counter()
-            steps = train(pack)
+            steps = train(pack, False)
             seconds[place] = (time.perf_counter() - began) / (steps * pack)
         except torch.OutOfMemoryError:
+            fits = False
+        if not fits:  # here nothing holds the tensors of the step that failed
             torch.cuda.empty_cache()
             break
         if 2 * (_peak_bytes() - before) * ranks_here > available_bytes():
