@@ -12,7 +12,7 @@ from pathlib import Path
 from fedhpc.arguments import make_parser
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, RanksLost, UserError
-from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
+from fedhpc.exchange import DEFAULT_TIMEOUT_S, DIGEST_BYTES, Exchange, LocalExchange, MpiExchange, connect
 from fedhpc.files import write_whole
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.lock import RunLock
@@ -111,10 +111,11 @@ def set_up(
             state = jobs.load_state(job, arguments.resume)
             jobs.log_notices(job, exchange.num_workers)
             jobs.stop_before_end(job.config, environment, exchange.stop)
-    with all_ranks_or_none(exchange):
+    with all_ranks_or_none(exchange) as digests:
         if not is_server:
             job = load()
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
+        digests.append(job.digest)
         if has_devices:
             worker = jobs.make_worker(job, exchange, environment)
     if isinstance(exchange, LocalExchange):
@@ -243,14 +244,17 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def all_ranks_or_none(exchange: Exchange) -> Iterator[None]:
-    """A part of the set-up that succeeds on all ranks, or raises one UserError on all."""
-    problem = None
+def all_ranks_or_none(exchange: Exchange) -> Iterator[list[str]]:
+    """A part of the set-up that succeeds on all ranks, or raises one UserError on all.
+
+    It may add a digest of what it has read, which must be the same on all.
+    """
+    problem, digests = None, [" " * DIGEST_BYTES]
     try:
-        yield
+        yield digests
     except UserError as error:
         problem = str(error)
-    exchange.agree(problem)
+    exchange.agree(problem, digests[-1])
 
 
 @contextmanager

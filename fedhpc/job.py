@@ -1,5 +1,6 @@
 """What a run is made of, checked before anything is trained: data, backbone shape, tuning, partition."""
 
+import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Job:
         identity = {**self.config.identity(), **made_from, "model.name sha256": load_pretrained(model_sha256, model)}
         del identity["model.name"]
         return identity
+
+    @property
+    def digest(self) -> str:
+        """Of the configuration and data that this rank has read, as far as they determine the run's numbers."""
+        return hashlib.sha256(f"{self.config.sha256} {self.data.description.sha256}".encode()).hexdigest()
 
 
 def limit_threads(count: int) -> None:

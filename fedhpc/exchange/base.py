@@ -15,6 +15,8 @@ from fedhpc.stopping import StopRequest
 
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
 DEFAULT_TIMEOUT_S = 1800.0
+DIGEST_BYTES = 64
+"""A SHA-256 in hexadecimal digits, or as many blanks."""
 
 
 @dataclass
@@ -104,8 +106,12 @@ class Exchange(ABC):
         self._failure = error
 
     @abstractmethod
-    def agree(self, problem: str | None) -> None:
-        """All ranks: raise UserError everywhere, with one and the same message, if any rank has a problem."""
+    def agree(self, problem: str | None, digest: str) -> None:
+        """All ranks: raise UserError everywhere, with one and the same message, if any rank has a problem.
+
+        Args:
+            digest: of what this rank has read, DIGEST_BYTES long; it is a problem if another rank's differs.
+        """
 
     @abstractmethod
     def repair(self) -> None:

@@ -58,7 +58,7 @@ class LocalExchange(Exchange):
         assert not incoming
         return []
 
-    def agree(self, problem: str | None) -> None:
+    def agree(self, problem: str | None, digest: str) -> None:
         """See :class:`Exchange`."""
         if problem is not None:
             raise UserError(problem)

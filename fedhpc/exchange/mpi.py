@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exact_sum import NOTHING, SumSize
-from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, Exchange, Traffic
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
 from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
@@ -151,20 +151,26 @@ class MpiExchange(Exchange):
                 self._finish(request)
         return received
 
-    def agree(self, problem: str | None) -> None:
+    def agree(self, problem: str | None, digest: str) -> None:
         """See :class:`Exchange`."""
         mine = np.zeros(PROBLEM_BYTES, np.uint8)
-        text = (problem or "").encode()[:PROBLEM_BYTES]
+        text = (digest + (problem or "")).encode()[:PROBLEM_BYTES]
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everyone = np.zeros((self.size, PROBLEM_BYTES), np.uint8)
         self._activity = "set-up done, waiting for the other ranks"
         self._meet()
         with self._inside("an exchange of set-up results"):
             self._comm.Allgather([mine, self._mpi.BYTE], [everyone, self._mpi.BYTE])
-        problems = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
-        for rank, found in enumerate(problems):
-            if found:
-                raise UserError(found if rank == 0 else f"rank {rank}: {found}")
+        texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
+        for rank, found in enumerate(texts):
+            if found[DIGEST_BYTES:]:
+                raise UserError(found[DIGEST_BYTES:] if rank == 0 else f"rank {rank}: {found[DIGEST_BYTES:]}")
+        for rank, found in enumerate(texts):
+            if found != texts[0]:
+                raise UserError(
+                    f"rank {rank} has read another configuration or other data than rank 0: a file was changed while "
+                    "the ranks started; start them again"
+                )
 
     def repair(self) -> None:
         """See :class:`Exchange`; by ULFM's revoke and shrink."""

@@ -25,7 +25,14 @@ def update_in_a_vanished_folder(*arguments, **named):
     raise RuntimeError("the run directory is gone")
 
 
-if IS_RANK_2 and FAULT == "restore":
+def edited_meanwhile(path, overrides):
+    return load_config(path, [*overrides, "device.learning_rate=0.001"])
+
+
+load_config = cli.load_config
+if IS_RANK_2 and FAULT == "another configuration":
+    cli.load_config = edited_meanwhile
+elif IS_RANK_2 and FAULT == "restore":
     Checkpoints.load_devices = unreadable
 elif IS_RANK_2:
     device.local_updates = update_in_a_vanished_folder

@@ -234,6 +234,12 @@ def test_bad_input_is_told_once(run_config):
     assert "Traceback" not in done.stderr
 
 
+def test_a_rank_that_reads_another_configuration_is_noticed(run_config):
+    done = mpirun(3, HERE / "fault.py", "another configuration", "run", run_config())
+    assert done.returncode == 2
+    assert done.stderr.count("rank 2 has read another configuration or other data than rank 0") == 1
+
+
 def test_an_upload_leaves_while_another_rank_still_works():
     done = mpirun(3, HERE / "early_upload.py", timeout_s=60)
     assert done.returncode == 0, done.stderr
