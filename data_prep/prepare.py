@@ -308,8 +308,8 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
 
 def _setting(key: str, value: str) -> str:
     """For the shell, and in quotes of YAML where it would read something else than a text."""
-    plain = value if yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
-    return shlex.quote(f"{key}={plain}")
+    is_plain = (value[:1].isalpha() or value[:1] == "/") and yaml.safe_load(value.replace(": ", " ")) == value
+    return shlex.quote(f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}")
 
 
 def _positive(text: str) -> int:

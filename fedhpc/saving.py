@@ -75,7 +75,7 @@ class CheckpointWriter:
         """Until the checkpoint under way is in place; raises what went wrong with it.
 
         Raises:
-            TimeoutError: no rank has finished a file of it for `exchange.timeout_s`.
+            TimeoutError: nobody has finished a file of it for `exchange.timeout_s`.
         """
         self._silence, before = 0.0, time.monotonic()
         while self._writing.busy:
@@ -94,6 +94,10 @@ class CheckpointWriter:
         self._silence = 0.0
         self._notes.put(note)
 
+    def _check_lock(self) -> None:
+        self._silence = 0.0
+        self.lock.check()
+
     def abandon(self) -> None:
         """Give up the checkpoint under way if ranks are missing in it."""
         self._notes.put(Note(kind=Kind.STOP))
@@ -101,7 +105,12 @@ class CheckpointWriter:
 
     def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int], after: Position | None) -> None:
         position, keep = Position.of(state), self.job.config.checkpoint.keep
-        sums = self.control.write(fresh, generation=state.generation, round_index=position.round, layers=state.layers)
+        sums: Sums = {}
+        for device, vector in fresh.items():
+            sums |= self.control.write(
+                {device: vector}, generation=state.generation, round_index=position.round, layers=state.layers
+            )
+            self._silence = 0.0
         server = server_file(state, self.job.tuning, self.job.identity, devices)
         waiting_for = self.exchange.num_workers
         while waiting_for:
@@ -116,8 +125,8 @@ class CheckpointWriter:
         self.control.note_files(written)
         self.bytes_written += len(server) + sum((self.checkpoints.partial / name).stat().st_size for name in sums)
         self._device_files = newer(self._device_files, written)
-        self.lock.check()
+        self._check_lock()
         self.checkpoints.commit(
-            position, server, {**sums, **self._device_files}, after=after, keep=keep, check_lock=self.lock.check
+            position, server, {**sums, **self._device_files}, after=after, keep=keep, check_lock=self._check_lock
         )
         self.control.forget(fresh)

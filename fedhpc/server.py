@@ -223,9 +223,10 @@ class Server:
         summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
         size = 0 if encoding.num_sums else start.size * self.method.num_uploaded
         self.saving.control.prefetch(devices, state.layers)
+        self.state = state
         if self.exchange.stop:
             raise Halt
-        self.state, self.in_round, self.has_trained = state, True, True
+        self.in_round, self.has_trained = True, True
         records = self.exchange.request(
             command, messages.upload_record(size, encoding.dtype), counts, summed=summed if encoding.num_sums else None
         )

@@ -70,9 +70,10 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
     checkpoints, position = Checkpoints(job.config.run_dir), Position.of(state)
     states, _ = checkpoints.load_devices(position, {device}, job.tuning, state.layers, state.unseen_local)
     if device in states and np.array_equal(states[device].local, state.unseen_local):
+        when = "in the warm-up of selection.ratio: auto only" if job.config.selection.is_automatic else "in vain so far"
         raise CheckpointError(
-            f"--device {device}: was trained in the warm-up of selection.ratio: auto only, when all layers were "
-            "exchanged, and has nothing of its own; leave --device out"
+            f"--device {device}: has nothing of its own up to round {state.server.round}: it was trained {when}; leave "
+            "--device out"
         )
     if device not in states:
         kept = (name for name in checkpoints.device_files(position) if name.startswith(f"../{LOCAL}/"))

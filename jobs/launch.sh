@@ -9,7 +9,8 @@
 #                     srun --mpi=pmi2 --kill-on-bad-exit=1     MPICH and its relatives, the same
 #                     mpirun -np $SLURM_NTASKS                 a module's MPI, loaded before, and before `make`
 #   FEDHPC          the command. Default: .venv/bin/fedhpc
-#   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions and time limits do not count.
+#   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions do not count, nor stops
+#                   after something was trained.
 #   FEDHPC_REQUEUE  no: SLURM does not run this job again, the next of a chain goes on (jobs/chain.sh).
 
 set +e +u +o pipefail # whatever the job file works under
@@ -80,7 +81,7 @@ case $LAUNCH in
 srun*)
     # srun does not take it from the job by itself; of a heterogeneous job, that of the first part is everyone's.
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}"
-    unset SLURM_EXPORT_ENV                                # of `sbatch --export=NONE`: the ranks need FEDHPC_FINISHED
+    unset SLURM_EXPORT_ENV # of `sbatch --export=NONE`: the ranks need FEDHPC_FINISHED and FEDHPC_TRAINED
     ;;
 esac
 

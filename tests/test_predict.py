@@ -214,7 +214,7 @@ def test_a_device_of_the_warm_up_alone_has_no_personal_parameters(fedhpc, world,
     for device in first | second:
         status, _, err = fedhpc("predict", run_dir, "--text", "a", "--device", device)
         assert status == (0 if device in second else 2)
-        assert ("was trained in the warm-up of selection.ratio: auto only" in err) == (device not in second)
+        assert ("it was trained in the warm-up of selection.ratio: auto only" in err) == (device not in second)
     assert first - second
 
 

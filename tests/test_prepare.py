@@ -12,6 +12,7 @@ from test_tasks import bert_like, gpt_like, llama_like
 from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
+from fedhpc.config_file import _Loader
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -406,7 +407,7 @@ def test_a_padding_token_that_the_model_does_not_know_is_not_used(tmp_path):
     assert run(tmp_path, "sst-2", source, model, "--head", "linear").description.pad_id == tokenizer.eos_token_id == 0
 
 
-@pytest.mark.parametrize("name", ["my reviews", "2024", "on", "it's"])
+@pytest.mark.parametrize("name", ["my reviews", "2024", "on", "it's", "@home", "a: b: c", "5e-3"])
 def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path, bert, capsys, name):
     example = (ROOT / "data_prep" / "tasks" / "example.yaml").read_text(encoding="utf-8")
     (tmp_path / "task.yaml").write_text(example.replace("task: reviews", f'task: "{name}"'), encoding="utf-8")
@@ -414,7 +415,8 @@ def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path, bert, capsys, 
     run(tmp_path, tmp_path / "task.yaml", write(tmp_path / "source", train_tsv=table, dev_tsv=table), bert)
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert words[:4] == ["fedhpc", "run", "CONFIG.yaml", "--set"]
-    assert [yaml.safe_load(word.partition("=")[2]) for word in words[4::2]] == [name, str(tmp_path / "out")]
+    values = [yaml.load(word.partition("=")[2], _Loader) for word in words[4::2]]
+    assert values == [name, str(tmp_path / "out")]
 
 
 def test_class_word_of_several_tokens_is_refused_for_an_encoder(tmp_path, bert, capsys):

@@ -406,7 +406,7 @@ def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
         path.write_text(change)
         status, _, err = fedhpc("sweep", path, "--cell", 3, "--expect", digest)
         assert status == 2
-        assert "the experiment has other cells now" in err
+        assert "the experiment has other cells or settings now" in err
     path.write_text(text.replace("  - 2\n", ""))
     assert fedhpc("sweep", path, "--cell", 8)[2].endswith("--cell 8: the cells have the numbers 0 to 7\n")
 

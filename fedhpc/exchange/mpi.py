@@ -169,7 +169,7 @@ class MpiExchange(Exchange):
             if found != texts[0]:
                 raise UserError(
                     f"rank {rank} has read another configuration or other data than rank 0: a file was changed while "
-                    "the ranks started; start them again"
+                    "the ranks started (start them again), or the nodes see different files"
                 )
 
     def repair(self) -> None:

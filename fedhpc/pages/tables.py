@@ -138,7 +138,7 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
     ]
     headings = [task if column.key == "accuracy" else f"{task} ({column.heading})" for task, column, *_ in tasks]
     dagger = any("†" in cell.text for row in rows for cell in row)
-    fewer = dict.fromkeys(note for _, _, groups, _ in tasks for note in _fewer(groups))
+    fewer = [f"{task}: {note}" for task, _, groups, _ in tasks for note in _fewer(groups)]
     return Table(
         title="final accuracy, personalised",
         headings=["configuration", *headings, "mean"],

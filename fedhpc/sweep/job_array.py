@@ -51,8 +51,8 @@ def task_arguments(experiment: Experiment, number: int, expected: str | None) ->
     """
     if expected not in (None, experiment.digest):
         raise ConfigError(
-            f"--expect {expected}: the experiment has other cells now ({experiment.digest}) than when it was "
-            "submitted; cancel what is left of the array and submit it again"
+            f"--expect {expected}: the experiment has other cells or settings now ({experiment.digest}) than when it "
+            "was submitted; cancel what is left of the array and submit it again"
         )
     if not 0 <= number < len(experiment.cells):
         raise ConfigError(f"--cell {number}: the cells have the numbers 0 to {len(experiment.cells) - 1}")

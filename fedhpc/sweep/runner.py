@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from fedhpc.errors import EXIT_STOPPED
+from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED
 from fedhpc.stopping import STOP_SIGNALS
 from fedhpc.sweep.experiment import Cell, Experiment
 from fedhpc.sweep.results import curve, results
@@ -70,7 +70,7 @@ class Runner:
                 return False
             completed = standing(self._experiment, cell).completed
             begins = f"goes on after round {completed}" if completed else "begins"
-            self._say(f"{self._title(cell)}: {begins}, output in {log.path}")
+            self._tell(f"{self._title(cell)}: {begins}, output in {log.path}")
             log.begin(shlex.join(["fedhpc", "run", *cell.arguments]))
             if (pid := os.fork()) == 0:
                 self._be(cell, log)
@@ -83,7 +83,7 @@ class Runner:
 
     def _be(self, cell: Cell, log: CellLog) -> NoReturn:
         """The forked process: become the cell. Stop signals stay blocked until the run listens to them."""
-        status = 1
+        status = EXIT_FAILURE
         try:
             os.setsid()
             sys.stdout = sys.stderr = log.path.open("a", buffering=1, encoding="utf-8")
@@ -99,7 +99,7 @@ class Runner:
                 command = [*shlex.split(self._launch), sys.executable, "-m", "fedhpc", "run", *cell.arguments]
                 os.execvp(command[0], command)
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
+            status = end.code if isinstance(end.code, int) else EXIT_FAILURE
         except BaseException:
             traceback.print_exc()
         finally:
@@ -115,20 +115,20 @@ class Runner:
         if status == KILLED_BY_IT and self.stopped:
             status = EXIT_STOPPED
         elif status == 0 and not standing(self._experiment, cell).done:
-            status = 1  # Open MPI's mpirun ends with 0 when it loses a daemon on another node
+            status = EXIT_FAILURE  # Open MPI's mpirun ends with 0 when it loses a daemon on another node
         CellLog(self._experiment.out, cell).end(status)
         now = standing(self._experiment, cell)
         seconds = f"{time.monotonic() - since:.0f} s"
         if status == EXIT_STOPPED:
             self.stopped = True
-            self._say(f"{self._title(cell)}: stopped after {seconds}: {now}")
+            self._tell(f"{self._title(cell)}: stopped after {seconds}: {now}")
         elif status:
             self.failed.append(cell)
-            self._say(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
+            self._tell(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
         else:
             accuracy = results(curve(cell, self._experiment.budget_bytes))["accuracy_global"]
             shown = "" if accuracy is None else f", accuracy_global {accuracy:.4f}"
-            self._say(f"{self._title(cell)}: done in {seconds}{shown}")
+            self._tell(f"{self._title(cell)}: done in {seconds}{shown}")
 
     def _title(self, cell: Cell) -> str:
         return f"cell {self._experiment.cells.index(cell)} {cell.name}"
@@ -145,9 +145,18 @@ class Runner:
 
     def _pass_on(self, number: int, _: object) -> None:
         self.stopped = True
-        # Not by print, which may be at work this very moment.
-        os.write(2, f"{signal.Signals(number).name}: asking {len(self._running)} running cell(s) to stop\n".encode())
         self._ask_to_stop()
+        text = f"{signal.Signals(number).name}: asked {len(self._running)} running cell(s) to stop\n"
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())  # not by print, which may be at work this very moment
+
+    def _tell(self, text: str) -> None:
+        """Say something; after a request to stop nobody may be there to read it."""
+        try:
+            self._say(text)
+        except OSError:
+            if not self.stopped:
+                raise
 
     def _ask_to_stop(self) -> None:
         for pid in self._running:

@@ -32,9 +32,8 @@ class CellLog:
         self._append(f"{HEAD}{command}")
 
     def end(self, status: int) -> None:
-        """The run has ended, perhaps within a line."""
-        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-        self._append(f"{'' if whole else chr(10)}{END}{status}")
+        """The run has ended."""
+        self._append(f"{END}{status}")
 
     def last_status(self) -> int | None:
         """Of the latest run, if it has ended."""
@@ -52,6 +51,9 @@ class CellLog:
         return lines[-TAIL_LINES:]
 
     def _append(self, line: str) -> None:
+        """A line of its own: a run may have died within one."""
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            line = f"\n{line}"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 
