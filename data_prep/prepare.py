@@ -230,9 +230,8 @@ def encode(rows: Rows, encoder: TextEncoder, pad_id: int, title: str) -> tuple[S
     num_shortened = 0
     for start in tqdm(range(0, len(rows.texts), BATCH), desc=title, unit_scale=BATCH, unit=" ex", disable=None):
         for example in encoder(rows.texts[start : start + BATCH]):
-            encoded.append(
-                (np.array(example.ids, np.int32), example.slot)
-            )  # a list of ints would be ten times as large
+            ids = np.array(example.ids, np.int32)  # the list is ten times as large
+            encoded.append((ids, example.slot))
             num_shortened += example.truncated
     return Split.of(encoded, rows.labels, pad_id=pad_id), num_shortened
 
@@ -291,6 +290,7 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
         table.append([name, *map(str, numbers), str(num_shortened)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    named, placed = _setting("data.task", description.task), _setting("data.path", out)
     words = zip(description.class_names, description.class_words, description.word_ids, strict=True)
     answers = ", ".join(f"{name} = {word!r} {ids}" for name, word, ids in words)
     return "\n".join(
@@ -300,8 +300,7 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
             f"template: {description.template}",
             *([f"answers: {answers}"] if description.head == "verbalizer" else []),
             f"written to {out}; next:",
-            "  fedhpc run CONFIG.yaml"
-            + "".join(f" --set {_setting(*pair)}" for pair in (("data.task", description.task), ("data.path", out))),
+            f"  fedhpc run CONFIG.yaml --set {named} --set {placed}",
         ]
     )
 

@@ -4,7 +4,7 @@ The server's memory and the time of a checkpoint grow with the devices that took
 devices ever seen.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
@@ -64,14 +64,13 @@ class ControlVariates:
         with self._changing:
             self.fresh = {device: vector[kept] for device, vector in self.fresh.items()}
 
-    def write(self, fresh: Mapping[int, Vector], *, generation: int, round_index: int, layers: tuple[int, ...]) -> Sums:
-        """Write files for these c_i; their names and SHA-256."""
-        return dict(
-            self.checkpoints.write_device_file(
-                CONTROL, device, generation, control_file(vector, round_index, layers, self.tuning)
-            )
-            for device, vector in fresh.items()
-        )
+    def write(
+        self, fresh: Mapping[int, Vector], *, generation: int, round_index: int, layers: tuple[int, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Write files for these c_i, one after the other; their names and SHA-256."""
+        for device, vector in fresh.items():
+            data = control_file(vector, round_index, layers, self.tuning)
+            yield self.checkpoints.write_device_file(CONTROL, device, generation, data)
 
     def forget(self, fresh: Mapping[int, Vector]) -> None:
         """These c_i are in files now; those that have not changed since leave memory."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedhpc.background import Background
 from fedhpc.checkpoint import Checkpoints, Position, Sums, device_sums, newer
 from fedhpc.control import ControlVariates
-from fedhpc.exchange import Exchange
+from fedhpc.exchange import LONGEST_GAP_S, Exchange
 from fedhpc.job import Job
 from fedhpc.lock import RunLock
 from fedhpc.messages import NO_RECORD, Command, Kind, Note, Op
@@ -16,8 +16,6 @@ from fedhpc.state_file import RunState, server_file
 from fedhpc.updates import Vector
 
 NAP_S = 0.002
-LONGEST_NAP_S = 1.0
-"""Of a longer one the job was asleep, too."""
 
 
 class CheckpointWriter:
@@ -82,7 +80,7 @@ class CheckpointWriter:
             self.exchange.attend()
             time.sleep(NAP_S)
             now = time.monotonic()
-            self._silence, before = self._silence + min(now - before, LONGEST_NAP_S), now
+            self._silence, before = self._silence + min(now - before, LONGEST_GAP_S), now
             if self._silence > self.exchange.timeout_s:
                 raise TimeoutError(
                     f"no file of the checkpoint under way was finished within exchange.timeout_s: "
@@ -95,7 +93,7 @@ class CheckpointWriter:
         self._notes.put(note)
 
     def _check_lock(self) -> None:
-        self._silence = 0.0
+        self._silence = 0.0  # whoever asks has written something
         self.lock.check()
 
     def abandon(self) -> None:
@@ -106,11 +104,10 @@ class CheckpointWriter:
     def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int], after: Position | None) -> None:
         position, keep = Position.of(state), self.job.config.checkpoint.keep
         sums: Sums = {}
-        for device, vector in fresh.items():
-            sums |= self.control.write(
-                {device: vector}, generation=state.generation, round_index=position.round, layers=state.layers
-            )
-            self._silence = 0.0
+        for name, sha256 in self.control.write(
+            fresh, generation=state.generation, round_index=position.round, layers=state.layers
+        ):
+            sums[name], self._silence = sha256, 0.0
         server = server_file(state, self.job.tuning, self.job.identity, devices)
         waiting_for = self.exchange.num_workers
         while waiting_for:

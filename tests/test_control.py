@@ -34,7 +34,7 @@ def vectors(*devices, layers=ALL, seed=0):
 def to_files(control, *, generation, layers=ALL):
     """What a checkpoint does with the vectors in memory; the files' names and SHA-256."""
     fresh = dict(control.fresh)
-    sums = control.write(fresh, generation=generation, round_index=generation, layers=layers)
+    sums = dict(control.write(fresh, generation=generation, round_index=generation, layers=layers))
     control.note_files(sums)
     control.forget(fresh)
     return sums
@@ -75,7 +75,7 @@ def test_memory_is_free_once_a_checkpoint_has_the_vectors(control):
 def test_a_vector_that_has_changed_since_stays_in_memory(control):
     control.update(vectors(2, 3))
     fresh = dict(control.fresh)
-    sums = control.write(fresh, generation=1, round_index=1, layers=ALL)
+    sums = dict(control.write(fresh, generation=1, round_index=1, layers=ALL))
     control.update(vectors(3, seed=1))
     control.note_files(sums)
     control.forget(fresh)
@@ -163,7 +163,7 @@ def test_a_round_that_ends_while_a_checkpoint_forgets_keeps_its_result(control):
     """The writer's thread must not remove a vector that the main thread sets at the same moment."""
     control.update(vectors(2))
     fresh = dict(control.fresh)
-    sums = control.write(fresh, generation=1, round_index=1, layers=ALL)
+    sums = dict(control.write(fresh, generation=1, round_index=1, layers=ALL))
     control.note_files(sums)
     control.fresh = between = OpenBetweenLookAndAct(control.fresh)
     writer = threading.Thread(target=control.forget, args=[fresh])
@@ -193,7 +193,7 @@ class OpenWhileIterated(dict):
 def test_layers_may_leave_the_exchange_while_a_checkpoint_forgets(control):
     control.update(vectors(2, 3, 4))
     fresh = dict(control.fresh)
-    control.note_files(control.write(fresh, generation=1, round_index=1, layers=ALL))
+    control.note_files(dict(control.write(fresh, generation=1, round_index=1, layers=ALL)))
     control.fresh = between = OpenWhileIterated(control.fresh)
 
     def forget():

@@ -3,7 +3,7 @@
 import os
 
 from fedhpc.errors import UserError
-from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, LONGEST_GAP_S, Exchange, Traffic
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
 from fedhpc.jobenv import JobEnvironment
@@ -33,4 +33,13 @@ def connect(stop: StopRequest, job: JobEnvironment, timeout_s: float) -> Exchang
     return exchange if exchange.size > 1 else LocalExchange(stop)
 
 
-__all__ = ["DEFAULT_TIMEOUT_S", "DIGEST_BYTES", "Exchange", "LocalExchange", "MpiExchange", "Traffic", "connect"]
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "DIGEST_BYTES",
+    "LONGEST_GAP_S",
+    "Exchange",
+    "LocalExchange",
+    "MpiExchange",
+    "Traffic",
+    "connect",
+]

@@ -15,6 +15,8 @@ from fedhpc.stopping import StopRequest
 
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
 DEFAULT_TIMEOUT_S = 1800.0
+LONGEST_GAP_S = 1.0
+"""Between two looks at the mail, at most this counts as silence of others: a suspended job finds no rank late."""
 DIGEST_BYTES = 64
 """A SHA-256 in hexadecimal digits, or as many blanks."""
 

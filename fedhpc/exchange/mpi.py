@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exact_sum import NOTHING, SumSize
-from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, LONGEST_GAP_S, Exchange, Traffic
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
 from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
@@ -35,8 +35,6 @@ LOOK_S = 0.002
 """Between two looks at the mail while waiting; a look takes longer than a test."""
 TRANSFER_NAP_S = 1e-4
 """Data moves only while its ranks look; between large parts there is no time to sleep."""
-LONGEST_GAP_S = 1.0
-"""Between two looks at the mail, at most this counts as silence of others: a suspended job finds no rank late."""
 BEAT_S = 5.0
 BEATS_PER_TIMEOUT = 5
 PARTING_S = 0.2

@@ -78,8 +78,13 @@ def name_cell(group: Group) -> Cell:
     return Cell(text=group.label + ("" if group.is_finished else UNFINISHED))
 
 
-def _most_runs(groups: Sequence[Group]) -> int:
-    return max((len(group.counted) for group in groups if group.is_finished), default=0)
+def _are_rivals(groups: Sequence[Group], stats: Sequence[Stat | None]) -> list[bool]:
+    """Whether each may be the best: of as many finished runs as any, and known for all of them."""
+    most = max((len(group.counted) for group in groups if group.is_finished), default=0)
+    return [
+        found is not None and group.is_finished and found.runs == most
+        for group, found in zip(groups, stats, strict=True)
+    ]
 
 
 def _fewer(groups: Sequence[Group]) -> list[str]:
@@ -91,10 +96,7 @@ def _fewer(groups: Sequence[Group]) -> list[str]:
 def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
     """Heading with unit, and the cells; the best are all that look like the best."""
     unit = unit_for(column.quantity, (found.mean for found in stats if found))
-    are_rivals = [
-        found is not None and group.is_finished and found.runs == _most_runs(groups)
-        for group, found in zip(groups, stats, strict=True)
-    ]
+    are_rivals = _are_rivals(groups, stats)
     rivals = [found.mean for found, is_rival in zip(stats, are_rivals, strict=True) if found and is_rival]
     choose = {"highest": max, "lowest": min}.get(column.best or "")
     best = unit.text(choose(rivals)) if choose and len(rivals) > 1 else None
@@ -119,12 +121,12 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
     for _, column, groups, summaries in tasks:
         stats = [summary.get(column.key) for summary in summaries]
         columns.append({})
-        for group, found, cell in zip(groups, stats, _column(groups, stats, column)[1], strict=True):
+        cells, are_rivals = _column(groups, stats, column)[1], _are_rivals(groups, stats)
+        for group, found, cell, is_rival in zip(groups, stats, cells, are_rivals, strict=True):
             text = cell.text if group.is_finished else cell.text + UNFINISHED
             columns[-1][group.label] = Cell(text=text, is_best=cell.is_best)
             labels[group.label] = Cell(text=group.label)
-            is_whole = found is not None and group.is_finished and found.runs == _most_runs(groups)
-            means.setdefault(group.label, []).extend([found.mean] if found and is_whole else [])
+            means.setdefault(group.label, []).extend([found.mean] if found and is_rival else [])
     whole = {label: f"{sum(known) / len(known):.3f}" for label, known in means.items() if len(known) == len(tasks)}
     best = max(whole.values(), key=float) if len(whole) > 1 else None
     none = Cell(text=UNKNOWN)
