@@ -16,29 +16,41 @@ BAD = 3
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """From now on the local updates of these devices are changed by a function."""
+    """From now on, and from a round on, the local updates of these devices are changed by a function."""
     local_updates = device.local_updates
 
-    def change(spoiled, *devices):
-        def spoiling(*arguments, **named):
-            for number, update in local_updates(*arguments, **named):
-                yield number, replace(update, params=spoiled(update.params)) if number in devices else update
+    def change(spoiled, *devices, since=0):
+        def spoiling(*arguments, round_index, **named):
+            for number, update in local_updates(*arguments, round_index=round_index, **named):
+                yield number, spoiled(update) if number in devices and round_index >= since else update
 
         monkeypatch.setattr(device, "local_updates", spoiling)
 
     return change
 
 
-def nan(params):
-    return np.where(np.arange(params.size) == 5, np.nan, params).astype(np.float32)
+def with_one(vector, value):
+    return np.where(np.arange(vector.size) == 5, value, vector).astype(np.float32)
 
 
-def infinite(params):
-    return np.where(np.arange(params.size) == 5, np.inf, params).astype(np.float32)
+def nan(update):
+    return replace(update, params=with_one(update.params, np.nan))
 
 
-def huge(params):
-    return params * np.float32(1e6)
+def infinite(update):
+    return replace(update, params=with_one(update.params, np.inf))
+
+
+def huge(update):
+    return replace(update, params=update.params * np.float32(1e6))
+
+
+def nan_at_home(update):
+    return replace(update, state=replace(update.state, local=with_one(update.state.local, np.nan)))
+
+
+def nan_gradient(update):
+    return replace(update, gradient=with_one(update.gradient, np.nan))
 
 
 @pytest.mark.parametrize(("spoiled", "reason"), [(nan, "NaN"), (infinite, "infinite"), (huge, "larger than")])
@@ -69,6 +81,38 @@ def test_a_bad_upload_touches_neither_control_variates_nor_the_devices_own_state
     assert len(names) == 11
     assert not any(name.startswith(f"{BAD:06d}") for name in names)
     assert np.isfinite(np.frombuffer(final_prompts(config), np.float32)).all()
+
+
+def test_sums_leave_a_bad_upload_out_as_uploads_do(run_config, fedhpc, spoil):
+    spoil(nan, BAD, since=1)  # the device's upload of round 0 is still in memory
+    prompts, examples = {}, {}
+    for mode in ("gather", "reduce"):
+        changes = {"server__method": "fedavg", "federation__sample_rate": 1.0, "federation__rounds": 2, "trace": False}
+        config = run_config(mode, exchange__mode=mode, **changes)
+        assert fedhpc("run", config)[0] == 0
+        assert [rejected["device"] for rejected in metrics(config)[1]["rejected"]] == [BAD]
+        prompts[mode] = np.frombuffer(final_prompts(config), np.float32)
+        examples[mode] = [record["examples"] for record in metrics(config)]
+    np.testing.assert_allclose(prompts["reduce"], prompts["gather"], rtol=0, atol=1e-6)
+    assert examples["reduce"] == examples["gather"]
+
+
+def test_bad_tensors_that_stay_at_home_are_not_kept(run_config, fedhpc, spoil):
+    config = run_config(federation__sample_rate=1.0, federation__rounds=2)
+    spoil(nan_at_home, BAD, since=1)
+    assert fedhpc("run", config)[0] == 0
+    assert not any(record["rejected"] for record in metrics(config))
+    with h5py.File(max((run_dir(config) / "checkpoints/local").glob(f"{BAD:06d}_*.h5"))) as file:
+        assert np.isfinite(file["local_prompts"][()]).all()
+
+
+def test_an_upload_with_a_bad_gradient_is_left_out(run_config, fedhpc, spoil):
+    changes = {"server__method": "mime", "device__optimizer": "sgd", "federation__rounds": 1}
+    config = run_config(federation__sample_rate=1.0, **changes)
+    spoil(nan_gradient, BAD)
+    assert fedhpc("run", config)[0] == 0
+    (record,) = metrics(config)
+    assert [(rejected["device"], rejected["reason"]) for rejected in record["rejected"]] == [(BAD, "NaN")]
 
 
 def test_too_many_bad_uploads_end_the_run_and_leave_the_last_checkpoint(run_config, fedhpc, spoil, capfd):
