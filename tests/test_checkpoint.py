@@ -308,11 +308,15 @@ def test_sha256sum_checks_a_checkpoint(run):
 
 
 def test_a_local_state_from_before_the_layers_changed_starts_from_the_unseen_one(run):
-    states = {3: device_state(3, ALL), 5: device_state(5, ALL, moments=False)}
+    control = vector(1, TUNING.exchanged(ALL).size)
+    states = {3: replace(device_state(3, ALL), kept={"control": control}), 5: device_state(5, ALL, moments=False)}
     run.save(run_state(1, ALL), states=states)
     position = run.save(run_state(2, SOME))
     unseen = vector(0, TUNING.local(SOME).size)
     found, _ = run.devices(position, {3, 5}, SOME, unseen)
+    whole, narrowed = TUNING.exchanged(ALL).views(control), TUNING.exchanged(SOME).views(found[3].kept["control"])
+    assert bits(narrowed) == bits({name: each[[1, 3]] if name == "prompts" else each for name, each in whole.items()})
+    states[3] = replace(states[3], kept=found[3].kept)
     assert bits(found) == bits({device: replace(state, local=unseen) for device, state in states.items()})
 
 

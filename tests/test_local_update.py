@@ -110,14 +110,17 @@ class AdamW:
 
 
 def gradient_at(device, vector, examples):
-    """Loss and clipped gradient of one batch with respect to all prompts, as one vector."""
+    """Loss and gradient of one batch with respect to all prompts, as one vector."""
     params = as_parameters({"prompts": vector.reshape(3, 2, NUM_TOKENS, 16).astype(np.float32)}, torch.device("cpu"))
     batch = make_split().batch(examples)
     loss = device.tuning.losses(device.tuning.forward(device.backbone, [params], batch), batch.labels).mean()
     (gradient,) = torch.autograd.grad(loss, params["prompts"])
-    gradient = gradient.double().numpy().ravel()
-    norm = np.linalg.norm(gradient)
-    return loss.item(), norm, gradient * min(1, device.config.device.max_grad_norm / norm)
+    return loss.item(), gradient.double().numpy().ravel()
+
+
+def clip(device, gradient):
+    """A gradient no longer than `device.max_grad_norm`."""
+    return gradient * min(1, device.config.device.max_grad_norm / np.linalg.norm(gradient))
 
 
 def whole(device, update):
@@ -131,10 +134,10 @@ def test_an_update_is_adamw_with_clipped_gradients(folder, backbone, max_grad_no
     vector = device.tensors["prompts"].astype(np.float64).ravel()
     optimizer, losses, norms = AdamW(vector.size), [], []
     for examples in batches(device.config, OURS, make_split().lengths[OURS], round_index=3, device=4):
-        loss, norm, gradient = gradient_at(device, vector, examples)
-        vector = optimizer.apply(vector, gradient, rate=0.01, decay=weight_decay)
+        loss, gradient = gradient_at(device, vector, examples)
+        vector = optimizer.apply(vector, clip(device, gradient), rate=0.01, decay=weight_decay)
         losses += [loss] * len(examples)
-        norms.append(norm)
+        norms.append(np.linalg.norm(gradient))
     update = device.update(round_index=3)
     assert (max(norms) > max_grad_norm) == (max_grad_norm < 1)
     np.testing.assert_allclose(whole(device, update), vector, rtol=1e-4, atol=1e-5)
@@ -143,17 +146,18 @@ def test_an_update_is_adamw_with_clipped_gradients(folder, backbone, max_grad_no
 
 
 RULES = {
-    "proximal": LocalRule(proximal=0.5),
+    "proximal": LocalRule(proximal=50.0),
     "momentum": LocalRule(gradient_scale=0.25, gradient_shift=np.linspace(-0.01, 0.01, 2 * LAYER_SIZE, dtype="f4")),
     "control": LocalRule(step_shift=np.linspace(-0.5, 0.5, 2 * LAYER_SIZE, dtype="f4")),
 }
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.02, 100.0])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_method_changes_the_steps_of_the_exchanged_layers(folder, backbone, rule, optimizer):
+def test_a_method_changes_the_steps_of_the_exchanged_layers(folder, backbone, rule, optimizer, max_grad_norm):
     """optimizer(scale clip(g + mu (P - P^t)) + shift) + step_shift, written out for one float64 vector."""
-    device = Device(folder, backbone, max_grad_norm=100.0, optimizer=optimizer, weight_decay=0.1)
+    device = Device(folder, backbone, max_grad_norm=max_grad_norm, optimizer=optimizer, weight_decay=0.1)
     update = device.update(rule=RULES[rule])
     chosen = RULES[rule]
     vector = start = device.tensors["prompts"].ravel().astype(np.float64)
@@ -164,8 +168,9 @@ def test_a_method_changes_the_steps_of_the_exchanged_layers(folder, backbone, ru
     scale = np.where(exchanged, chosen.gradient_scale, 1)
     adamw = AdamW(vector.size)
     for examples in batches(device.config, OURS, make_split().lengths[OURS], round_index=0, device=4):
-        _, _, gradient = gradient_at(device, vector, examples)
-        gradient = scale * gradient + shift + chosen.proximal * exchanged * (vector - start)
+        _, gradient = gradient_at(device, vector, examples)
+        gradient = clip(device, gradient + chosen.proximal * exchanged * (vector - start))
+        gradient = scale * gradient + shift
         if optimizer == "adamw":
             vector = adamw.apply(vector, gradient, rate=0.01, decay=0.1)
         else:
@@ -179,7 +184,7 @@ def test_a_method_changes_the_steps_of_the_exchanged_layers(folder, backbone, ru
 def test_the_gradient_at_the_start_is_that_of_the_whole_shard(folder, backbone):
     device = Device(folder, backbone, max_grad_norm=100.0)
     update = device.update(with_gradient=True)
-    _, _, gradient = gradient_at(device, device.tensors["prompts"].ravel(), OURS)
+    _, gradient = gradient_at(device, device.tensors["prompts"].ravel(), OURS)
     np.testing.assert_allclose(update.gradient, gradient.reshape(3, -1)[list(LAYERS)].ravel(), atol=1e-6)
     clipped = Device(folder, backbone, max_grad_norm=0.01).update(with_gradient=True)
     norm = np.linalg.norm(gradient)
@@ -197,7 +202,7 @@ def test_counts_and_sizes(folder, backbone):
 
 def test_the_loss_is_the_mean_over_examples(folder, backbone):
     device = Device(folder, backbone, learning_rate=1e-12)
-    loss, _, _ = gradient_at(device, device.tensors["prompts"], OURS)
+    loss, _ = gradient_at(device, device.tensors["prompts"], OURS)
     assert device.update().loss == pytest.approx(loss, rel=1e-5)
 
 
@@ -229,8 +234,8 @@ def test_kept_moments_go_on_from_round_to_round(folder, backbone):
     for round_index in (0, 1):
         update = device.update(round_index=round_index)
         for examples in batches(device.config, OURS, make_split().lengths[OURS], round_index=round_index, device=4):
-            _, _, gradient = gradient_at(device, vector, examples)
-            vector = optimizer.apply(vector, gradient, rate=0.01, decay=0.1)
+            _, gradient = gradient_at(device, vector, examples)
+            vector = optimizer.apply(vector, clip(device, gradient), rate=0.01, decay=0.1)
         np.testing.assert_allclose(whole(device, update), vector, rtol=1e-3, atol=5e-5)
         assert update.state.moments["prompts.step"] == 6 * (round_index + 1)
         moment = update.state.moments["prompts.exp_avg"].ravel()

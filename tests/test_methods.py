@@ -89,6 +89,27 @@ def test_released_by_hand():
     assert second.params == pytest.approx([2.25 + 0.099 * 1.875, -4 + 0.099 * 2])
 
 
+def test_released_goes_from_device_to_device_in_sampled_order():
+    released = method(num_devices=4, sample_rate=0.5, variant="released", momentum=0.5, learning_rate=0.1)
+    first = released.update(released.init(P0), uploads([[0, -2], [3, -2]]))
+    second = released.update(first, uploads([[2.25, -4], [2.25, -2]], ids=(2, 0), examples=(1, 3), steps=(2, 4)))
+    # From [2.25, -2] with c = [-1/6, 0], c_2 = [1, 0], c_0 = [-1, 0] as above:
+    # c_2 = [1, 0] - [-1/6, 0] + [0, 2] = [7/6, 2]; c_0 = [-1, 0] - [-1/6, 0] + [0, 0] = [-5/6, 0]
+    # c = [-1/6, 0] + 0.5 * (2/6 ([7/6, 2] - [1, 0]) + 4/6 ([-5/6, 0] - [-1, 0])) = [-1/12, 1/3]
+    assert second.vectors["control_global"] == pytest.approx([-1 / 12, 1 / 3])
+    # Pbar = [2.25, -2.5]; delta = [0, 0.5]; g = [-1.25, 0] - [0, 0.5]
+    # v_2 = 0.5 g + c - c_2 = [-1.875, -23/12]; v_0 = 0.5 v_2 + 0.5 g + c - c_0 = [-0.8125, -21/24]
+    assert second.vectors["momentum"] == pytest.approx([-1.078125, -1.1354167])
+    assert second.params == pytest.approx([2.25 + 0.099 * 1.078125, -2.5 + 0.099 * 1.1354167])
+
+
+def test_the_server_learning_rate_of_released_stops_falling():
+    released = method(num_devices=4, sample_rate=0.5, variant="released", momentum=0.5, learning_rate=1.005e-4)
+    state = released.update(released.init(P0), uploads([[0, -2], [3, -2]]))
+    state = released.update(state, uploads([[0, -2], [3, -2]]))
+    assert state.scalars["server_learning_rate"] == 1e-4
+
+
 @pytest.mark.parametrize("variant", ["fedavg", "drift_corrected"])
 def test_the_order_of_the_uploads_does_not_matter_to_the_last_bit(variant):
     rng = np.random.default_rng(0)

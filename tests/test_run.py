@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, final_prompts, metrics, run_dir
 
 from fedhpc import job
-from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
+from fedhpc.checkpoint import CONTROL, LOCAL, SERVER_FILE, Checkpoints, Position, device_of, read_sums
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.report import RunFiles
@@ -28,6 +28,12 @@ def device_files(config, kind, after_round=None):
     position = checkpoints.positions()[0] if after_round is None else Position(after_round)
     names = (name for name in checkpoints.device_files(position) if name.startswith(f"../{kind}/"))
     return {device_of(name): checkpoints.path(position) / name for name in names}
+
+
+def server_file(config):
+    """The newest checkpoint's."""
+    checkpoints = Checkpoints(run_dir(config))
+    return checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE
 
 
 def arrays(path):
@@ -204,6 +210,11 @@ def test_an_automatic_ratio_narrows_the_exchange_after_the_warm_up(fedhpc, run_c
     assert shapes[:2] == [tiny.NUM_LAYERS] * 2
     assert shapes[2] == shapes[3] == len(json.loads(layers)) == max(1, int(float(ratio) * tiny.NUM_LAYERS))
     assert shapes[2] < tiny.NUM_LAYERS
+    chosen = np.isin(np.arange(tiny.NUM_LAYERS), json.loads(layers))
+    before, after = (run_dir(whole) / f"traces/round_{t:06d}.h5" for t in (1, 2))
+    with h5py.File(before) as warm_up, h5py.File(after) as file, h5py.File(server_file(whole)) as server:
+        np.testing.assert_array_equal(file["broadcast"], warm_up["result"][chosen])
+        np.testing.assert_array_equal(server["unseen_local_prompts"], warm_up["result"][~chosen])
     for rounds in (1, 2, 3, 4):
         assert fedhpc("run", parts, "--set", f"federation.rounds={rounds}")[0] == 0
     assert final_prompts(whole) == final_prompts(parts)
