@@ -303,8 +303,28 @@ def test_a_tasks_own_metric_leads(report, make_run):
         "accuracy",
         "accuracy, global",
     ]
+    assert page.tables["final results"][1][2:6] == ["0.400", "0.300", "0.700", "0.700"]
     assert "cost to reach Matthews correlation 0.380" in page.tables
     assert "global Matthews correlation by round" in page.text
+
+
+def test_personalised_and_global_accuracy_keep_their_columns(report, make_run):
+    runs = [make_run(task, [0.5, 0.7], extra={"accuracy_global": 0.25}, data__task=task) for task in ("one", "two")]
+    page = report(*runs)
+    head, row = page.tables["final results"]
+    assert (row[head.index("accuracy")], row[head.index("accuracy, global")]) == ("0.700", "0.250")
+    assert page.tables["final accuracy, personalised"][1][1:] == ["0.700", "0.700", "0.700"]
+
+
+def test_a_line_goes_up_and_to_the_right_inside_its_band(report, make_run):
+    page = report(make_run("a", [0.5, 0.8], seed=1), make_run("b", [0.6, 0.9], seed=2))
+    (start, end), (band_start, *_, band_end) = (
+        [tuple(map(float, point.split())) for point in re.search(pattern, page.text)[1].split("L")]
+        for pattern in (r'class="line" d="M([\d. L]*)"', r'class="band" d="M([\d. L]*)z"')
+    )
+    assert end[0] > start[0]
+    assert end[1] < start[1]  # a picture's y goes down
+    assert band_start[1] < start[1] < band_end[1]
 
 
 def test_several_tasks_have_an_overview_with_means(report, make_run):

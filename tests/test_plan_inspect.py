@@ -26,11 +26,27 @@ def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
     assert not Path(yaml.safe_load(config.read_text())["run_dir"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "down", "up"),
+    [
+        ({"exchange__dtype": "bfloat16"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 6 * (2 * n + 64)),
+        ({"exchange__mode": "reduce"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 2 * 8 * n + 6 * 64),
+        ({"server__method": "scaffold"}, lambda n: 4 * (2 * 4 * n + 64 + 4 * 6), lambda n: 6 * (4 * n + 64)),
+    ],
+)
+def test_plan_counts_the_bytes_of_each_way_to_exchange(fedhpc, run_config, changes, down, up):
+    """As tests/mpi/test_ranks.py counts them in runs; sums are two of float64, for fedpeptao."""
+    out = fedhpc("plan", run_config(selection__ratio=0.5, trace=False, **changes), "--ranks", 5)[1]
+    found = re.search(r"^  down, broadcast .*?([\d.]+ kB).*\n  up, .*?([\d.]+ kB)", out, re.MULTILINE).groups()
+    n = 2 * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
+    assert found == tuple(f"{count(n) / 1000:.1f} kB" for count in (down, up))
+
+
 def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
     n = 4 * 2 * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH  # bytes of two layers' prompts, exchanged or not
 
     def figures(**changes):
-        out = fedhpc("plan", run_config(selection__ratio=0.5, **changes), "--ranks", 5)[1]
+        out = fedhpc("plan", run_config(selection__ratio=0.5, trace=False, **changes), "--ranks", 5)[1]
         return {label.strip(): number for number, label in re.findall(r"^ +([\d.]+ [kM]?B)  (.+)$", out, re.MULTILINE)}
 
     assert figures(server__method="fedavg")["buffer of 6 uploads"] == f"{2 * 6 * n / 1000:.1f} kB"
