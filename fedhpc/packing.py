@@ -2,7 +2,8 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ from fedhpc.messages import PROBES
 
 CLOSE = 0.97
 """A larger pack has to be faster than this share of a smaller one's time: below are chance and padding."""
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""By the controllers in /proc/PID/cgroup, of version 2 and 1: where groups are, their limit and use."""
 
 
 def largest_pack(devices_per_round: int, num_workers: int) -> int:
@@ -59,14 +64,22 @@ def choose_pack(seconds: np.ndarray) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this host, and the job's control group where it sets a limit, have left."""
+    """Memory that this host, and every control group of this process that has a limit, have left."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = CGROUP / Path("/proc/self/cgroup").read_text().splitlines()[-1].split("::")[-1].lstrip("/")
-    try:
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control groups of version 2, or "max"
-        return free
+    on_host = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([on_host, *left_in_groups(Path("/proc/self/cgroup").read_text())])
+
+
+def left_in_groups(listing: str) -> Iterator[int]:
+    """Bytes that the control groups of a /proc/PID/cgroup may still take; a job's limit is on a parent of a task's."""
+    for line in listing.splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers in CGROUPS:
+            root, limit, used = CGROUPS[controllers]
+            group = root / name.lstrip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # no such file, or "max"
+                    yield int((folder / limit).read_text()) - int((folder / used).read_text())
 
 
 def _peak_bytes() -> int:

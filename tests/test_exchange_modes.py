@@ -196,3 +196,22 @@ def test_no_more_devices_side_by_side_than_memory_holds(monkeypatch):
 
     seconds = probe(greedy, largest=32, ranks_here=2)
     assert np.isfinite(seconds).sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("listing", "limit", "used"),
+    [
+        ("0::/slurm/job_7/step_0/task_0\n", "memory.max", "memory.current"),
+        ("4:memory:/slurm/job_7/step_0/task_0\n0::/\n", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_memory_is_bounded_by_the_jobs_control_group(monkeypatch, tmp_path, listing, limit, used):
+    """SLURM limits job and step; the task's own group, the innermost, has no limit."""
+    places = {"": (tmp_path, "memory.max", "memory.current"), "memory": (tmp_path, *packing.CGROUPS["memory"][1:])}
+    monkeypatch.setattr(packing, "CGROUPS", places)
+    for folder, most, now in (("job_7", "1000", 300), ("job_7/step_0", "900", 250), ("job_7/step_0/task_0", "max", 9)):
+        group = tmp_path / "slurm" / folder
+        group.mkdir(parents=True)
+        (group / limit).write_text(f"{most}\n")
+        (group / used).write_text(f"{now}\n")
+    assert min(packing.left_in_groups(listing)) == 650
