@@ -26,8 +26,16 @@ def layer_score(hidden: NDArray[np.floating], distance: str = "cosine") -> float
     Args:
         hidden: hidden states after the layer [b, s, H], padding included.
         distance: `cosine`, or `l1`, `l2` (similarity = largest distance - distance).
+
+    Raises:
+        FloatingPointError: hidden states that are not finite.
     """
     x = np.asarray(hidden, np.float64).reshape(len(hidden), -1)
+    if not np.isfinite(x).all():
+        raise FloatingPointError(
+            "selection.strategy: score cannot rank the layers: the backbone's hidden states are not finite; try "
+            "another model.dtype"
+        )
     similarity = _cosine(x) if distance == "cosine" else _from_distances(x, order=1 if distance == "l1" else 2)
     # Similarities from distances need not be positive semi-definite, and a logarithm wants a positive argument.
     sigma = np.maximum(np.linalg.eigvalsh(similarity), 0.0) + EIGENVALUE_OFFSET

@@ -50,6 +50,9 @@ def lossless_ratio(
     Args:
         by: the rule, `eigengap` or `density`.
         beat: called before every gradient and product.
+
+    Raises:
+        FloatingPointError: a gradient or product that is not finite.
     """
     loss = BatchLoss(backbone, tuning, tensors, batch, beat)
     start = rng.standard_normal(loss.size)
@@ -110,7 +113,13 @@ class BatchLoss:
 
     @staticmethod
     def _flat(tensors: Sequence[torch.Tensor]) -> Flat:
-        return torch.cat([tensor.detach().flatten() for tensor in tensors]).double().cpu().numpy()
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).double().cpu().numpy()
+        if not np.isfinite(flat).all():
+            raise FloatingPointError(
+                "selection.ratio: auto finds no ratio: a batch's loss has a gradient or curvature that is not finite; "
+                "try another model.dtype"
+            )
+        return flat
 
 
 def lanczos(product: Callable[[Flat], Flat], start: Flat, *, steps: int) -> tuple[Flat, Flat]:

@@ -20,6 +20,11 @@ def test_score_of_two_examples_at_a_known_angle():
     assert layer_score(hidden) == pytest.approx(np.sum(np.log(sigma) + 1 / sigma), rel=1e-6)
 
 
+def test_hidden_states_that_are_not_finite_have_no_score():
+    with pytest.raises(FloatingPointError, match=r"not finite; try another model\.dtype"):
+        layer_score(np.array([[[1.0, np.nan]], [[0.5, 2.0]]], np.float16))
+
+
 def test_score_of_orthogonal_and_of_equal_examples():
     # Orthogonal: all eigenvalues 1, the least possible score. Equal: one eigenvalue b, the others 0, offset 1e-5.
     assert layer_score(np.eye(4)[:, None]) == pytest.approx(4 * (np.log(1 + 1e-5) + 1 / (1 + 1e-5)))
