@@ -39,7 +39,7 @@ def sift(
         reason = _reason(config, round_index, start, header)
         log.warning("round %d: upload of device %d rejected: %s", round_index, device, reason)
         rejected.append({"device": device, "norm": norm if np.isfinite(norm) else None, "reason": reason})
-    if len(rejected) > config.server.max_rejected * len(headers):
+    if len(rejected) > config.server.max_rejected * len(headers) + 1e-9:
         raise FloatingPointError(
             f"round {round_index}: {len(rejected)} of {len(headers)} uploads are bad, more than server.max_rejected: "
             f"{config.server.max_rejected} allows; the last checkpoint is intact. Bad: "

@@ -5,10 +5,13 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
+from backbones import make_config
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import device
 from fedhpc.errors import EXIT_USER_ERROR
+from fedhpc.messages import upload_headers, upload_record
+from fedhpc.soundness import sift
 from fedhpc.updates import Fault, fault_of
 
 BAD = 3
@@ -128,6 +131,17 @@ def test_too_many_bad_uploads_end_the_run_and_leave_the_last_checkpoint(run_conf
     status, out, _ = fedhpc("inspect", run_dir(config))
     assert status == 0
     assert "round 1 completed" in out
+
+
+def test_just_the_share_that_may_be_bad_is_let_pass():
+    """0.29 * 100 is 28.999999999999996."""
+    config = make_config("unused", server={"max_rejected": 0.29})
+    headers = upload_headers(upload_record(0).zeros(100))
+    headers["fault"][:29] = Fault.NAN
+    assert len(sift(config, 0, np.zeros(1, np.float32), headers)[0]) == 71
+    headers["fault"][29] = Fault.NAN
+    with pytest.raises(FloatingPointError, match="30 of 100"):
+        sift(config, 0, np.zeros(1, np.float32), headers)
 
 
 @pytest.mark.parametrize(("factor", "sound"), [(0.9, True), (3.2, True), (11.0, False)])
