@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,14 @@ class RunFiles:
         self.config = self.run_dir / "config.yaml"
         self.metrics = self.run_dir / "metrics.jsonl"
         self.log = self.run_dir / "log.txt"
+
+    def begin_anew(self) -> Path | None:
+        """Put the lines of an earlier run aside, from whose checkpoints nobody goes on; where they are now."""
+        if not self.metrics.exists():
+            return None
+        names = (self.metrics.with_suffix(f".{number}.jsonl") for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        return self.metrics.rename(aside)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, also behind one that an interruption cut short."""
@@ -82,12 +91,22 @@ class _BesideProgressBar(logging.Handler):
 class Progress:
     """Rounds as they pass: a live bar on a terminal, one plain line per round elsewhere."""
 
-    def __init__(self, first_round: int, rounds: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, earlier: Sequence[Mapping[str, Any]], first_round: int, rounds: int, stream: TextIO | None = None
+    ) -> None:
+        """Begin to show.
+
+        Args:
+            earlier: the metrics of the rounds before.
+            first_round: the next one to be shown, counted from 0.
+        """
         self.first_round, self.rounds = first_round, rounds
         self.stream = stream or sys.stdout
         self.start = time.monotonic()
         self.accuracy = "-"
         self.bytes = 0
+        for record in earlier:
+            self._note(record)
         self.bar = None
         if on_terminal(self.stream):
             # The pseudo-terminal that Open MPI gives a rank has no size, and on none tqdm would show nothing.
@@ -99,9 +118,7 @@ class Progress:
     def update(self, record: Mapping[str, Any]) -> None:
         """Show the round whose metrics these are."""
         done = record["round"] + 1
-        if record["accuracy"] is not None:
-            self.accuracy = f"{record['accuracy']:.3f}"
-        self.bytes += record["bytes"]
+        self._note(record)
         facts = {"accuracy": self.accuracy, "loss": f"{record['loss']:.3f}", "moved": human_bytes(self.bytes)}
         if self.bar is not None:
             self.bar.set_postfix(facts, refresh=False)
@@ -113,6 +130,11 @@ class Progress:
         print(
             f"round {done}/{self.rounds}  {text}  ETA {tqdm.format_interval(remaining)}", file=self.stream, flush=True
         )
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        if record["accuracy"] is not None:
+            self.accuracy = f"{record['accuracy']:.3f}"
+        self.bytes += record["bytes"]
 
     def close(self) -> None:
         """End the bar's line."""

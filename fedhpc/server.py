@@ -62,18 +62,23 @@ class Server:
     def run(self, found: RunState | None) -> Op:
         """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
         write_whole(self.files.config, self.config.to_yaml().encode())
+        if found is None and (aside := self.files.begin_anew()):
+            log.warning(
+                "%s is of an earlier run, whose checkpoints are gone; it is %s now", self.files.metrics, aside.name
+            )
         try:
-            self.state = self.initial_state() if found is None else self.resumed_state(found)
-            self._log_start(self.state, resumed=found is not None)
-            state = self.run_rounds(self.state)
-        except Halt:
-            self.suspend()
-            return Op.SUSPEND
+            try:
+                self.state = self.initial_state() if found is None else self.resumed_state(found)
+                self._log_start(self.state, resumed=found is not None)
+                state = self.run_rounds(self.state)
+            except Halt:
+                self.suspend()
+                return Op.SUSPEND
+            self.saving.wait()
+            self._command(Command(op=Op.STOP))
         except RanksLost:
             self.saving.abandon()
             raise
-        self.saving.wait()
-        self._command(Command(op=Op.STOP))
         digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
         log.info(
             "done after round %d; results in %s; final prompts sha256 %s",
@@ -86,11 +91,11 @@ class Server:
     def run_rounds(self, state: RunState) -> RunState:
         """The main loop; returns the state after the last round."""
         rounds = self.config.federation.rounds
-        unfinished = (
-            state.part == 0 and state.record is not None and state.record["round"] not in self.files.rounds_recorded()
-        )
-        progress = Progress(state.server.round - unfinished, rounds)
-        if unfinished:  # its server update was done when the run was stopped
+        unfinished = self.is_unfinished(state)
+        first = state.server.round - unfinished
+        earlier = [record for record in self.files.read_metrics() if record["round"] < first]
+        progress = Progress(earlier, first, rounds)
+        if unfinished:
             state = self.finish_round(state, progress)
         while (t := state.server.round) < rounds:
             # 1. After the warm-up of an automatic ratio: narrow the exchange to the selected layers.
@@ -114,6 +119,14 @@ class Server:
         progress.close()
         return state
 
+    def is_unfinished(self, state: RunState) -> bool:
+        """Whether the last round's server update was done, but not what follows it; as the last one it is evaluated."""
+        if state.part or state.record is None:
+            return False
+        recorded = [record for record in self.files.read_metrics() if record["round"] == state.record["round"]]
+        is_last = state.server.round == self.config.federation.rounds
+        return not recorded or (is_last and recorded[0]["accuracy"] is None)
+
     def finish_round(self, state: RunState, progress: Progress) -> RunState:
         """What follows the server update; all of it, or after a stop all of it again."""
         assert state.record
@@ -125,11 +138,13 @@ class Server:
             record |= self.evaluate(state, record["seconds"])
         self.state = state = replace(state, record=record)
         self.lock.check()
+        seconds = dict(record["seconds"])  # the state's own are being written
         if last or done % config.checkpoint.every == 0:
             start = time.perf_counter()
             self.state = state = self.saving.save(state)
-            record["seconds"]["checkpoint"] = time.perf_counter() - start
-        record["seconds"]["round"] = sum(record["seconds"].values()) - record["seconds"]["idle"]
+            seconds["checkpoint"] = time.perf_counter() - start
+        seconds["round"] = sum(seconds.values()) - seconds["idle"]
+        record = {**record, "seconds": seconds}
         self.files.append_metrics(record)
         progress.update(record)
         return state

@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 
 import pytest
@@ -12,13 +13,19 @@ def record(round_index, **values):
 
 def test_a_batch_log_gets_one_plain_line_per_round():
     stream = io.StringIO()
-    progress = Progress(2, 4, stream)
+    progress = Progress([], 2, 4, stream)
     progress.update(record(2, accuracy=0.75))
     progress.update(record(3))
     progress.close()
     first, second = stream.getvalue().splitlines()
     assert first.startswith("round 3/4  accuracy 0.750  loss 0.500  moved 1.0 kB  ETA ")
     assert second.startswith("round 4/4  accuracy 0.750  loss 0.500  moved 2.0 kB  ETA 00:00")
+
+
+def test_progress_after_a_resume_counts_what_was_before():
+    stream = io.StringIO()
+    Progress([record(0, accuracy=0.25), record(1)], 2, 4, stream).update(record(2))
+    assert stream.getvalue().startswith("round 3/4  accuracy 0.250  loss 0.500  moved 3.0 kB  ETA ")
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
@@ -29,7 +36,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
             return True
 
     stream = Terminal()
-    progress = Progress(0, 2, stream)
+    progress = Progress([], 0, 2, stream)
     progress.update(record(0, accuracy=0.5))
     progress.update(record(1))
     progress.close()
@@ -43,6 +50,16 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 )
 def test_human_bytes(count, text):
     assert human_bytes(count) == text
+
+
+def test_metrics_of_an_earlier_run_are_put_aside(tmp_path):
+    files = RunFiles(tmp_path)
+    assert files.begin_anew() is None
+    for number in (1, 2):
+        files.append_metrics(record(number))
+        assert files.begin_anew() == tmp_path / f"metrics.{number}.jsonl"
+        assert files.read_metrics() == []
+    assert json.loads((tmp_path / "metrics.1.jsonl").read_text()) == record(1)
 
 
 def test_metrics_survive_an_interruption(tmp_path):

@@ -240,6 +240,29 @@ def test_a_warm_up_that_outlasts_the_run_is_noticed(fedhpc, run_config):
     assert "all layers are exchanged to the end" in err
 
 
+def test_a_run_that_begins_anew_has_its_own_metrics(fedhpc, run_config):
+    config = run_config()
+    assert fedhpc("run", config)[0] == 0
+    shutil.rmtree(run_dir(config) / "checkpoints")
+    status, _, err = fedhpc("run", config, "--set", "federation.rounds=2", "--set", "device.learning_rate=0.01")
+    assert status == 0
+    assert "metrics.jsonl is of an earlier run, whose checkpoints are gone; it is metrics.1.jsonl now" in err
+    assert [record["round"] for record in metrics(config)] == [0, 1]
+    assert len((run_dir(config) / "metrics.1.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_round_that_becomes_the_last_is_evaluated(fedhpc, run_config):
+    config = run_config(evaluate__every=100, federation__rounds=4)
+    assert fedhpc("run", config)[0] == 0
+    shutil.rmtree(run_dir(config) / "checkpoints/round_000004")
+    assert fedhpc("run", config, "--set", "federation.rounds=3")[0] == 0
+    lines = metrics(config)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3, 2]
+    assert lines[2]["accuracy"] is None
+    assert lines[4]["accuracy"] is not None
+    assert lines[4]["loss"] == lines[2]["loss"]
+
+
 def test_rerunning_a_finished_run_changes_nothing(fedhpc, run_config):
     config = run_config()
     assert fedhpc("run", config)[0] == 0
