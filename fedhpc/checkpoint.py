@@ -163,7 +163,12 @@ class Checkpoints:
         self._drop(self.positions()[keep:])
 
     def newest(
-        self, layouts: Layouts, *, check: Callable[[dict[str, Any]], None], report: Callable[[str], None]
+        self,
+        layouts: Layouts,
+        *,
+        check: Callable[[dict[str, Any]], None],
+        report: Callable[[str], None],
+        beat: Callable[[], None] = lambda: None,
     ) -> RunState | None:
         """The newest whole checkpoint; broken newer ones are reported.
 
@@ -171,15 +176,16 @@ class Checkpoints:
             layouts: the run's tuning.
             check: gets the identity of the run that wrote the checkpoint; raises if it is not ours.
             report: gets a line about every broken checkpoint.
+            beat: called while files are read.
 
         Raises:
             CheckpointError: if there are checkpoints but none is whole.
         """
-        problems = []
-        for position in self.positions():
+        problems, positions = [], self.positions()
+        for position in positions:
             folder = self.path(position)
             try:
-                verify(folder)
+                verify(folder, beat)
                 path = folder / SERVER_FILE
                 state = read_server_file(path.read_bytes(), str(path), layouts, check)
                 if Position.of(state) != position:
@@ -188,6 +194,8 @@ class Checkpoints:
             except (CheckpointError, *DAMAGE) as error:
                 problems.append(str(error))
                 report(f"checkpoint not used: {error}")
+        if problems and self.positions() != positions:  # a run beside us has saved, and removed what we were reading
+            return self.newest(layouts, check=check, report=report, beat=beat)
         if problems:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint is whole: " + "; ".join(problems) + "; to start anew, choose another "
@@ -254,8 +262,8 @@ def stem_of(name: str) -> str:
     return match[1] if match else name
 
 
-def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file of a checkpoint is whole and unaltered."""
+def verify(folder: Path, beat: Callable[[], None] = lambda: None) -> None:
+    """Raise CheckpointError unless every file of a checkpoint is whole and unaltered; beat after each file."""
     if folder.is_symlink():
         raise CheckpointError(f"{folder}: is a link, not a folder")
     sums = read_sums(folder)
@@ -269,7 +277,8 @@ def verify(folder: Path) -> None:
         read_verified(folder / name, sha256)
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(check, sums, sums.values()))
+        for _ in pool.map(check, sums, sums.values()):
+            beat()
 
 
 def read_sums(folder: Path) -> Sums:

@@ -7,11 +7,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from fedhpc.arguments import make_parser
 from fedhpc.config_file import load_config
-from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, RanksLost, UserError
+from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, UserError
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, DIGEST_BYTES, Exchange, LocalExchange, MpiExchange, connect
 from fedhpc.files import write_whole
 from fedhpc.jobenv import JobEnvironment
@@ -47,23 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """`fedhpc run`: the whole job, in the role of this process's rank."""
-    stop, job = StopRequest(), JobEnvironment()
+    stop, environment = StopRequest(), JobEnvironment()
     stop.listen()
     try:
         timeout_s = load_config(arguments.config, arguments.set).exchange.timeout_s
     except UserError:  # rank 0 will say it
         timeout_s = DEFAULT_TIMEOUT_S
     try:
-        exchange = connect(stop, job, timeout_s)
+        exchange = connect(stop, environment, timeout_s)
     except UserError:
-        if not job.is_first_task:
+        if not environment.is_first_task:
             return EXIT_USER_ERROR
         raise
     start_log(exchange.rank, exchange.size, exchange.host)
     with ExitStack() as held:
         try:
             with faults_end_every_rank(exchange, but_for=UserError), quick_start():
-                role = set_up(arguments, exchange, job, held)
+                role = set_up(arguments, exchange, environment, held)
         except UserError:
             if exchange.rank > 0:  # rank 0 says it
                 return EXIT_USER_ERROR
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         with faults_end_every_rank(exchange):
             status = EXIT_STOPPED if role() == Op.SUSPEND else 0
             if exchange.rank == 0 and status == 0:
-                job.mark("FINISHED")
+                environment.mark("FINISHED")
     with faults_end_every_rank(exchange):
         exchange.part(status)
     return status
@@ -89,26 +90,25 @@ def set_up(
         UserError: on every rank with the same message, whichever rank found the problem.
     """
     from fedhpc import job as jobs
-    from fedhpc.device import serve
-    from fedhpc.server import Server
+    from fedhpc.role import follow, lead
 
     def load() -> jobs.Job:
         config = load_config(arguments.config, arguments.set)
         jobs.limit_threads(config.device.threads)
         return jobs.load_job(config)
 
-    is_server, has_devices = exchange.rank == 0, exchange.rank > 0 or isinstance(exchange, LocalExchange)
+    is_server = exchange.rank == 0
     with all_ranks_or_none(exchange):
         # Rank 0 checks first and for all: one message instead of one per rank.
         if is_server:
             job = load()
             jobs.check_data(job)
             jobs.check_run_dir(job.config)
-            lock = held.enter_context(RunLock(job.config.run_dir, environment))
+            lock = held.enter_context(RunLock(job.config.run_dir, environment, exchange.attend))
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
             if lock.notice:
                 log.warning("%s", lock.notice)
-            state = jobs.load_state(job, arguments.resume)
+            state = jobs.load_state(job, arguments.resume, exchange.attend)
             jobs.log_notices(job, exchange.num_workers)
             jobs.stop_before_end(job.config, environment, exchange.stop)
     with all_ranks_or_none(exchange) as digests:
@@ -116,38 +116,13 @@ def set_up(
             job = load()
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
         digests.append(job.digest)
-        if has_devices:
+        if not is_server or isinstance(exchange, LocalExchange):
             worker = jobs.make_worker(job, exchange, environment)
+    if isinstance(exchange, MpiExchange) and not is_server:
+        return partial(follow, exchange, worker)
     if isinstance(exchange, LocalExchange):
         exchange.handler = worker.handle
-
-    def play() -> Op:
-        if isinstance(exchange, MpiExchange) and has_devices:
-            return serve(exchange, worker)
-        server = Server(job, exchange, lock)
-        how = server.run(state)
-        if how == Op.SUSPEND and server.has_trained:
-            environment.mark("TRAINED")
-        return how
-
-    def play_on() -> Op:
-        nonlocal state
-        while True:
-            try:
-                return play()
-            except RanksLost as loss:
-                if job.config.exchange.on_rank_failure == "stop":
-                    raise
-                if has_devices:
-                    worker.writing.finish()  # its notes belong to the ranks as they were
-                exchange.repair()
-                if has_devices:
-                    worker.start_over()
-                    continue
-                log.warning("%s; going on from the last checkpoint with %d ranks", loss, exchange.size)
-                state = jobs.load_state(job, "auto")
-
-    return play_on
+    return partial(lead, job, exchange, environment, lock, state)
 
 
 def plan(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,8 +159,11 @@ def log_notices(job: Job, num_workers: int) -> None:
         )
 
 
-def load_state(job: Job, resume: str) -> RunState | None:
+def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -> RunState | None:
     """The state to go on from, or None for a new run.
+
+    Args:
+        beat: called while a checkpoint is read.
 
     Raises:
         CheckpointError: resuming is required but impossible.
@@ -187,7 +191,7 @@ def load_state(job: Job, resume: str) -> RunState | None:
                 "run_dir:\n  " + "\n  ".join(differing)
             )
 
-    state = checkpoints.newest(job.tuning, check=check, report=partial(log.warning, "%s"))
+    state = checkpoints.newest(job.tuning, check=check, report=partial(log.warning, "%s"), beat=beat)
     if state is None and resume == "require":
         raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
     return state

@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -57,18 +58,18 @@ class Owner:
     beats: int = 0
 
     @classmethod
-    def this_process(cls, job: JobEnvironment) -> Self:
+    def this_process(cls, environment: JobEnvironment) -> Self:
         """The owner that this process would be."""
         return cls(
-            title=job.title,
+            title=environment.title,
             host=socket.gethostname(),
             pid=os.getpid(),
             start_ticks=start_ticks(os.getpid()) or 0,
             machine=machine_id(),
             uid=os.getuid(),
-            cluster=job.cluster,
-            job_id=job.job_id,
-            restarts=job.restarts,
+            cluster=environment.cluster,
+            job_id=environment.job_id,
+            restarts=environment.restarts,
             started=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
 
@@ -92,14 +93,22 @@ class RunLock:
     """The right to write in a run directory; a context manager."""
 
     def __init__(
-        self, run_dir: str | Path, job: JobEnvironment, *, beat_s: float = BEAT_S, watch_s: float = WATCH_S
+        self,
+        run_dir: str | Path,
+        environment: JobEnvironment,
+        attend: Callable[[], None] = lambda: None,
+        *,
+        beat_s: float = BEAT_S,
+        watch_s: float = WATCH_S,
     ) -> None:
         self.path = Path(run_dir) / "lock"
         self.notice: str | None = None
         """Whose lock was taken over, and why."""
         self.lost = False
         """Another run has taken the lock over, because this process gave no sign of life: it must not write again."""
-        self._job, self._beat_s, self._watch_s = job, beat_s, watch_s
+        self._environment, self._beat_s, self._watch_s = environment, beat_s, watch_s
+        self._attend = attend
+        """Called every now and then while another run's lock is watched."""
         self._descriptor: int | None = None
         os.register_at_fork(after_in_child=self._close)
 
@@ -116,7 +125,7 @@ class RunLock:
         Raises:
             ConfigError: another run has it, or it cannot be taken here.
         """
-        self._me = Owner.this_process(self._job)
+        self._me = Owner.this_process(self._environment)
         self._stop = threading.Event()
         self._patience = PATIENCE
         try:
@@ -213,7 +222,8 @@ class RunLock:
         if not self._patience:
             raise TimeoutError(f"{_name(record)} is over, but its lock {self.path} is still held") from None
         self._patience -= 1
-        time.sleep(self._watch_s)
+        for _ in range(LOOKS):
+            self._pause(self._watch_s / LOOKS)
 
     def _judge(self, record: bytes) -> tuple[bool, str]:
         """Whether the owner of a left lock file may be alive, and if not, how we know."""
@@ -232,17 +242,21 @@ class RunLock:
         if owner.job_id is not None and (owner.cluster, owner.uid) == (me.cluster, me.uid):
             if owner.job_id == me.job_id and owner.restarts != me.restarts:
                 return False, "that job was requeued"
-            if owner.job_id != me.job_id and (runs := self._job.job_runs(owner.job_id)) is not None:
+            if owner.job_id != me.job_id and (runs := self._environment.job_runs(owner.job_id)) is not None:
                 return runs, "that job has ended"
         return None
 
     def _changes(self, record: bytes, seconds: float) -> bool:
         # Counted looks, not elapsed time: while this process or the file system stands still, no time passes.
         for _ in range(LOOKS):
-            time.sleep(seconds / LOOKS)
+            self._pause(seconds / LOOKS)
             if self._read() != record:
                 return True
         return False
+
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self._attend()
 
     def _refusal(self, record: bytes, remedy: str = "") -> ConfigError:
         return ConfigError(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from states import ALL, SHAPE, SOME, TUNING, bits, vector
 
-from fedhpc import messages, state_file
+from fedhpc import checkpoint, messages, state_file
 from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums, verify
 from fedhpc.config import TuningConfig
 from fedhpc.control import ControlVariates
@@ -536,6 +536,23 @@ def test_without_a_whole_checkpoint_nothing_is_used(run):
     assert len(reports) == 2
     for position in run.checkpoints.positions():
         assert str(run.checkpoints.path(position)) in str(caught.value)
+
+
+def test_a_run_that_saves_meanwhile_is_read_again(run, monkeypatch):
+    """A checkpoint may be gone before its reader comes to it: the run beside it keeps two."""
+    save_two(run)
+    ours = checkpoint.verify
+
+    def slow(*arguments):
+        if run.checkpoints.positions()[0].round == 1:
+            for round_index in (2, 3):
+                run.save(run_state(round_index), control=control(4))
+        ours(*arguments)
+
+    monkeypatch.setattr(checkpoint, "verify", slow)
+    reports = []
+    assert run.newest(reports.append).server.round == 3
+    assert len(reports) == 2
 
 
 @pytest.mark.parametrize("name", ["round_000007", "round_000001_part_000009", "round_000002"])

@@ -24,7 +24,7 @@ FLOORS = [
     {"job"},
     {"saving", "plan", "inspection", "trained", "pages"},
     {"server", "export", "predict"},
-    {"sweep"},
+    {"sweep", "role"},
     {"cli"},
     {"__main__"},
 ]

@@ -157,6 +157,14 @@ def run_lock(run_dir, environ=None, **options):
     return RunLock(run_dir, JobEnvironment(environ or {}), **{"beat_s": 0.05, "watch_s": SHORT_S, **options})
 
 
+def test_whoever_watches_a_lock_can_attend_to_other_things(tmp_path):
+    """Rank 0's other ranks wait meanwhile, and would take it for dead."""
+    (tmp_path / "lock").write_bytes(b"somebody")
+    looks = []
+    with run_lock(tmp_path, attend=lambda: looks.append(time.monotonic())):
+        assert len(looks) == lock.LOOKS
+
+
 def refused(run_dir, environ=None):
     with pytest.raises(ConfigError, match="is in use by") as info:
         run_lock(run_dir, environ, watch_s=LONG_S).acquire()

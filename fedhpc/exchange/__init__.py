@@ -14,23 +14,24 @@ LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
 """Set by mpirun or srun in every process that they start as an MPI rank."""
 
 
-def connect(stop: StopRequest, job: JobEnvironment, timeout_s: float) -> Exchange:
+def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) -> Exchange:
     """The network this process was started into: MPI under a launcher, else the serial twin.
 
     Raises:
         UserError: the processes that were started together do not find each other.
     """
     launched_as_rank = any(variable in os.environ for variable in LAUNCHER_VARIABLES)
-    exchange = MpiExchange(stop, timeout_s) if launched_as_rank else LocalExchange(stop)
-    if problem := job.launch_problem(exchange.size, launched_as_rank):
+    exchange = MpiExchange(stop, timeout_s) if launched_as_rank else LocalExchange(stop, timeout_s)
+    if problem := environment.launch_problem(exchange.size, launched_as_rank):
         raise UserError(problem)
-    for variable in SIZE_VARIABLES:
-        if (launched := int(os.environ.get(variable, exchange.size))) != exchange.size:
+    # The first alone: an mpirun inside a step of srun's own MPI hands on that step's variables, too.
+    for variable in [variable for variable in SIZE_VARIABLES if variable in os.environ][:1]:
+        if (launched := int(os.environ[variable])) != exchange.size:
             raise UserError(
                 f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the "
                 "MPI library that mpi4py loads are not of the same installation"
             )
-    return exchange if exchange.size > 1 else LocalExchange(stop)
+    return exchange if exchange.size > 1 else LocalExchange(stop, timeout_s)
 
 
 __all__ = [

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedhpc.errors import Halt, UserError
 from fedhpc.exact_sum import SumSize
-from fedhpc.exchange.base import Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.messages import Command, Note, RecordType
 from fedhpc.stopping import StopRequest
 
@@ -15,8 +15,8 @@ from fedhpc.stopping import StopRequest
 class LocalExchange(Exchange):
     """One process: the server's commands go straight to the worker."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        super().__init__(stop)
+    def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        super().__init__(stop, timeout_s)
         self.rank, self.size, self.local_rank, self.ranks_here, self.num_workers = 0, 1, 0, 1, 1
         self.handler: Callable[[Command], np.ndarray | None] | None = None
 
