@@ -7,7 +7,11 @@ from backbones import NUM_LAYERS, load_backbone, load_plain, make_batch, save_ba
 from test_local_update import OURS, Device, make_split
 from tiny import metrics
 
+from fedhpc.config_file import load_config
 from fedhpc.curriculum import easy_first, fisher_trace, fisher_traces
+from fedhpc.job import load_job
+from fedhpc.local_update import local_updates
+from fedhpc.models import Backbone
 from fedhpc.sensitivity import PERTURBATION, layer_sensitivity
 from fedhpc.tuning.base import as_parameters
 
@@ -124,6 +128,32 @@ FIBECFED = {
     "sparse": {"fraction": 0.5},
     "server": {"method": "fedavg"},
 }
+
+
+def test_a_device_trains_its_easiest_batches_first(run_config, fedhpc, monkeypatch):
+    """The same batches in each round, by the Fisher information at the initial parameters, and ever more of them."""
+    config = run_config(**FIBECFED, federation__rounds=2, federation__sample_rate=1.0)
+    plans = {0: {}, 1: {}}
+
+    def noting(*arguments, round_index, assignments, **named):
+        plans[round_index] |= {each.device: [batch.tolist() for batch in each.plan] for each in assignments}
+        return local_updates(*arguments, round_index=round_index, assignments=assignments, **named)
+
+    monkeypatch.setattr("fedhpc.device.local_updates", noting)
+    assert fedhpc("run", config)[0] == 0
+    job = load_job(load_config(config))
+    backbone = Backbone(job.config.model, job.config.tuning, job.data.description, CPU)
+    initial = as_parameters(job.tuning.initial(job.config.seed), CPU)
+    lengths = []
+    for number, later in plans[1].items():
+        first = plans[0][number]
+        assert later[: len(first)] == first
+        lengths.append((len(first), len(later)))
+        traces = [
+            fisher_trace(backbone, job.tuning, initial, job.data.split("train"), np.array(batch)) for batch in later
+        ]
+        assert traces == sorted(traces)
+    assert any(few < many for few, many in lengths)
 
 
 def test_a_run_takes_fewer_steps_at_first(run_config, fedhpc):
