@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 from backbones import make_config
+from states import TUNING
 
 from fedhpc.federation import Homes, Placement, local_steps, make_packs, sample_devices
+from fedhpc.local_update import batches
 
 STEPS = [(7 * device) % 23 + 1 for device in range(40)]
 
@@ -37,6 +39,17 @@ def test_packs_hold_every_sampled_device_once_and_have_about_the_same_work(pack)
     loads = [load(each) for each in packs]
     # Longest first to the lightest: no pack is ahead of another by more than its last, shortest device.
     assert all(load(each) - STEPS[each[-1]] <= min(loads) for each in packs)
+
+
+def test_devices_batches_and_tensors_of_a_seed_stay_what_they_are():
+    # As with the partition: a run that is resumed with a newer version goes on with what it began with.
+    assert sample_devices(config(sample_rate=0.2), 4) == [10, 25, 31, 0, 12, 24, 23, 39]
+    chosen = make_config("unused", seed=7, device={"epochs": 2, "batch_size": 3})
+    plan = batches(chosen, np.arange(20, 28), np.array([5, 3, 9, 4, 4, 8, 2, 7]), round_index=4, device=2)
+    first, second = [[26, 21, 23], [24, 20, 27], [25, 22]], [[26, 21, 23], [25, 22], [24, 20, 27]]
+    assert [batch.tolist() for batch in plan] == first + second
+    drawn = [0.0122971, 0.0128421, -0.0812969, -0.0425905]
+    assert TUNING.initial(1)["prompts"].ravel()[:4] == pytest.approx(drawn, abs=1e-7)
 
 
 def test_packs_are_those_of_the_round_and_the_seed():

@@ -54,6 +54,14 @@ def test_the_partition_of_a_seed_stays_what_it_is():
         [3, 4, 7, 8, 10, 16, 17, 18, 19],
     ]
     assert [part.tolist() for part in parts.validation] == [[2, 4], [], [0], [1, 3, 5]]
+    others = {
+        "quantity": [[1, 2, 4, 6, 7, 16], [3, 12], [5, 10, 14], [0, 8, 9, 11, 13, 15, 17, 18, 19]],
+        "iid": [[1, 2, 4, 6, 7], [3, 5, 12, 14, 16], [10, 15, 17, 18, 19], [0, 8, 9, 11, 13]],
+        "shards": [[0, 4, 7, 9, 15, 18], [1, 10, 13, 16, 19], [2, 5, 14, 17], [3, 6, 8, 11, 12]],
+    }
+    for kind, expected in others.items():
+        parts = partition(4, labels=np.arange(20) % 3, validation=np.arange(6) % 3, seed=7, kind=kind)
+        assert [part.tolist() for part in parts.train] == expected
 
 
 def test_skew_grows_as_alpha_falls():
