@@ -133,7 +133,10 @@ def _sweep(commands: Any) -> None:
         help="submit the cells that are not done as one SLURM array with this job file (default: jobs/sweep.slurm)",
     )
     action.add_argument(
-        "--cell", type=int, metavar="N", help="print what `fedhpc run` is given for cell N, a line each"
+        "--cell",
+        type=int,
+        metavar="N",
+        help="print the log of cell N and what `fedhpc run` is given for it, a line each",
     )
     command.add_argument("--expect", metavar="DIGEST", help="with --cell: refuse if the experiment's cells are others")
     command.add_argument(

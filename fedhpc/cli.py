@@ -189,7 +189,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     """`fedhpc sweep`: the runs of an experiment."""
     from fedhpc.sweep.experiment import load_experiment
     from fedhpc.sweep.job_array import array_command, submit, task_arguments
-    from fedhpc.sweep.local import cell_list, run_here, tables_text
+    from fedhpc.sweep.local import cell_list, conclude, failed_cells, run_here
     from fedhpc.sweep.standing import check_run_dirs
 
     experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
@@ -207,8 +207,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         print(cell_list(experiment))
         return 0
     if arguments.report:
-        print(tables_text(experiment))
-        return 0
+        return conclude(experiment, failed_cells(experiment))
 
     def load_libraries() -> None:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs that cells can be forked after

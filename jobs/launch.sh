@@ -12,6 +12,7 @@
 #   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions do not count, nor stops
 #                   after something was trained.
 #   FEDHPC_REQUEUE  no: SLURM does not run this job again, the next of a chain goes on (jobs/chain.sh).
+#   CELL_LOG        of a cell of an experiment: what `fedhpc sweep` reads of its beginning and end (jobs/sweep.slurm).
 
 set +e +u +o pipefail # whatever the job file works under
 IFS=$' \t\n'
@@ -28,8 +29,13 @@ patiently() { # COMMAND ...
     return 1
 }
 
+note() { # LINE ...
+    [ -z "${CELL_LOG:-}" ] || { mkdir -p "${CELL_LOG%/*}" && printf '%s\n' "$@" >>"$CELL_LOG"; }
+}
+
 finish() { # STATUS MESSAGE
     say "$2"
+    note "=== exit status $1"
     rm -f "$failures"
     exit "$1"
 }
@@ -86,6 +92,7 @@ srun*)
 esac
 
 say "job $job, run $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T'), $LAUNCH: fedhpc run $*"
+note "=== fedhpc run $*" "in SLURM job $job"
 # shellcheck disable=SC2086 # several words each
 $deaf $LAUNCH $patient ${FEDHPC:-.venv/bin/fedhpc} run "$@" &
 launcher=$!
@@ -116,6 +123,7 @@ if [ -n "$terminated" ]; then
     RUNNING*) ;; # in the grace before a preemption: SLURM does not requeue what ends by itself in it
     *)
         say "ended by SLURM, with $status"
+        note "=== exit status $status"
         exit $status
         ;;
     esac

@@ -124,9 +124,11 @@ def test_a_cell_is_a_run_of_its_own(finished, fedhpc):
     """The same bits as `fedhpc run` with the arguments that `--cell` prints."""
     cell = load_experiment(finished).cells[9]
     status, out, _ = fedhpc("sweep", finished, "--cell", 9)
-    assert (status, out.splitlines()) == (0, cell.arguments)
+    log, *arguments = out.splitlines()
+    assert (status, arguments) == (0, cell.arguments)
+    assert log == str(finished.parent / f"out/logs/{cell.name}.log")
     alone = finished.parent / "alone"
-    assert fedhpc("run", *out.splitlines(), "--set", f"run_dir={alone}")[0] == 0
+    assert fedhpc("run", *arguments, "--set", f"run_dir={alone}")[0] == 0
     assert final_prompts(alone / "config.yaml") == final_prompts(cell.run_dir / "config.yaml")
 
 

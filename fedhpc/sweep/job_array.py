@@ -7,9 +7,7 @@ from pathlib import Path
 
 from fedhpc.errors import ConfigError
 from fedhpc.sweep.experiment import Experiment
-from fedhpc.sweep.standing import standing
-
-JOB_FILE = "jobs/sweep.slurm"
+from fedhpc.sweep.standing import CellLog, standing
 
 
 def array_command(
@@ -44,7 +42,7 @@ def submit(command: Sequence[str]) -> int:
 
 
 def task_arguments(experiment: Experiment, number: int, expected: str | None) -> str:
-    """What `fedhpc run` is given for a cell, one argument a line.
+    """A cell's log, and what `fedhpc run` is given for it, one argument a line.
 
     Raises:
         ConfigError: there is no such cell, or the cells are not those that were submitted.
@@ -56,7 +54,8 @@ def task_arguments(experiment: Experiment, number: int, expected: str | None) ->
         )
     if not 0 <= number < len(experiment.cells):
         raise ConfigError(f"--cell {number}: the cells have the numbers 0 to {len(experiment.cells) - 1}")
-    return "\n".join(experiment.cells[number].arguments)
+    cell = experiment.cells[number]
+    return "\n".join([str(CellLog(experiment.out, cell).path), *cell.arguments])
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, ConfigError
 from fedhpc.jobenv import MPIRUN_VARIABLES, JobEnvironment
 from fedhpc.lock import RunLock
-from fedhpc.sweep.experiment import Experiment
+from fedhpc.sweep.experiment import Cell, Experiment
 from fedhpc.sweep.results import write_tables
 from fedhpc.sweep.runner import Runner
 from fedhpc.sweep.standing import CellLog, standing
@@ -24,9 +24,16 @@ def cell_list(experiment: Experiment) -> str:
     return "\n".join(f"{number:>{widths[0]}}  {stands:<{widths[1]}}  {run_dir}" for number, stands, run_dir in rows)
 
 
-def tables_text(experiment: Experiment) -> str:
-    """Write the tables; where they are."""
-    return "tables: " + ", ".join(map(str, write_tables(experiment)))
+def conclude(experiment: Experiment, failed: Sequence[Cell]) -> int:
+    """List the cells that failed, write the tables, say where they are; the exit status."""
+    _list(experiment, failed)
+    _say("tables: " + ", ".join(map(str, write_tables(experiment))))
+    return EXIT_FAILURE if failed else 0
+
+
+def failed_cells(experiment: Experiment) -> list[Cell]:
+    """Those whose latest run, whoever started it, failed."""
+    return [cell for cell in experiment.cells if standing(experiment, cell).failed]
 
 
 def run_here(
@@ -58,15 +65,18 @@ def run_here(
             if launch is None:
                 prepare()
             runner.run(waiting, at_once)
-    for cell in runner.failed:
+    if runner.stopped:
+        _list(experiment, runner.failed)
+        _say("stopped; the same command goes on from here")
+        return EXIT_STOPPED
+    return conclude(experiment, runner.failed)
+
+
+def _list(experiment: Experiment, failed: Sequence[Cell]) -> None:
+    for cell in failed:
         _say(f"FAILED: {cell.name}: {standing(experiment, cell)}")
         for line in CellLog(experiment.out, cell).tail():
             _say(f"    {line}")
-    if runner.stopped:
-        _say("stopped; the same command goes on from here")
-        return EXIT_STOPPED
-    _say(tables_text(experiment))
-    return EXIT_FAILURE if runner.failed else 0
 
 
 def _check_launch(launch: str | None) -> None:

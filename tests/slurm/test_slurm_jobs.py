@@ -226,7 +226,12 @@ def test_an_experiment_as_an_array(cluster, checkout, world):
     assert ends == ["0:0", "2:0", "0:0", "2:0"]
     left = cluster.run(*command, "--submit", "mine.slurm", "--dry-run", cwd=checkout, **ours).stdout
     assert "--array=1,3 " in left
-    cluster.run(*command, "--report", cwd=checkout, **ours)
+    reported = cluster.run(*command, "--report", cwd=checkout, check=False, **ours)
+    assert reported.returncode == 1
+    lines = reported.stdout.splitlines()
+    for task, seed in ((1, 1), (3, 2)):
+        place = lines.index(f"FAILED: seed={seed},cell=misled: failed with exit status 2, not begun")
+        assert lines[place + 1] == f"    in SLURM job {number}_{task}"
     rows = (checkout / "array/results.csv").read_text().splitlines()
     assert [row.split(",")[:3] for row in rows[1:]] == [
         ["1", "sound", "3"],
