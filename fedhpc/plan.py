@@ -1,5 +1,6 @@
 """`fedhpc plan`: what a run would need, from shapes and counts alone."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedhpc.notices import notices
 from fedhpc.pretrained import count_parameters
 from fedhpc.report import human_bytes
 from fedhpc.selection import num_selected
+from fedhpc.spectrum import LANCZOS_STEPS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 450e6
@@ -113,6 +115,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     scale = DTYPE_BYTES[config.model.dtype] / 2
     per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
+    in_layers = sum(map(math.prod, job.tuning.per_layer.values()))
     in_a_pack = -(-sampled // count_packs(config, _pack(job)))
     device = {
         "program": PROCESS_BYTES,
@@ -121,6 +124,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
         "prompts, gradients, Adam moments": 4 * _trainable(job) * (3 * in_a_pack + _pack(job)),
         "what devices keep": _kept(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         "activations (upper bound)": per_layer * kept_layers,
+        "Lanczos vectors, once, after the warm-up": 8 * LANCZOS_STEPS * in_layers * config.selection.is_automatic,
     }
     roles = {"rank 0, server": server, "each device rank": device}
     if ranks == 1:

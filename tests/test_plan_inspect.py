@@ -46,7 +46,7 @@ def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
     n = 4 * 2 * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH  # bytes of two layers' prompts, exchanged or not
 
     def figures(**changes):
-        out = fedhpc("plan", run_config(selection__ratio=0.5, trace=False, **changes), "--ranks", 5)[1]
+        out = fedhpc("plan", run_config(**{"selection__ratio": 0.5, **changes}), "--ranks", 5)[1]
         return {label.strip(): number for number, label in re.findall(r"^ +([\d.]+ [kM]?B)  (.+)$", out, re.MULTILINE)}
 
     assert figures(server__method="fedavg")["buffer of 6 uploads"] == f"{2 * 6 * n / 1000:.1f} kB"
@@ -61,6 +61,9 @@ def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
     half_done = "device ranks together: half-done updates, prompts and Adam moments"
     assert figures()[half_done] == f"{4 * 3 * 2 * n / 1000:.1f} kB"
     assert figures(device__pack="auto")[half_done] == f"{6 * 3 * 2 * n / 1000:.1f} kB"
+    # 50 vectors of float64 of all four layers' prompts
+    auto = figures(selection__ratio="auto")
+    assert auto["Lanczos vectors, once, after the warm-up"] == f"{50 * 8 * 2 * n / 4 / 1000:.1f} kB"
     one, three = figures(), figures(device__pack=3)
     for part in ("prompts, gradients, Adam moments", "activations (upper bound)"):
         assert in_bytes(three[part]) == pytest.approx(3 * in_bytes(one[part]), rel=0.05)  # one decimal
