@@ -9,8 +9,8 @@ from typing import Any
 import fedhpc
 
 EPILOG = (
-    "exit status: 0 done; 2 the configuration, data or checkpoint is at fault; 75 stopped on request, run again to go "
-    "on; anything else is a failure"
+    "exit status: 0 done; 2 the command line, configuration, data or checkpoint is at fault, or the run diverged; 75 "
+    "stopped on request, run again to go on; anything else is a failure"
 )
 SWEEP_EPILOG = (
     "exit status: 0 all cells are done; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
@@ -39,7 +39,8 @@ def _run(commands: Any) -> None:
         "--resume",
         choices=("auto", "never", "require"),
         default="auto",
-        help="auto (default): go on from the run directory's newest valid checkpoint, if there is one",
+        help="auto (default): go on from the run directory's newest valid checkpoint, if there is one; never: refuse "
+        "if there is one; require: refuse to start anew",
     )
 
 
@@ -97,7 +98,9 @@ def _predict(commands: Any) -> None:
         help="a text; for a task of several fields one for each, in the order of its template; repeatable",
     )
     source.add_argument(
-        "--file", metavar="F", help="TSV with a header line (.tsv), JSON lines (.jsonl), or one text a line"
+        "--file",
+        metavar="F",
+        help="TSV with a header line (.tsv), JSON lines (.jsonl, .json, .ndjson), or one text a line",
     )
     command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
     command.add_argument("--out", metavar="FILE", help="write there, not to standard output")

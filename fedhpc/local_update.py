@@ -112,7 +112,7 @@ def local_updates(
     with_gradient: bool = False,
     beat: Callable[[str], None] = lambda activity: None,
 ) -> Iterator[tuple[int, DeviceUpdate | UnfinishedUpdate]]:
-    """E epochs of AdamW or SGD over each device's shard (design, section 4), from P^t and the device's own p_i.
+    """E epochs of AdamW or SGD over each device's shard, from P^t and the device's own p_i.
 
     The first ``pack`` devices that are not done train together, in one forward and backward pass; when one is done the
     next takes its place. So what is computed together depends on the assignments alone.

@@ -195,7 +195,7 @@ class Server:
         return state
 
     def score_layers(self) -> np.ndarray:
-        """Global layer scores [L] from one batch of every device (design, section 3)."""
+        """Global layer scores [L] from one batch of every device; see :mod:`fedhpc.selection`."""
         counts = self._shares(range(self.config.federation.num_devices))
         record = messages.score_record(self.num_layers)
         records = self.exchange.request(Command(op=Op.SCORE), record, counts)
@@ -304,7 +304,7 @@ class Server:
         return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
 
     def narrow(self, state: RunState) -> RunState:
-        """End of the warm-up: the lossless ratio decides how many layers stay in the exchange (design, section 3)."""
+        """End of the warm-up: the lossless ratio decides how many layers stay in the exchange."""
         last = state.server.round - 1
         devices = sample_devices(self.config, last)
         command = Command(op=Op.RATIO, round=last, layers=state.layers, payload=state.server.params)

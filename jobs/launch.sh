@@ -124,6 +124,7 @@ if [ -n "$terminated" ]; then
     *)
         say "ended by SLURM, with $status"
         note "=== exit status $status"
+        rm -f "$FEDHPC_TRAINED"
         exit $status
         ;;
     esac

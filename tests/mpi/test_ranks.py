@@ -161,7 +161,7 @@ def test_what_17_ranks_have_tuned_is_an_adapter_for_plain_peft(seventeen, tmp_pa
 
 
 def recompute(trace, state, *, beta, server_learning_rate, num_devices):
-    """One drift_corrected step in plain NumPy from a trace file, as the design's section 5 writes it."""
+    """One drift_corrected step in plain NumPy from a trace file."""
     eta = trace.attrs["device_learning_rate"]
     ids, n, k = trace["device_ids"][()], trace["num_examples"][()], trace["num_steps"][()]
     p, uploads = trace["broadcast"][()].astype(np.float64), trace["uploads"][()].astype(np.float64)
