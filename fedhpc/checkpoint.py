@@ -21,7 +21,6 @@ from fedhpc.local_update import DeviceState
 from fedhpc.messages import Kind, Note
 from fedhpc.report import log
 from fedhpc.state_file import (
-    Layouts,
     RoundProgress,
     RunState,
     local_file,
@@ -30,6 +29,7 @@ from fedhpc.state_file import (
     read_progress_file,
     read_server_file,
 )
+from fedhpc.tuning import Tuning
 from fedhpc.updates import Vector
 
 SUMS = "SHA256SUMS"
@@ -105,12 +105,12 @@ class Checkpoints:
         round_index: int,
         rank: int,
         layers: tuple[int, ...],
-        layouts: Layouts,
+        tuning: Tuning,
         post: Callable[[Note], None],
     ) -> None:
         """Device rank: write what its devices need, a note to the server for every file."""
         for device, state in states.items():
-            data = local_file(state, round_index, layers, layouts)
+            data = local_file(state, round_index, layers, tuning)
             name, sha256 = self.write_device_file(LOCAL, device, generation, data)
             post(Note(kind=Kind.SAVED, text=name, sha256=sha256))
         fsync(self.folder / LOCAL)
@@ -164,7 +164,7 @@ class Checkpoints:
 
     def newest(
         self,
-        layouts: Layouts,
+        tuning: Tuning,
         *,
         check: Callable[[dict[str, Any]], None],
         report: Callable[[str], None],
@@ -173,7 +173,7 @@ class Checkpoints:
         """The newest whole checkpoint; broken newer ones are reported.
 
         Args:
-            layouts: the run's tuning.
+            tuning: the run's.
             check: gets the identity of the run that wrote the checkpoint; raises if it is not ours.
             report: gets a line about every broken checkpoint.
             beat: called while files are read.
@@ -187,7 +187,7 @@ class Checkpoints:
             try:
                 verify(folder, beat)
                 path = folder / SERVER_FILE
-                state = read_server_file(path.read_bytes(), str(path), layouts, check)
+                state = read_server_file(path.read_bytes(), str(path), tuning, check)
                 if Position.of(state) != position:
                     raise CheckpointError(f"{folder}: holds the state of {Position.of(state)}, not what its name says")
                 return state
@@ -195,7 +195,7 @@ class Checkpoints:
                 problems.append(str(error))
                 report(f"checkpoint not used: {error}")
         if problems and self.positions() != positions:  # a run beside us has saved, and removed what we were reading
-            return self.newest(layouts, check=check, report=report, beat=beat)
+            return self.newest(tuning, check=check, report=report, beat=beat)
         if problems:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint is whole: " + "; ".join(problems) + "; to start anew, choose another "
@@ -204,19 +204,19 @@ class Checkpoints:
         return None
 
     def load_devices(
-        self, position: Position, wanted: set[int], layouts: Layouts, layers: tuple[int, ...], unseen_local: Vector
+        self, position: Position, wanted: set[int], tuning: Tuning, layers: tuple[int, ...], unseen_local: Vector
     ) -> tuple[dict[int, DeviceState], RoundProgress]:
         """Device rank: the states of its devices and what they have done of a round under way."""
         folder = self.path(position)
         states: dict[int, DeviceState] = {}
         progress = RoundProgress(round=position.round)
-        for name, sha256 in read_sums(folder).items():
-            if name.startswith(f"../{LOCAL}/"):
-                device = device_of(name)
-                if device in wanted:
-                    data = read_verified(folder / name, sha256)
-                    states[device] = read_local_file(data, name, layers, layouts, unseen_local)
-            elif name != SERVER_FILE and not DEVICE_FILE.fullmatch(name):
+        sums = read_sums(folder)
+        for device, (name, sha256) in files_of(sums, LOCAL).items():
+            if device in wanted:
+                data = read_verified(folder / name, sha256)
+                states[device] = read_local_file(data, name, layers, tuning, unseen_local)
+        for name, sha256 in sums.items():
+            if name != SERVER_FILE and not DEVICE_FILE.fullmatch(name):
                 found = read_progress_file(read_verified(folder / name, sha256), name)
                 progress.finished.update((d, record) for d, record in found.finished.items() if d in wanted)
                 progress.unfinished.update((d, update) for d, update in found.unfinished.items() if d in wanted)
@@ -249,6 +249,11 @@ def newer(sums: Sums, over: Sums) -> Sums:
 def device_sums(sums: Sums) -> Sums:
     """Those of control/ and local/ among a checkpoint's files."""
     return {name: sha256 for name, sha256 in sums.items() if DEVICE_FILE.fullmatch(name)}
+
+
+def files_of(sums: Sums, kind: str) -> dict[int, tuple[str, str]]:
+    """Device -> name and SHA-256 of its file among these, in control/ or local/."""
+    return {device_of(name): (name, sha256) for name, sha256 in sums.items() if name.startswith(f"../{kind}/")}
 
 
 def device_of(name: str) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,6 +20,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
 """Kinds of tuning without tensors per layer: nothing to select from."""
 WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
+NOT_SET = "<not set>"
 WITHOUT_EFFECT = (
     *("run_dir", "trace", "data.path", "checkpoint.", "evaluate."),
     *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),
@@ -29,7 +31,7 @@ WITHOUT_EFFECT = (
 class Section(BaseModel):
     """A part of the configuration: frozen, no unknown keys, no silent type conversion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelConfig(Section):
@@ -250,7 +252,7 @@ class ServerConfig(Section):
     """Of fedadam and fedyogi: added to the root of the second moment."""
     proximal: NonNegativeFloat = 0.01
     """mu of fedprox."""
-    max_rejected: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    max_rejected: Probability = 0.2
     """The run ends when a larger share of a round's uploads than this is NaN, infinite or absurdly large."""
 
     @model_validator(mode="before")
@@ -421,3 +423,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> list[str]:
+    """A line for each key in which two runs' identities differ, but for their digests."""
+    keys = sorted({*theirs, *ours} - {"sha256"})
+    pairs = {key: (theirs.get(key, NOT_SET), ours.get(key, NOT_SET)) for key in keys}
+    return [f"{key}: {old} {where}, {new} now" for key, (old, new) in pairs.items() if old != new]

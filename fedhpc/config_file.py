@@ -36,13 +36,26 @@ def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple
     return (None, problems) if problems else (config, [])
 
 
-def read_values(path: str | Path) -> dict[str, Any]:
+def read_values(path: str | Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """What a configuration file and the file its `base` names say, not yet validated.
+
+    Args:
+        chain: the files whose `base` has led here.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    return _read_with_base(Path(path))
+    path = Path(path)
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: base: names a file that leads back to itself")
+    values = read_yaml(path)
+    values = {key: value for key, value in values.items() if value is not None}  # `server:` with nothing under it
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the name of a file, found {base!r}")
+    return _merge(read_values(path.parent / base, (*chain, path.resolve())), values)
 
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
@@ -83,19 +96,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold keys and values, found {type(values).__name__}")
     return values
-
-
-def _read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: base: names a file that leads back to itself")
-    values = read_yaml(path)
-    values = {key: value for key, value in values.items() if value is not None}  # `server:` with nothing under it
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: must be the name of a file, found {base!r}")
-    return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

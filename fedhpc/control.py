@@ -10,7 +10,7 @@ from threading import Lock
 
 import numpy as np
 
-from fedhpc.checkpoint import CONTROL, Checkpoints, Sums, device_of, read_verified
+from fedhpc.checkpoint import CONTROL, Checkpoints, Sums, files_of, read_verified
 from fedhpc.state_file import control_file, read_control_file
 from fedhpc.tuning import Tuning
 from fedhpc.updates import Vector
@@ -81,9 +81,7 @@ class ControlVariates:
 
     def note_files(self, sums: Sums) -> None:
         """These files hold the devices' c_i from now on; others among them are left alone."""
-        for name, sha256 in sums.items():
-            if name.startswith(f"../{CONTROL}/"):
-                self.files[device_of(name)] = (name, sha256)
+        self.files |= files_of(sums, CONTROL)
 
     def _read(self, device: int, layers: tuple[int, ...]) -> Vector:
         name, sha256 = self.files[device]

@@ -344,7 +344,7 @@ class Worker:
                 round_index=command.round,
                 rank=self.index + 1,
                 layers=command.layers,
-                layouts=self.tuning,
+                tuning=self.tuning,
                 post=self.exchange.post,
             )
         )

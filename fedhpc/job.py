@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedhpc.checkpoint import Checkpoints
-from fedhpc.config import Config
+from fedhpc.config import Config, differences
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 from fedhpc.device import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
@@ -32,7 +32,6 @@ from fedhpc.stopping import StopRequest
 from fedhpc.tuning import Tuning, make_tuning
 from fedhpc.weights import model_sha256
 
-MISSING = "<not set>"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
 
 
@@ -180,12 +179,7 @@ def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -
         return None
 
     def check(saved: dict[str, Any]) -> None:
-        differing = [
-            f"{key}: {saved.get(key, MISSING)} in the checkpoint, {ours.get(key, MISSING)} now"
-            for key in sorted({*saved, *ours} - {"sha256"})
-            if saved.get(key, MISSING) != ours.get(key, MISSING)
-        ]
-        if differing:
+        if differing := differences(saved, ours, "in the checkpoint"):
             raise ConfigError(
                 f"{checkpoints.folder} was written with another configuration; change it back, or choose another "
                 "run_dir:\n  " + "\n  ".join(differing)

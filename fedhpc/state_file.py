@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,6 +18,7 @@ from fedhpc import messages
 from fedhpc.errors import CheckpointError, UserError
 from fedhpc.local_update import DeviceState, UnfinishedUpdate
 from fedhpc.methods import ServerState
+from fedhpc.tuning import Tuning
 from fedhpc.updates import Layout, Vector
 
 FORMAT = "fedhpc-checkpoint"
@@ -26,19 +27,6 @@ CHUNK_ELEMENTS = 1 << 20
 UPLOAD_FACTS = ("num_examples", "num_steps", "loss", "seconds", "fault", "norm")
 FOLDERS = {"params": "", "control_global": "control/global"}
 """Where a server vector is stored, if not under its own name; the parameters are `prompts` and `params/...`."""
-
-
-class Layouts(Protocol):
-    """What a reader must know of the tuning."""
-
-    def exchanged(self, layers: Sequence[int]) -> Layout:
-        """Layout of what crosses the network."""
-
-    def local(self, layers: Sequence[int]) -> Layout:
-        """Layout of what stays on a device."""
-
-    def kept_elements(self, layers: Sequence[int]) -> np.ndarray:
-        """Of the exchanged vector of all layers: those that remain when only these layers are exchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +65,14 @@ class RoundProgress:
     unfinished: dict[int, UnfinishedUpdate] = field(default_factory=dict)
 
 
-def server_file(state: RunState, layouts: Layouts, identity: Mapping[str, Any], devices: Sequence[int]) -> bytes:
+def server_file(state: RunState, tuning: Tuning, identity: Mapping[str, Any], devices: Sequence[int]) -> bytes:
     """server.h5.
 
     Args:
         identity: the configuration that determines the run's numbers.
         devices: those with a control variate.
     """
-    server, exchanged = state.server, layouts.exchanged(state.layers)
+    server, exchanged = state.server, tuning.exchanged(state.layers)
     with _create(state.server.round) as file:
         file.attrs.update(
             part=state.part,
@@ -104,7 +92,7 @@ def server_file(state: RunState, layouts: Layouts, identity: Mapping[str, Any], 
         for name, vector in {"params": server.params, **server.vectors}.items():
             write_vector(file, FOLDERS.get(name, name), vector, exchanged)
         _write(file, "control/device_ids", np.array(devices, np.int64))
-        write_vector(file, "unseen_local", state.unseen_local, layouts.local(state.layers))
+        write_vector(file, "unseen_local", state.unseen_local, tuning.local(state.layers))
         _write(file, "selection/layers", np.array(state.layers, np.int64)).attrs["ratio"] = state.ratio
         if state.scores is not None:
             _write(file, "selection/scores", state.scores).attrs["ratio"] = state.ratio
@@ -116,12 +104,12 @@ def server_file(state: RunState, layouts: Layouts, identity: Mapping[str, Any], 
         return image(file)
 
 
-def read_server_file(data: bytes, name: str, layouts: Layouts, check: Callable[[dict[str, Any]], None]) -> RunState:
+def read_server_file(data: bytes, name: str, tuning: Tuning, check: Callable[[dict[str, Any]], None]) -> RunState:
     """The run's state, after ``check`` has seen the identity of the run that wrote it; ``name`` is for messages."""
     with open_state(data, name) as file:
         check(json.loads(file.attrs["config"]))
         layers = tuple(int(layer) for layer in file["selection/layers"][:])
-        exchanged = layouts.exchanged(layers)
+        exchanged = tuning.exchanged(layers)
         vectors = {
             name: _read_vector(file, FOLDERS.get(name, name), exchanged) for name in json.loads(file.attrs["vectors"])
         }
@@ -137,7 +125,7 @@ def read_server_file(data: bytes, name: str, layouts: Layouts, check: Callable[[
             pack=int(file.attrs["pack"]),
             ratio=float(file["selection/layers"].attrs["ratio"]),
             scores=file["selection/scores"][:] if "selection/scores" in file else None,
-            unseen_local=_read_vector(file, "unseen_local", layouts.local(layers)),
+            unseen_local=_read_vector(file, "unseen_local", tuning.local(layers)),
             update_norms=tuple(file["history/update_norm"][:].tolist()),
             record=json.loads(file["history/record"][:].tobytes()) if "history/record" in file else None,
             generation=int(file.attrs["generation"]),
@@ -145,31 +133,31 @@ def read_server_file(data: bytes, name: str, layouts: Layouts, check: Callable[[
         )
 
 
-def control_file(vector: Vector, round_index: int, layers: Sequence[int], layouts: Layouts) -> bytes:
+def control_file(vector: Vector, round_index: int, layers: Sequence[int], tuning: Tuning) -> bytes:
     """The control variate of one device."""
     with _create(round_index) as file:
         file.attrs["layers"] = layers
-        write_vector(file, "control", vector, layouts.exchanged(layers))
+        write_vector(file, "control", vector, tuning.exchanged(layers))
         return image(file)
 
 
-def read_control_file(data: bytes, name: str, layouts: Layouts) -> tuple[Vector, tuple[int, ...]]:
+def read_control_file(data: bytes, name: str, tuning: Tuning) -> tuple[Vector, tuple[int, ...]]:
     """A device's control variate and the layers that were exchanged when it was written."""
     with open_state(data, name) as file:
         layers = tuple(int(layer) for layer in file.attrs["layers"])
-        return _read_vector(file, "control", layouts.exchanged(layers)), layers
+        return _read_vector(file, "control", tuning.exchanged(layers)), layers
 
 
-def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layouts: Layouts) -> bytes:
+def local_file(state: DeviceState, round_index: int, layers: Sequence[int], tuning: Tuning) -> bytes:
     """What one device keeps between its rounds."""
     with _create(round_index) as file:
         file.attrs.update(layers=layers, steps_taken=state.steps_taken, kept=json.dumps(sorted(state.kept)))
         file.attrs["has_fisher"] = state.fisher is not None
-        write_vector(file, "local", state.local, layouts.local(layers))
+        write_vector(file, "local", state.local, tuning.local(layers))
         for name, vector in state.kept.items():
-            write_vector(file, name, vector, layouts.exchanged(layers))
+            write_vector(file, name, vector, tuning.exchanged(layers))
         if state.fisher is not None:
-            write_vector(file, "fisher", state.fisher, layouts.local(layers))
+            write_vector(file, "fisher", state.fisher, tuning.local(layers))
         if state.traces is not None:
             _write(file, "traces", state.traces)
         _write_tensors(file, "optimizer", state.moments or {})
@@ -177,23 +165,23 @@ def local_file(state: DeviceState, round_index: int, layers: Sequence[int], layo
 
 
 def read_local_file(
-    data: bytes, name: str, layers: tuple[int, ...], layouts: Layouts, unseen_local: Vector
+    data: bytes, name: str, layers: tuple[int, ...], tuning: Tuning, unseen_local: Vector
 ) -> DeviceState:
     """A device's state; it starts with ``unseen_local`` if other layers were exchanged when it was written."""
     with open_state(data, name) as file:
         written_for = tuple(int(layer) for layer in file.attrs["layers"])
         kept = {
-            name: _read_vector(file, name, layouts.exchanged(written_for)) for name in json.loads(file.attrs["kept"])
+            name: _read_vector(file, name, tuning.exchanged(written_for)) for name in json.loads(file.attrs["kept"])
         }
         state = DeviceState(
-            local=_read_vector(file, "local", layouts.local(written_for)),
+            local=_read_vector(file, "local", tuning.local(written_for)),
             steps_taken=int(file.attrs["steps_taken"]),
             moments=_read_tensors(file, "optimizer") or None,
-            fisher=_read_vector(file, "fisher", layouts.local(written_for)) if file.attrs["has_fisher"] else None,
+            fisher=_read_vector(file, "fisher", tuning.local(written_for)) if file.attrs["has_fisher"] else None,
             traces=file["traces"][:] if "traces" in file else None,
             kept=kept,
         )
-    return state if written_for == layers else state.narrowed(layouts.kept_elements(layers), unseen_local)
+    return state if written_for == layers else state.narrowed(tuning.kept_elements(layers), unseen_local)
 
 
 def progress_file(progress: RoundProgress) -> bytes:

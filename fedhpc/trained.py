@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from fedhpc.checkpoint import LOCAL, Checkpoints, Position, device_of
+from fedhpc.checkpoint import LOCAL, Checkpoints, Position, files_of
 from fedhpc.config_file import load_config
 from fedhpc.errors import CheckpointError
 from fedhpc.job import Job, checked_tokenizer, load_job, load_state
@@ -76,8 +76,7 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
             "--device out"
         )
     if device not in states:
-        kept = (name for name in checkpoints.device_files(position) if name.startswith(f"../{LOCAL}/"))
-        seen = ", ".join(map(str, sorted(map(device_of, kept)))) or "none"
+        seen = ", ".join(map(str, sorted(files_of(checkpoints.device_files(position), LOCAL)))) or "none"
         raise CheckpointError(
             f"--device {device}: has not been trained up to round {state.server.round}; those that have: {seen}"
         )

@@ -95,17 +95,6 @@ class RoundUploads:
         """w_i = n_i / sum of n_j over the round's devices, shape [m]."""
         return self.num_examples / self.num_examples.sum()
 
-    def only(self, kept: list[int]) -> "RoundUploads":
-        """The uploads at these places."""
-        return replace(
-            self,
-            device_ids=self.device_ids[kept],
-            num_examples=self.num_examples[kept],
-            num_steps=self.num_steps[kept],
-            params=[self.params[place] for place in kept],
-            gradients=[self.gradients[place] for place in kept] if self.gradients else (),
-        )
-
     def block(self, elements: slice) -> "RoundUploads":
         """The same uploads, but only these elements of the vectors."""
         return replace(
@@ -117,7 +106,15 @@ class RoundUploads:
 
     def in_device_order(self) -> "RoundUploads":
         """The same uploads by ascending device id, so that sums do not depend on the sampling order."""
-        return self.only(np.argsort(self.device_ids, kind="stable").tolist())
+        order = np.argsort(self.device_ids, kind="stable").tolist()
+        return replace(
+            self,
+            device_ids=self.device_ids[order],
+            num_examples=self.num_examples[order],
+            num_steps=self.num_steps[order],
+            params=[self.params[place] for place in order],
+            gradients=[self.gradients[place] for place in order] if self.gradients else (),
+        )
 
 
 class Fault(IntEnum):

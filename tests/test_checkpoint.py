@@ -120,7 +120,7 @@ class Run:
                 round_index=command.round,
                 rank=worker + 1,
                 layers=command.layers,
-                layouts=TUNING,
+                tuning=TUNING,
                 post=self.exchange.post,
             )
         return messages.NO_RECORD.zeros(0)

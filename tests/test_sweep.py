@@ -18,7 +18,7 @@ from tiny import final_prompts
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import load_experiment
-from fedhpc.sweep.results import curve, results
+from fedhpc.sweep.results import results
 from fedhpc.sweep.runner import Runner
 from fedhpc.sweep.standing import CellLog, standing
 
@@ -431,7 +431,7 @@ def test_a_budget_of_bytes_cuts_the_curve(write):
     figures = ("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds")
 
     def found(budget):
-        return tuple(results(curve(cell, budget))[name] for name in figures)
+        return tuple(results(cell, budget)[name] for name in figures)
 
     assert found(None) == (5, 0.875, 0.75, 0.75, 500, 2.5)
     assert found(400) == (4, 0.5, 0.375, 0.5, 400, 2.0)

@@ -3,7 +3,7 @@
 import os
 
 from fedhpc.errors import UserError
-from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, LONGEST_GAP_S, Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
 from fedhpc.jobenv import JobEnvironment
@@ -36,11 +36,9 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
-    "DIGEST_BYTES",
     "LONGEST_GAP_S",
     "Exchange",
     "LocalExchange",
     "MpiExchange",
-    "Traffic",
     "connect",
 ]

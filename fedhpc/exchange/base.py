@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.config import ExchangeConfig
 from fedhpc.errors import Halt
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.messages import Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
 
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
-DEFAULT_TIMEOUT_S = 1800.0
+DEFAULT_TIMEOUT_S = ExchangeConfig().timeout_s
 LONGEST_GAP_S = 1.0
 """Between two looks at the mail, at most this counts as silence of others: a suspended job finds no rank late."""
-DIGEST_BYTES = 64
-"""A SHA-256 in hexadecimal digits, or as many blanks."""
 
 
 @dataclass
@@ -112,7 +111,7 @@ class Exchange(ABC):
         """All ranks: raise UserError everywhere, with one and the same message, if any rank has a problem.
 
         Args:
-            digest: of what this rank has read, DIGEST_BYTES long; it is a problem if another rank's differs.
+            digest: of what this rank has read, at most 64 characters; it is a problem if another rank's differs.
         """
 
     @abstractmethod

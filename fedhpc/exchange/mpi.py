@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exact_sum import NOTHING, SumSize
-from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, DIGEST_BYTES, LONGEST_GAP_S, Exchange, Traffic
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange, Traffic
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
 from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
+DIGEST_BYTES = 64
 SHORTEST_NAP_S, LONGEST_NAP_S = 1e-5, 0.005
 NAP_SHARE = 0.15
 """Of the time waited so far: what a rank may oversleep."""
@@ -152,7 +153,7 @@ class MpiExchange(Exchange):
     def agree(self, problem: str | None, digest: str) -> None:
         """See :class:`Exchange`."""
         mine = np.zeros(PROBLEM_BYTES, np.uint8)
-        text = (digest + (problem or "")).encode()[:PROBLEM_BYTES]
+        text = (digest.ljust(DIGEST_BYTES) + (problem or "")).encode()[:PROBLEM_BYTES]
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everyone = np.zeros((self.size, PROBLEM_BYTES), np.uint8)
         self._activity = "set-up done, waiting for the other ranks"

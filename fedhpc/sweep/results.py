@@ -2,12 +2,11 @@
 
 import csv
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedhpc.files import write_whole
-from fedhpc.pages import Record, counted, read_run, write_report
+from fedhpc.pages import counted, read_run, write_report
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
 
@@ -18,7 +17,7 @@ def write_tables(experiment: Experiment) -> list[Path]:
     Raises:
         UserError: the report cannot be made of what is there.
     """
-    rows = [{**cell.values, **results(curve(cell, experiment.budget_bytes))} for cell in experiment.cells]
+    rows = [{**cell.values, **results(cell, experiment.budget_bytes)} for cell in experiment.cells]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -37,13 +36,12 @@ def write_tables(experiment: Experiment) -> list[Path]:
     return [table, report]
 
 
-def curve(cell: Cell, budget_bytes: float | None) -> Sequence[Record]:
-    """The rounds of a cell that count: those the experiment has, as far as the budget goes."""
-    return counted(RunFiles(cell.run_dir).read_metrics(), cell.config.federation.rounds, budget_bytes)
+def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
+    """The figures of one cell, from the rounds that the experiment has, as far as the budget goes.
 
-
-def results(rounds: Sequence[Record]) -> dict[str, Any]:
-    """The figures of one cell; empty where nothing was evaluated. All but `seconds` are the same from every run."""
+    Empty where nothing was evaluated. All but `seconds` are the same from every run.
+    """
+    rounds = counted(RunFiles(cell.run_dir).read_metrics(), cell.config.federation.rounds, budget_bytes)
     evaluated = [record for record in rounds if record["accuracy_global"] is not None]
     last = evaluated[-1] if evaluated else {}
     best = max((record["accuracy_global"] for record in evaluated), default=None)

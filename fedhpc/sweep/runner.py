@@ -14,7 +14,7 @@ from typing import NoReturn
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED
 from fedhpc.stopping import STOP_SIGNALS
 from fedhpc.sweep.experiment import Cell, Experiment
-from fedhpc.sweep.results import curve, results
+from fedhpc.sweep.results import results
 from fedhpc.sweep.standing import CellLog, standing
 
 IS_DETACHED = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -126,7 +126,7 @@ class Runner:
             self.failed.append(cell)
             self._tell(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
         else:
-            accuracy = results(curve(cell, self._experiment.budget_bytes))["accuracy_global"]
+            accuracy = results(cell, self._experiment.budget_bytes)["accuracy_global"]
             shown = "" if accuracy is None else f", accuracy_global {accuracy:.4f}"
             self._tell(f"{self._title(cell)}: done in {seconds}{shown}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 
+from fedhpc.config import differences
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in
@@ -126,12 +127,7 @@ def _foreign(cell: Cell) -> str | None:
         theirs = load_config(files.config).identity()
     except ConfigError as error:
         return str(error)
-    ours = cell.config.identity()
-    differing = [
-        f"{key}: {theirs.get(key)} there, {ours.get(key)} now"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
-    ]
+    differing = differences(theirs, cell.config.identity(), "there")
     data = _data_of(cell.run_dir), _data_in(Path(cell.config.data.path))
     if None not in data and data[0] != data[1]:
         differing.append(f"other data there than in data.path: {cell.config.data.path} now")
