@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedhpc.arguments import positive_number
 from fedhpc.data import PreparedData
 from fedhpc.errors import EXIT_USER_ERROR, DataError, UserError
 from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
@@ -119,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Preview a partition of a prepared data set.")
     parser.add_argument("--data", required=True, help="prepared directory")
-    parser.add_argument("--num-devices", type=int, default=100, help="(%(default)s)")
+    parser.add_argument("--num-devices", type=positive_number, default=100, help="(%(default)s)")
     parser.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="(%(default)s)")
     parser.add_argument("--alpha", type=float, default=1.0, help="for dirichlet; smaller is more skewed (%(default)s)")
-    parser.add_argument("--shards-per-device", type=int, default=2, help="for shards (%(default)s)")
+    parser.add_argument("--shards-per-device", type=positive_number, default=2, help="for shards (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="the run's seed (%(default)s)")
     parser.add_argument("--out", help="picture to write (.png, .svg, .pdf)")
     parser.add_argument("--table", help="table of all devices to write (TSV)")

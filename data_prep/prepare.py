@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from fedhpc.arguments import positive_number
 from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
 from fedhpc.errors import EXIT_USER_ERROR, DataError, ModelError, UserError
 from fedhpc.seeding import generator
@@ -50,7 +51,7 @@ class Backbone:
 
 
 def read_source(task: Task, source: str) -> dict[str, Rows]:
-    """Read and check both splits of a source of any form."""
+    """Read and check both splits of a source of any form; DataError for what cannot be read."""
     path = Path(source).expanduser()
     if path.is_file():
         refuse_pickle(path)
@@ -74,7 +75,7 @@ def _find(folder: Path, task: Task, split: str) -> Path:
 
 
 def refuse_pickle(file: Path) -> None:
-    """Stop at a file that reading could make run code, known by its name or by its first bytes."""
+    """DataError for a file that reading could make run code, known by its name or by its first bytes."""
     with file.open("rb") as stream:
         start = stream.read(8)
     if file.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
@@ -177,7 +178,7 @@ def _label(value: Any, feature: Any, classes: Mapping[str, int]) -> str:
 
 
 def load_backbone(name: str) -> Backbone:
-    """A model's tokenizer and what its configuration says, without its weights."""
+    """A model's tokenizer and what its configuration says, without its weights, or ModelError."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -199,7 +200,7 @@ def load_backbone(name: str) -> Backbone:
 
 
 def model_kind(config: Any) -> tuple[Kind, bool]:
-    """Encoder or decoder, and whether the model comes with a head that predicts words."""
+    """Encoder or decoder, and whether the model comes with a head that predicts words; ModelError if neither."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
@@ -311,12 +312,6 @@ def _setting(key: str, value: str) -> str:
     return shlex.quote(f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Prepare a labelled text data set for fedhpc.")
@@ -325,8 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder or hub name of the backbone")
     parser.add_argument("--out", required=True, help="directory to write; an earlier prepared one is replaced")
     parser.add_argument("--head", choices=("verbalizer", "linear"), default="verbalizer")
-    parser.add_argument("--max-length", type=_positive, default=128, help="longest example in tokens (%(default)s)")
-    parser.add_argument("--limit-train", type=_positive, help="take so many random training examples")
+    parser.add_argument(
+        "--max-length", type=positive_number, default=128, help="longest example in tokens (%(default)s)"
+    )
+    parser.add_argument("--limit-train", type=positive_number, help="take so many random training examples")
     parser.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
     try:
         print(prepare(parser.parse_args(argv)))

@@ -71,7 +71,7 @@ class Description:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read and check ``description.json``."""
+        """Read and check ``description.json``; DataError if it is none of this version."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -126,12 +126,16 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The examples of one split."""
+    """The n examples of one split."""
 
     tokens: np.ndarray
+    """Of all examples, one after the other."""
     offsets: np.ndarray
+    """[n + 1]: where each begins in `tokens`, and the end."""
     labels: np.ndarray
+    """[n]"""
     slots: np.ndarray
+    """[n]: the token of each at which its answer is predicted."""
     pad_id: int
 
     @classmethod
@@ -182,7 +186,11 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool) -> Self:
-        """Check that the directory is whole; ``verify`` also reads every file and compares its checksum."""
+        """Check that the directory is whole; ``verify`` also reads every file and compares its checksum.
+
+        Raises:
+            DataError: it is not.
+        """
         path = Path(path)
         if not (path / _DESCRIPTION).is_file():
             found = "holds no description.json" if path.is_dir() else "is no directory"
@@ -193,7 +201,7 @@ class PreparedData:
         return cls(path, description)
 
     def split(self, name: str) -> Split:
-        """One split, memory-mapped."""
+        """One split, memory-mapped; DataError if it is not there or not readable."""
         if name not in self.description.splits:
             raise DataError(f"{self.path} has no split {name!r}, only {', '.join(self.description.splits)}")
         arrays = {part: self._array(f"{name}.{part}.npy", dtype) for part, dtype in _DTYPES.items()}
@@ -230,7 +238,7 @@ def _sha256(file: Path) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse a target that is anything but absent, empty, or a prepared directory with nothing else in it."""
+    """DataError for a target that is anything but absent, empty, or a prepared directory with nothing else in it."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file; give a directory to write to")

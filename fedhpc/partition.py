@@ -38,6 +38,13 @@ def make_partition(
     """Divide both splits: every example on exactly one device, no device without a training example.
 
     A device's validation part may be empty where the validation split is small.
+
+    Args:
+        train_labels: classes [n].
+        validation_labels: the same of the other split.
+
+    Raises:
+        ConfigError: the examples cannot be divided so.
     """
     train_labels = np.asarray(train_labels, np.int64)
     validation_labels = np.asarray(validation_labels, np.int64)

@@ -25,7 +25,7 @@ def sift(
 
     Args:
         start: P^t, from which the uploads were made.
-        headers: of all uploads of the round, with what the devices' ranks found fault with.
+        headers: [m], of all uploads of the round, with what the devices' ranks found fault with.
 
     Raises:
         FloatingPointError: more than `server.max_rejected` of them are bad.

@@ -32,7 +32,7 @@ class Structure:
     """Path within a layer of a dense module -> inputs, outputs."""
 
     def first_match(self, choices: Sequence[tuple[str, ...]], wanted_by: str) -> tuple[str, ...]:
-        """The first of the choices whose modules every layer has."""
+        """The first of the choices whose modules every layer has, or ModelError."""
         for modules in choices:
             if all(module in self.linears for module in modules):
                 return modules
@@ -44,7 +44,11 @@ class Structure:
 
 @lru_cache(maxsize=8)
 def read_structure(name: str) -> Structure:
-    """The structure of a local or hub model, from its configuration alone."""
+    """The structure of a local or hub model, from its configuration alone.
+
+    Raises:
+        ModelError: its layers cannot be told apart, or are of several kinds.
+    """
     config = load_pretrained(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
         model = AutoModel.from_config(config)

@@ -62,7 +62,7 @@ class Task:
         return (column, *_COLUMN_ALIASES.get(column, ())) if self in TASKS.values() else (column,)
 
     def template(self, *, kind: Kind, head: Head) -> str:
-        """The template for one kind of backbone; a linear head needs the text alone."""
+        """The template for one kind of backbone, or ConfigError; a linear head needs the text alone."""
         if head == "linear":
             return ("<sep>" if kind == "encoder" else " ").join(f"{{{name}}}" for name in self.fields)
         template = self.encoder_template if kind == "encoder" else self.decoder_template
@@ -134,7 +134,7 @@ TASKS: dict[str, Task] = {
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """A built-in task by name, or one described by a YAML file."""
+    """A built-in task by name, or one described by a YAML file; ConfigError if it is neither."""
     name = str(name_or_path)
     if name in TASKS:
         return TASKS[name]
@@ -330,7 +330,11 @@ class TextEncoder:
 
 
 def find_word_ids(words: Sequence[str], template: str, tokenizer: Any, *, kind: Kind) -> list[list[int]]:
-    """The token ids of each class word as they appear in the answer slot; an encoder's slot holds one token."""
+    """The token ids of each class word as they appear in the answer slot; an encoder's slot holds one token.
+
+    Raises:
+        DataError: a word does not fit, or two are the same tokens.
+    """
     # A letter stands for the text, so that the template is tokenised as it is inside a sentence.
     before = "a" + template.partition("{word}")[0].rpartition("}")[2]
     found: dict[tuple[int, ...], str] = {}
