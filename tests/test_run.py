@@ -13,10 +13,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, final_prompts, metrics, run_dir
+from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metrics, run_dir, server_file
 
 from fedhpc import job
-from fedhpc.checkpoint import CONTROL, LOCAL, SERVER_FILE, Checkpoints, Position, device_of, read_sums
+from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.report import RunFiles
@@ -28,22 +28,6 @@ def device_files(config, kind, after_round=None):
     position = checkpoints.positions()[0] if after_round is None else Position(after_round)
     names = (name for name in checkpoints.device_files(position) if name.startswith(f"../{kind}/"))
     return {device_of(name): checkpoints.path(position) / name for name in names}
-
-
-def server_file(config):
-    """The newest checkpoint's."""
-    checkpoints = Checkpoints(run_dir(config))
-    return checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE
-
-
-def arrays(path):
-    """Every array of an HDF5 file, as bytes."""
-    found = {}
-    with h5py.File(path) as file:
-        file.visititems(
-            lambda name, item: found.update({name: item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None
-        )
-    return found
 
 
 def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):

@@ -129,19 +129,35 @@ def metrics(config):
     return [json.loads(line) for line in (run_dir(config) / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_tensors(config):
-    """Every dataset of a run's newest checkpoint, as bytes."""
-    checkpoints, found = Checkpoints(run_dir(config)), {}
-    with h5py.File(checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE) as file:
+def arrays(path):
+    """Every dataset of an HDF5 file, as bytes."""
+    found = {}
+    with h5py.File(path) as file:
         file.visititems(
             lambda name, item: found.update({name: item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None
         )
+    return found
+
+
+def server_file(config):
+    """That of a run's newest checkpoint."""
+    checkpoints = Checkpoints(run_dir(config))
+    return checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE
+
+
+def final_tensors(config):
+    """Every dataset of a run's newest checkpoint, as bytes."""
+    found = arrays(server_file(config))
     found.pop("history/record")  # it has seconds in it
     return found
 
 
 def final_prompts(config):
     """The bytes of the prompts in a run's newest checkpoint."""
-    checkpoints = Checkpoints(run_dir(config))
-    with h5py.File(checkpoints.path(checkpoints.positions()[0]) / SERVER_FILE) as file:
+    with h5py.File(server_file(config)) as file:
         return file["prompts"][()].tobytes()
+
+
+def traces(config):
+    """Every dataset of a run's traces, as bytes, by file name."""
+    return {path.name: arrays(path) for path in sorted((run_dir(config) / "traces").iterdir())}

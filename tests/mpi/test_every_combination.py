@@ -9,7 +9,7 @@ import yaml
 from launch import MPIRUN, mpirun
 from run_each import run
 from safetensors.torch import save_file
-from tiny import final_tensors, metrics, write_world
+from tiny import final_tensors, metrics, traces, write_world
 
 from fedhpc.config import WITHOUT_LAYERS
 from fedhpc.messages import Op
@@ -52,7 +52,6 @@ def write_config(folder, where, backbone, kind, method):
         "server": {"variant": method} if method in ("drift_corrected", "released") else {"method": method},
         "checkpoint": {"every": 3},
         "evaluate": {"every": 3},
-        "trace": False,
     }
     values["device"] |= {"optimizer": "sgd" if method == "mime" else "adamw"}
     if kind == "attempt":
@@ -72,8 +71,9 @@ def together(folder):
 
 
 def outcome(config):
-    """All tensors of the last checkpoint; what the metrics say."""
-    return final_tensors(config), [[record[key] for key in FACTS] for record in metrics(config)]
+    """All tensors of the last checkpoint and of the traces; what the metrics say."""
+    facts = [[record[key] for key in FACTS] for record in metrics(config)]
+    return final_tensors(config), traces(config), facts
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
@@ -82,3 +82,4 @@ def test_ranks_and_interruptions_leave_no_trace(folder, together, combination):
     assert run(alone, STOP_AT_STEP) == Op.SUSPEND
     assert run(alone) == Op.STOP
     assert outcome(together[combination]) == outcome(alone)
+    assert len(traces(alone)) == 3
