@@ -34,9 +34,11 @@ def test_layers_of_every_strategy_and_ratio():
     cells = load_experiment(ROOT / "experiments/layers.yaml").cells
     chosen = {(cell.config.selection.strategy, cell.config.selection.ratio) for cell in cells}
     partial = {
-        (name, r) for name in ("score", "lowest_score", "random", "first", "last") for r in (0.17, 0.34, 0.5, 0.67)
+        (name, ratio)
+        for name in ("score", "lowest_score", "sensitivity", "random", "first", "last")
+        for ratio in (0.17, 0.34, 0.5, 0.67)
     }
-    assert chosen == partial | {("all", 1.0)}
+    assert chosen == partial | {("all", 1.0), ("score", "auto"), ("sensitivity", "auto")}
     assert len(cells) == 2 * 3 * len(chosen)  # tasks and seeds
 
 
