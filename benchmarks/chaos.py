@@ -110,7 +110,10 @@ class MetricsFile:
 
     def read(self):
         with suppress(FileNotFoundError):
-            if self.path.stat().st_size > self._size:
+            size = self.path.stat().st_size
+            if size < self._size:  # a start before the first checkpoint put the file aside
+                self._size = 0
+            if size > self._size:
                 data = self.path.read_bytes()
                 *whole, _ = data[self._size :].split(b"\n")
                 for line in whole:

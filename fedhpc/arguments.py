@@ -13,7 +13,7 @@ EPILOG = (
     "stopped on request, run again to go on; anything else is a failure"
 )
 SWEEP_EPILOG = (
-    "exit status: 0 all cells are done; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
+    "exit status: 0 no cell failed; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
     "75 stopped on request, run again to go on"
 )
 
@@ -127,7 +127,9 @@ def _sweep(commands: Any) -> None:
         help="cells at once (default: 1; of an array as many as SLURM starts)",
     )
     action = command.add_mutually_exclusive_group()
-    action.add_argument("--report", action="store_true", help="only write the tables of what is there")
+    action.add_argument(
+        "--report", action="store_true", help="only write the tables of what is there, and list what failed"
+    )
     action.add_argument(
         "--submit",
         nargs="?",

@@ -426,7 +426,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> list[str]:
-    """A line for each key in which two runs' identities differ, but for their digests."""
+    """A line for each key in which two runs' identities differ, but for the configuration's digest."""
     keys = sorted({*theirs, *ours} - {"sha256"})
     pairs = {key: (theirs.get(key, NOT_SET), ours.get(key, NOT_SET)) for key in keys}
     return [f"{key}: {old} {where}, {new} now" for key, (old, new) in pairs.items() if old != new]

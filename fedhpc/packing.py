@@ -14,10 +14,14 @@ from fedhpc.messages import PROBES
 CLOSE = 0.97
 """A larger pack has to be faster than this share of a smaller one's time: below are chance and padding."""
 CGROUPS = {
-    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        *(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        *("memory.usage_in_bytes", "total_inactive_file"),
+    ),
 }
-"""By the controllers in /proc/PID/cgroup, of version 2 and 1: where groups are, their limit and use."""
+"""By the controllers in /proc/PID/cgroup, of version 2 and 1: where groups are, their limit, their use, and what of it
+are cached files, which give way."""
 
 
 def largest_pack(devices_per_round: int, num_workers: int) -> int:
@@ -75,11 +79,13 @@ def left_in_groups(listing: str) -> Iterator[int]:
     for line in listing.splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers in CGROUPS:
-            root, limit, used = CGROUPS[controllers]
+            root, limit, used, cached = CGROUPS[controllers]
             group = root / name.lstrip("/")
             for folder in (group, *group.parents):
-                with suppress(OSError, ValueError):  # no such file, or "max"
-                    yield int((folder / limit).read_text()) - int((folder / used).read_text())
+                with suppress(OSError, ValueError, KeyError):  # no such file, or "max"
+                    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                    yield left + int(fields[cached])
 
 
 def _peak_bytes() -> int:

@@ -27,7 +27,7 @@ class RunFiles:
         self.log = self.run_dir / "log.txt"
 
     def begin_anew(self) -> Path | None:
-        """Put the lines of an earlier run aside, from whose checkpoints nobody goes on; where they are now."""
+        """Put the lines of rounds aside that nobody goes on from; where they are now."""
         if not self.metrics.exists():
             return None
         names = (self.metrics.with_suffix(f".{number}.jsonl") for number in count(1))

@@ -44,7 +44,7 @@ def lead(job: Job, exchange: Exchange, environment: JobEnvironment, lock: RunLoc
                 raise
             exchange.repair()
             log.warning("%s; going on from the last checkpoint with %d ranks", loss, exchange.size)
-            state = load_state(job, "auto", exchange.attend)
+            state = load_state(job, "auto")
             continue
         if how == Op.SUSPEND and server.has_trained:
             environment.mark("TRAINED")

@@ -49,7 +49,7 @@ class CheckpointWriter:
         self.generation += 1
         state = replace(state, generation=self.generation, part=self.generation if in_round else 0)
         position = Position.of(state)
-        if position == self.newest:  # resumed from it, and nothing of it has changed
+        if position == self.newest:  # resumed from it, and at most evaluated since
             return state
         self.lock.check()
         after, self.newest = self.newest, position

@@ -62,13 +62,9 @@ class Server:
     def run(self, found: RunState | None) -> Op:
         """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
         write_whole(self.files.config, self.config.to_yaml().encode())
-        if found is None and (aside := self.files.begin_anew()):
-            log.warning(
-                "%s is of an earlier run, whose checkpoints are gone; it is %s now", self.files.metrics, aside.name
-            )
         try:
             try:
-                self.state = self.initial_state() if found is None else self.resumed_state(found)
+                self.state = self.fresh_state() if found is None else self.resumed_state(found)
                 self._log_start(self.state, resumed=found is not None)
                 state = self.run_rounds(self.state)
             except Halt:
@@ -163,6 +159,16 @@ class Server:
             human_bytes(written),
             time.monotonic() - stop.since,
         )
+
+    def fresh_state(self) -> RunState:
+        """The initial state, once no lines of earlier rounds are in the run's metrics."""
+        state = self.initial_state()
+        self.lock.check()
+        if aside := self.files.begin_anew():
+            log.warning(
+                "%s has rounds of which no checkpoint is left; they are in %s now", self.files.metrics, aside.name
+            )
+        return state
 
     def initial_state(self) -> RunState:
         """Before round 0: layers scored and selected, prompts drawn, every worker told."""

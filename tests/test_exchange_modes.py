@@ -199,19 +199,17 @@ def test_no_more_devices_side_by_side_than_memory_holds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("listing", "limit", "used"),
-    [
-        ("0::/slurm/job_7/step_0/task_0\n", "memory.max", "memory.current"),
-        ("4:memory:/slurm/job_7/step_0/task_0\n0::/\n", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ],
+    ("version", "listing"),
+    [("", "0::/slurm/job_7/step_0/task_0\n"), ("memory", "4:memory:/slurm/job_7/step_0/task_0\n0::/\n")],
 )
-def test_memory_is_bounded_by_the_jobs_control_group(monkeypatch, tmp_path, listing, limit, used):
-    """SLURM limits job and step; the task's own group, the innermost, has no limit."""
-    places = {"": (tmp_path, "memory.max", "memory.current"), "memory": (tmp_path, *packing.CGROUPS["memory"][1:])}
-    monkeypatch.setattr(packing, "CGROUPS", places)
+def test_memory_is_bounded_by_the_jobs_control_group(monkeypatch, tmp_path, version, listing):
+    """SLURM limits job and step; the task's own group, the innermost, has no limit. Cached files give way."""
+    _, limit, used, cached = packing.CGROUPS[version]
+    monkeypatch.setattr(packing, "CGROUPS", {version: (tmp_path, limit, used, cached)})
     for folder, most, now in (("job_7", "1000", 300), ("job_7/step_0", "900", 250), ("job_7/step_0/task_0", "max", 9)):
         group = tmp_path / "slurm" / folder
         group.mkdir(parents=True)
         (group / limit).write_text(f"{most}\n")
         (group / used).write_text(f"{now}\n")
-    assert min(packing.left_in_groups(listing)) == 650
+        (group / "memory.stat").write_text(f"anon 200\n{cached} 40\n")
+    assert min(packing.left_in_groups(listing)) == 690

@@ -230,7 +230,7 @@ def test_a_run_that_begins_anew_has_its_own_metrics(fedhpc, run_config):
     shutil.rmtree(run_dir(config) / "checkpoints")
     status, _, err = fedhpc("run", config, "--set", "federation.rounds=2", "--set", "device.learning_rate=0.01")
     assert status == 0
-    assert "metrics.jsonl is of an earlier run, whose checkpoints are gone; it is metrics.1.jsonl now" in err
+    assert "metrics.jsonl has rounds of which no checkpoint is left; they are in metrics.1.jsonl now" in err
     assert [record["round"] for record in metrics(config)] == [0, 1]
     assert len((run_dir(config) / "metrics.1.jsonl").read_text().splitlines()) == 3
 

@@ -25,12 +25,12 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
     if problem := environment.launch_problem(exchange.size, launched_as_rank):
         raise UserError(problem)
     # The first alone: an mpirun inside a step of srun's own MPI hands on that step's variables, too.
-    for variable in [variable for variable in SIZE_VARIABLES if variable in os.environ][:1]:
-        if (launched := int(os.environ[variable])) != exchange.size:
-            raise UserError(
-                f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the "
-                "MPI library that mpi4py loads are not of the same installation"
-            )
+    variable = next((name for name in SIZE_VARIABLES if name in os.environ), "")
+    if (launched := int(os.environ.get(variable, exchange.size))) != exchange.size:
+        raise UserError(
+            f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the MPI "
+            "library that mpi4py loads are not of the same installation"
+        )
     return exchange if exchange.size > 1 else LocalExchange(stop, timeout_s)
 
 
