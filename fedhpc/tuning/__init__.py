@@ -1,4 +1,8 @@
-"""What is trained on the frozen backbone. A new tuning is a file here and a line in TUNINGS."""
+"""What is trained on the frozen backbone. A new tuning is a file here and a line in TUNINGS.
+
+PEFT holds one adapter a model; here devices train side by side, each with its own, and tensors lie layer by layer for
+the exchange. The tests compare with PEFT what it has too, and export gives it adapters that it loads.
+"""
 
 from fedhpc.config import TuningConfig
 from fedhpc.pretrained import BackboneShape
