@@ -499,17 +499,12 @@ class TestBadInput:
         assert fedhpc("run", config)[0] == 0
         refused("--resume never", config=config, arguments=["--resume", "never"])
 
-    @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing"])
-    def test_no_whole_checkpoint(self, refused, fedhpc, run_config, damage):
-        config = run_config()
+    def test_no_whole_checkpoint(self, refused, fedhpc, run_config):
+        config = run_config(federation__rounds=2)
         assert fedhpc("run", config)[0] == 0
         checkpoints = Checkpoints(run_dir(config))
-        for position in checkpoints.positions():
-            path = checkpoints.path(position) / "server.h5"
-            content = path.read_bytes()
-            path.unlink()
-            if damage != "missing":
-                path.write_bytes({"truncated": content[:-100], "empty": b"", "foreign": b"something else"}[damage])
+        for position, content in zip(checkpoints.positions(), (b"", b"something else"), strict=True):
+            (checkpoints.path(position) / "server.h5").write_bytes(content)
         refused("no checkpoint is whole", "server.h5", config=config)
 
     def test_more_than_the_file_can_say(self, refused, tmp_path):
