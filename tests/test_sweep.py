@@ -27,6 +27,7 @@ GRID = {
     "layers": {"all": {"selection.strategy": "all"}, "half": {"selection": {"strategy": "first", "ratio": 0.5}}},
     "seed": [1, 2, 3],
 }
+STARTED = []
 TIMEOUT_S = 120
 
 
@@ -46,7 +47,19 @@ def write(world, tmp_path_factory):
 
 def start(path, *options):
     command = [sys.executable, "-m", "fedhpc", "sweep", path, *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """Where a test fails, too: its sweep would take a core from all that follow."""
+    of_others = [*STARTED]
+    yield
+    for process in STARTED:
+        if process not in of_others and process.poll() is None:
+            process.terminate()
+            process.wait(TIMEOUT_S)
 
 
 def end(process):
