@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,10 @@ class Server:
     def run_rounds(self, state: RunState) -> RunState:
         """The main loop; returns the state after the last round."""
         rounds = self.config.federation.rounds
-        unfinished = self.is_unfinished(state)
+        recorded = self.files.read_metrics()
+        unfinished = self.is_unfinished(state, recorded)
         first = state.server.round - unfinished
-        earlier = [record for record in self.files.read_metrics() if record["round"] < first]
+        earlier = [record for record in recorded if record["round"] < first]
         progress = Progress(earlier, first, rounds)
         if unfinished:
             state = self.finish_round(state, progress)
@@ -115,13 +116,13 @@ class Server:
         progress.close()
         return state
 
-    def is_unfinished(self, state: RunState) -> bool:
+    def is_unfinished(self, state: RunState, recorded: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the last round's server update was done, but not what follows it; as the last one it is evaluated."""
         if state.part or state.record is None:
             return False
-        recorded = [record for record in self.files.read_metrics() if record["round"] == state.record["round"]]
+        lines = [record for record in recorded if record["round"] == state.record["round"]]
         is_last = state.server.round == self.config.federation.rounds
-        return not recorded or (is_last and recorded[0]["accuracy"] is None)
+        return not lines or (is_last and lines[0]["accuracy"] is None)
 
     def finish_round(self, state: RunState, progress: Progress) -> RunState:
         """What follows the server update; all of it, or after a stop all of it again."""

@@ -503,8 +503,13 @@ class TestBadInput:
         config = run_config(federation__rounds=2)
         assert fedhpc("run", config)[0] == 0
         checkpoints = Checkpoints(run_dir(config))
-        for position, content in zip(checkpoints.positions(), (b"", b"something else"), strict=True):
-            (checkpoints.path(position) / "server.h5").write_bytes(content)
+        paths = [checkpoints.path(position) / "server.h5" for position in checkpoints.positions()]
+        for damaged in (paths[0].read_bytes()[:-100], b"", b"something else"):
+            for path in paths:
+                path.write_bytes(damaged)
+            refused("no checkpoint is whole", "server.h5", config=config)
+        for path in paths:
+            path.unlink()
         refused("no checkpoint is whole", "server.h5", config=config)
 
     def test_more_than_the_file_can_say(self, refused, tmp_path):
