@@ -39,7 +39,8 @@ class StandIn:
     def __call__(self, config, backbone, tuning, layers, *, start, assignments, beat, **_):
         (assignment,) = assignments
         if self.update is None:
-            params = start + np.float32(1e-4 * (assignment.device + 1))
+            params = np.empty_like(start) if assignment.out is None else assignment.out
+            np.add(start, np.float32(1e-4 * (assignment.device + 1)), out=params)
             self.update = DeviceUpdate(
                 params=params, num_examples=EXAMPLES, num_steps=16, loss=1.0, state=assignment.state
             )

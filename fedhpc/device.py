@@ -48,7 +48,7 @@ from fedhpc.partition import Partition
 from fedhpc.seeding import generator
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
-from fedhpc.updates import Fault, Vector, fault_of
+from fedhpc.updates import Fault, Vector, fault_of, length
 
 NO_ROUND = -1
 NOTHING = messages.NO_RECORD.zeros(0)
@@ -148,6 +148,12 @@ class Worker:
         self.exchange.add(self._terms(records, command, num_terms=sum(map(len, packs))))
         return records[:, : messages.UPLOAD_HEADER_FLOATS]
 
+    def _payload(self, record: np.ndarray, size: int, place: int = 0) -> np.ndarray:
+        """The part for one vector [n] in an upload record."""
+        part = slice(place * size, (place + 1) * size)
+        vector: np.ndarray = messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part]
+        return vector
+
     def _packs(self, command: Command) -> Packs:
         steps = round_steps(self.config, self.partition, command.round)
         return make_packs(self.config, command.round, steps, command.pack)
@@ -210,6 +216,7 @@ class Worker:
                 begun=unfinished.pop(device, None),
                 rule=self.method.local_rule(sent, state.kept),
                 plan=plans[device],
+                out=self._payload(records[device], start.size) if self.encoding.is_plain else None,
             )
             for device in waiting
         ]
@@ -271,7 +278,7 @@ class Worker:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         before, (start, sent) = self.states.get(device, self.unseen), self._received(command)
         steps, rate = update.num_steps, learning_rate(self.config, command.round)
-        fault, norm = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
+        fault = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
         gradient = [] if update.gradient is None else [update.gradient]
         if fault == Fault.NONE and not all(np.isfinite(vector).all() for vector in gradient):
             fault = Fault.NAN
@@ -279,14 +286,16 @@ class Worker:
             payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
             kept |= self.method.kept_after(start, update.params, sent, before.kept, num_steps=steps, learning_rate=rate)
             for place, vector in enumerate([payload, *gradient]):
-                part = slice(place * start.size, (place + 1) * start.size)
-                messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part] = vector
-            local_fault, _ = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
+                part = self._payload(record, start.size, place)
+                if not np.may_share_memory(part, vector):
+                    part[:] = vector
+            local_fault = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
             self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
             self.touched.add(device)
         (header,) = messages.upload_headers(record[None])
         header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
-        header["num_examples"], header["fault"], header["norm"] = update.num_examples, fault, norm
+        header["num_examples"], header["fault"] = update.num_examples, fault
+        header["norm"] = 0.0 if fault == Fault.NONE else length(update.params, start)
 
     def score(self, command: Command) -> np.ndarray:
         """Layer scores of the devices in this worker's share."""

@@ -22,6 +22,8 @@ class Encoding(ABC):
     """Of the payload's n elements."""
     num_sums = 0
     """Vectors that all devices' payloads are added up to on their way; 0: every payload goes to the server."""
+    is_plain = False
+    """Whether the payload is P_i itself."""
     keeps = False
     """Whether a device needs what it kept of its last upload."""
 
@@ -38,6 +40,8 @@ class Encoding(ABC):
 
 class Parameters(Encoding):
     """P_i itself."""
+
+    is_plain = True
 
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float

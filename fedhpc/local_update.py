@@ -89,6 +89,8 @@ class Assignment:
     """The batches of its steps, where they do not follow from the seed."""
     rule: LocalRule = UNCHANGED
     """How the server's method changes this device's steps."""
+    out: Vector | None = None
+    """Memory for P_i; new memory if there is none."""
 
 
 def learning_rate(config: Config, round_index: int) -> float:
@@ -167,7 +169,7 @@ class _Lane:
     ) -> None:
         self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
         self.device, self.state, self.examples = assignment.device, assignment.state, assignment.examples
-        self.start = start
+        self.start, self.out = start, assignment.out
         self.plan = assignment.plan or batches(
             config, assignment.examples, lengths, round_index=round_index, device=assignment.device
         )
@@ -232,7 +234,7 @@ class _Lane:
         return self.tuning.split(whole, self.layers)[0]
 
     def update(self, gradient: Vector | None) -> DeviceUpdate:
-        uploaded, local = self.tuning.split(self._tensors(), self.layers)
+        uploaded, local = self.tuning.split(self._tensors(), self.layers, out=self.out)
         losses = torch.stack(self.losses).double().cpu().numpy()
         return DeviceUpdate(
             params=uploaded,

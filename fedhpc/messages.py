@@ -133,7 +133,8 @@ UPLOAD_HEADER = np.dtype(
         ("unused", "<i8"),
     ]
 )
-"""The fixed part of an upload, 64 bytes; `fault` and `norm`: what the device's rank found (see `updates.fault_of`)."""
+"""The fixed part of an upload, 64 bytes. `fault`: what the device's rank found (see `updates.fault_of`); `norm`: how
+far a bad upload is from P^t."""
 FLOAT = np.dtype("<f4")
 UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // FLOAT.itemsize
 

@@ -50,9 +50,11 @@ class Layout:
             for name, shape in self.shapes.items()
         }
 
-    def pack(self, tensors: Mapping[str, np.ndarray], dtype: type = np.float32) -> np.ndarray:
-        """A new vector [n] with copies of the named tensors."""
-        vector: np.ndarray = np.empty(self.size, dtype)
+    def pack(
+        self, tensors: Mapping[str, np.ndarray], dtype: type = np.float32, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """A vector [n] with copies of the named tensors: ``out``, or a new one."""
+        vector: np.ndarray = np.empty(self.size, dtype) if out is None else out
         for name, view in self.views(vector).items():
             view[...] = tensors[name]
         return vector
@@ -126,20 +128,27 @@ class Fault(IntEnum):
     TOO_LARGE = 3
 
 
-def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: float) -> tuple[Fault, float]:
-    """Whether a vector [n] can be the outcome of a local update from ``start``, and how far it is from there."""
-    norm = length(params, start)
-    if norm <= longest_change(start, num_steps=num_steps, learning_rate=learning_rate):  # false for NaN
-        return Fault.NONE, norm
+def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: float) -> Fault:
+    """Whether a vector [n] can be the outcome of a local update from ``start``."""
+    # By the triangle inequality, which asks for one look at one vector, or else exactly. Both are false for NaN.
+    if length(params) <= longest_way(start.size, num_steps=num_steps, learning_rate=learning_rate):
+        return Fault.NONE
+    if length(params, start) <= longest_change(start, num_steps=num_steps, learning_rate=learning_rate):
+        return Fault.NONE
     if np.isnan(params).any():
-        return Fault.NAN, norm
-    return Fault.TOO_LARGE if np.isfinite(params).all() else Fault.INFINITE, norm
+        return Fault.NAN
+    return Fault.TOO_LARGE if np.isfinite(params).all() else Fault.INFINITE
 
 
 def longest_change(start: Vector, *, num_steps: int, learning_rate: float) -> float:
     """No local update goes further from ``start`` [n]."""
     # Weight decay pulls towards zero, over any number of steps at most by the whole length of the vector.
-    return num_steps * learning_rate * ADAM_STEP * math.sqrt(start.size) + length(start)
+    return longest_way(start.size, num_steps=num_steps, learning_rate=learning_rate) + length(start)
+
+
+def longest_way(size: int, *, num_steps: int, learning_rate: float) -> float:
+    """No optimizer takes a vector of so many elements further, but for weight decay."""
+    return num_steps * learning_rate * ADAM_STEP * math.sqrt(size)
 
 
 def length(vector: Vector, start: Vector | None = None) -> float:

@@ -70,8 +70,8 @@ class Device:
         self.start, local = self.tuning.split(self.tensors, layers)
         self.state = DeviceState(local=local)
 
-    def update(self, *, round_index=0, device=4, examples=OURS, begun=None, rule=UNCHANGED, **beat):
-        assignment = Assignment(device=device, state=self.state, examples=examples, begun=begun, rule=rule)
+    def update(self, *, round_index=0, device=4, examples=OURS, begun=None, rule=UNCHANGED, out=None, **beat):
+        assignment = Assignment(device=device, state=self.state, examples=examples, begun=begun, rule=rule, out=out)
         ((_, update),) = self.updates([assignment], round_index=round_index, **beat).items()
         return update
 
@@ -225,6 +225,15 @@ def test_an_update_starts_from_the_broadcast_and_from_the_devices_own_layers(fol
     np.testing.assert_allclose(update.params, 0.5)
     np.testing.assert_allclose(update.state.local, -0.5)
     assert update.state.steps_taken == 16
+
+
+def test_an_update_is_written_where_it_is_wanted(folder, backbone):
+    device, out = Device(folder, backbone), np.zeros(10_000, np.float32)
+    part = out[100 : 100 + device.start.size]
+    update = device.update(out=part)
+    np.testing.assert_array_equal(part, device.update().params)
+    assert np.may_share_memory(update.params, out)
+    assert np.count_nonzero(out) == np.count_nonzero(part)
 
 
 def test_kept_moments_go_on_from_round_to_round(folder, backbone):
@@ -434,7 +443,9 @@ def keep_precision(device, dtype, monkeypatch):
 
     monkeypatch.setattr(local_update, "as_parameters", in_precision)
     monkeypatch.setattr(
-        device.tuning, "split", lambda tensors, layers: (np.concatenate([t.ravel() for t in tensors.values()]), None)
+        device.tuning,
+        "split",
+        lambda tensors, layers, out: (np.concatenate([t.ravel() for t in tensors.values()]), None),
     )
 
 

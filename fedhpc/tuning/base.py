@@ -112,13 +112,15 @@ class Tuning(ABC):
         """What stays on the device when ``layers`` are selected."""
         return Layout(self._rows(self.shape.num_layers - len(layers)))
 
-    def split(self, tensors: Mapping[str, np.ndarray], layers: Sequence[int]) -> tuple[Vector, Vector]:
-        """Whole tensors as (exchanged vector, local vector)."""
+    def split(
+        self, tensors: Mapping[str, np.ndarray], layers: Sequence[int], *, out: Vector | None = None
+    ) -> tuple[Vector, Vector]:
+        """Whole tensors as (exchanged vector, local vector); the first is ``out`` if that is given."""
         others = self.other_layers(layers)
         exchanged = {name: tensors[name][list(layers)] for name in self.per_layer}
         exchanged |= {name: tensors[name] for name in self.shared}
         local = {name: tensors[name][others] for name in self.per_layer}
-        return self.exchanged(layers).pack(exchanged), self.local(layers).pack(local)
+        return self.exchanged(layers).pack(exchanged, out=out), self.local(layers).pack(local)
 
     def merge(self, exchanged: Vector, local: Vector, layers: Sequence[int]) -> dict[str, np.ndarray]:
         """The whole tensors from an exchanged and a local vector."""
