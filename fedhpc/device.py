@@ -96,7 +96,6 @@ class Worker:
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
-        self._uploads = messages.upload_record(0).zeros(0)
         self.progress = RoundProgress(round=NO_ROUND)
         self.unseen = DeviceState(local=np.empty(0, np.float32))
         """The state of a device before its first round."""
@@ -170,11 +169,10 @@ class Worker:
         )
 
     def _records(self, count: int, size: int) -> np.ndarray:
-        """Room for so many upload records, the same memory in every round."""
+        """Room for so many upload records; those of terms stay here, all but their headers."""
         record_type = messages.upload_record(size * self.method.num_uploaded, self.encoding.dtype)
-        if len(self._uploads) < count or self._uploads.shape[1:] != record_type.shape:
-            self._uploads = record_type.zeros(count)
-        return self._uploads[:count]
+        place = self.exchange.buffer if self.encoding.num_sums else self.exchange.rows
+        return place(record_type, count)
 
     def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""

@@ -5,7 +5,7 @@ is the smallest with which no sum can overflow; next to the largest term it is 2
 float64 would round. Compare: Demmel, Nguyen, Parallel Reproducible Summation, IEEE Transactions on Computers, 2015.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +65,20 @@ class Terms:
 
     def fixed(self, exponent: int) -> NDArray[np.int64]:
         """This rank's part of the sums, shape [k, n], in units for the largest ``exponent`` of all ranks."""
-        scale = 1 / self.of.unit(exponent)
         sums = np.zeros((self.of.num_sums, self.of.size), np.int64)
-        for row, vector in zip(self.coefficients.tolist(), self.vectors, strict=True):
-            for first in range(0, self.of.size, BLOCK):
-                block = slice(first, first + BLOCK)
-                scaled = vector[block].astype(np.float64) * scale
-                for total, coefficient in zip(sums, row, strict=True):
-                    total[block] += np.rint(scaled * coefficient).astype(np.int64)
+        for block, part in self.blocks(exponent):
+            sums[:, block] = part
         return sums
+
+    def blocks(self, exponent: int, *, first: int = 0) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+        """The same in blocks of elements, from block ``first`` on around all of them; where nothing is to add, none."""
+        scale = 1 / self.of.unit(exponent)
+        begins = range(0, self.of.size, BLOCK) if self.vectors else []
+        for begin in np.roll(begins, -first).astype(int).tolist():
+            block = slice(begin, min(begin + BLOCK, self.of.size))
+            part = np.zeros((self.of.num_sums, block.stop - begin), np.int64)
+            for row, vector in zip(self.coefficients.tolist(), self.vectors, strict=True):
+                scaled = vector[block].astype(np.float64) * scale
+                for total, coefficient in zip(part, row, strict=True):
+                    total[:] += np.rint(scaled * coefficient).astype(np.int64)
+            yield block, part

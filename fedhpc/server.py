@@ -31,7 +31,7 @@ from fedhpc.selection import SCORED, choose_layers, global_scores
 from fedhpc.soundness import check_finite, sift, warn_of_growth
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
-from fedhpc.updates import RoundUploads, Sums, length
+from fedhpc.updates import RoundUploads, Sums, distance
 
 
 class Server:
@@ -301,10 +301,8 @@ class Server:
         control = self.saving.control
         server = self.method.update(replace(state.server, control=control.fetched()), uploads)
         control.update({device: server.control[device] for device in uploads.device_ids.tolist() if server.control})
-        norm = length(server.params, state.server.params)
-        if not np.isfinite(norm):  # or squares are too large for float32
-            check_finite(server.params, record["round"])
-            norm = float(np.linalg.norm(server.params.astype(np.float64) - state.server.params))
+        norm = distance(server.params, state.server.params)
+        check_finite(norm, record["round"])
         norms = (*state.update_norms, norm)
         warn_of_growth(self.config, norms, self.method.usual_growth)
         record["update_norm"] = norm

@@ -57,13 +57,13 @@ def _reason(config: Config, round_index: int, start: Vector, header: np.ndarray)
     return f"larger than {steps} steps can be ({limit:.3g})"
 
 
-def check_finite(params: Vector, round_index: int) -> None:
+def check_finite(update_norm: float, round_index: int) -> None:
     """See that a server step left numbers.
 
     Raises:
         FloatingPointError: it did not.
     """
-    if not np.isfinite(params).all():
+    if not np.isfinite(update_norm):
         raise FloatingPointError(
             f"the global parameters are no longer finite after round {round_index}; the last checkpoint is intact. "
             + ADVICE

@@ -160,3 +160,12 @@ def length(vector: Vector, start: Vector | None = None) -> float:
             part = part if start is None else part - start[first : first + BLOCK]
             total += float(np.dot(part, part))
     return math.sqrt(total)
+
+
+def distance(vector: Vector, other: Vector) -> float:
+    """Euclidean, in float64; no library for linear algebra, whose sums depend on its threads."""
+    total = 0.0
+    for first in range(0, vector.size, BLOCK):
+        block = slice(first, first + BLOCK)
+        total += float(np.square(vector[block].astype(np.float64) - other[block].astype(np.float64)).sum())
+    return math.sqrt(total)

@@ -53,6 +53,7 @@ class Exchange(ABC):
         self.on_saved: Callable[[Note], None] = lambda note: None
         """Server: takes the workers' notes about checkpoint files."""
         self._failure: BaseException | None = None
+        self._buffers: dict[RecordType, np.ndarray] = {}
 
     @abstractmethod
     def request(
@@ -72,6 +73,17 @@ class Exchange(ABC):
         Raises:
             Halt: a stop was requested before all workers were done with a command that can be interrupted.
         """
+
+    def rows(self, record: RecordType, count: int) -> np.ndarray:
+        """Worker: where to write the records of the next reply so that they need not be copied there."""
+        return self.buffer(record, count)
+
+    def buffer(self, record: RecordType, count: int) -> np.ndarray:
+        """Records of this rank alone, the same memory whenever it is asked for."""
+        buffer = self._buffers.get(record)
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[record] = record.zeros(count)
+        return buffer[:count]
 
     @abstractmethod
     def beat(self, activity: str) -> None:

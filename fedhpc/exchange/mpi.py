@@ -2,17 +2,18 @@
 
 The server calls :meth:`MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
 each worker's as soon as it has them, while others are still at work. Every buffer is contiguous, allocated once and
-used again. Beside that order, small notes pass at any time: every rank says what it is doing, a rank that was asked to
-stop tells the server, the server tells all.
+used again. Workers on the server's host read the command and write their records where the server has them; only what
+goes to other hosts is sent. Beside that order, small notes pass at any time: every rank says what it is doing, a rank
+that was asked to stop tells the server, the server tells all.
 
 Whoever waits for another rank's work sleeps between two looks. A message of a few bytes goes straight to every rank: in
 a tree each rank on the way would have to wake up first.
 """
 
+import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,10 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
-from fedhpc.exact_sum import NOTHING, SumSize
-from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange, Traffic
+from fedhpc.exact_sum import NOTHING, SumSize, Terms
+from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
+from fedhpc.exchange.mail import NOTES, Mail
+from fedhpc.exchange.memory import ADDRESS, TOKEN, Bell, HostMemory, bell_of, ring
+from fedhpc.exchange.room import PACKS, PAYLOAD, Room, sums_record
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
-from fedhpc.messages import HEADER, NOTE, Command, Kind, Note, Op, RecordType
+from fedhpc.messages import HEADER, Command, Note, Op, RecordType
 from fedhpc.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
@@ -34,19 +38,30 @@ NAP_SHARE = 0.15
 """Of the time waited so far: what a rank may oversleep."""
 LOOK_S = 0.002
 """Between two looks at the mail while waiting; a look takes longer than a test."""
+LISTEN_S = 0.1
+"""The same for a rank whose peers all ring when they have sent something."""
 TRANSFER_NAP_S = 1e-4
 """Data moves only while its ranks look; between large parts there is no time to sleep."""
-BEAT_S = 5.0
-BEATS_PER_TIMEOUT = 5
 PARTING_S = 0.2
 FLOAT_BYTES = 4
 PAGE_BYTES = 4096
 """Unit of a device's state on its way."""
 LOSSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")
 """Error classes that say that a rank is gone, or that another rank has noticed it."""
-NOTES, STATE, SUMS, COMMAND, ANSWER, RECORDS, UNIT = range(7)
+STATE, SUMS, COMMAND, ANSWER, RECORDS, UNIT = range(NOTES + 1, NOTES + 7)
 """Tags of messages between two ranks."""
-PAYLOAD = RecordType(np.dtype(np.float32))
+CARD = np.dtype(
+    [
+        ("host", "S64"),
+        ("process", "<i8"),
+        ("bell", "<i8", (2,)),
+        ("memory", ADDRESS),
+        ("token", TOKEN.dtype, TOKEN.shape),
+    ]
+)
+"""What the other ranks must know of a rank; memory and token are the server's."""
+CALL = np.dtype([("header", HEADER), ("address", ADDRESS)])
+"""What goes straight to every worker: a command's header, and where near workers find the rest of it."""
 ANSWERS = np.dtype([("halted", "?"), ("exponent", "<i8")])
 """What a worker says when it is done with a command: whether it was halted, and the exponent of its terms."""
 
@@ -64,6 +79,10 @@ class MpiExchange(Exchange):
         self._types: dict[int, Any] = {}
         self._repaired = False
         self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
+        self._bell, self._bells = Bell(), dict[int, int]()
+        """Ours, and those of the other ranks that we can ring."""
+        self._memory = HostMemory(owner=os.getpid())
+        """The server's."""
         self._abandoned: list[BaseException] = []
         """Errors whose frames hold requests and buffers that a transfer may still use."""
         with self._inside("the start of MPI"):
@@ -73,19 +92,24 @@ class MpiExchange(Exchange):
         self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
     ) -> np.ndarray:
         """See :class:`Exchange`."""
-        self._activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
+        self._mail.activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
         self.attend()
         self._refuse_when_stopped(command)
         start = time.perf_counter()
-        self._tell(range(self.num_workers), command.header(), COMMAND)
+        records, sums = self._room.furnish(command, record, counts, summed)
+        call = np.array([(command.header()[0], self._memory.address[0])], CALL)
+        self._tell(range(self.num_workers), call, COMMAND)
         with self._inside("the broadcast"):
             for part in (command.workers, command.payload):
                 self._broadcast(part)
+        sums[...] = 0  # while devices train; workers add when they are told the unit
         sent = time.perf_counter()
         if command.op in (Op.STOP, Op.SUSPEND):
             return record.zeros(0)
-        records = self._buffer(record, sum(counts))
-        ready = self._collect(records, counts if record.nbytes else [0] * self.num_workers, summed)
+        ready, exponent = self._collect(records, counts if record.nbytes else [0] * self.num_workers, summed)
+        if summed:
+            self._take_sums(sums)
+            self.sums = summed.floats(sums, exponent)
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * command.nbytes,
@@ -96,45 +120,62 @@ class MpiExchange(Exchange):
 
     def receive(self) -> Command:
         """Worker: the server's next command; its payload is valid until the next one arrives."""
-        header = np.zeros(1, HEADER)
-        self._activity = "waiting for the server"
+        call = np.zeros(1, CALL)
+        self._mail.activity = "waiting for the server"
         with self._losses():
-            self._finish(self._comm.Irecv([header, self._mpi.BYTE], source=0, tag=COMMAND), LONGEST_NAP_S)
-        with self._inside("the broadcast"):
-            workers = np.zeros(header[0]["num_packs"], np.int32)
-            payload = self._buffer(PAYLOAD, int(header[0]["payload_size"]))
-            self._broadcast(workers)
-            self._broadcast(payload)
+            self._finish(self._comm.Irecv([call, self._mpi.BYTE], source=0, tag=COMMAND), LONGEST_NAP_S, rings=True)
+        header = call["header"]
+        num_packs, payload_size = int(header[0]["num_packs"]), int(header[0]["payload_size"])
+        if self._is_near:
+            self._memory.look_at(call["address"])
+            workers, payload = self._room.command_parts(num_packs, payload_size)
+        else:
+            workers, payload = self.buffer(PACKS, num_packs), self.buffer(PAYLOAD, payload_size)
+            with self._inside("the broadcast"):
+                self._broadcast(workers)
+                self._broadcast(payload)
         return Command.from_header(header, workers, payload)
+
+    def rows(self, record: RecordType, count: int) -> np.ndarray:
+        """See :class:`Exchange`."""
+        if not self._is_near:
+            return super().rows(record, count)
+        return self._room.rows(self.rank - 1, record, count)
 
     def reply(self, records: np.ndarray | None) -> None:
         """Worker: send this worker's records; None if it was halted."""
-        self._activity = "waiting for the other ranks"
+        self._mail.activity = "waiting for the other ranks"
         terms, self._terms = self._terms, None
         answer = np.array([(records is None, terms.exponent if terms else NOTHING)], ANSWERS)
+        if self._is_near and records is not None and records.nbytes:
+            rows = self.rows(RecordType(records.dtype, records.shape[1:]), len(records))
+            if records.ctypes.data != rows.ctypes.data:
+                rows[:] = records
         with self._inside("the gather"):
             self._finish(self._comm.Isend([answer, self._mpi.BYTE], dest=0, tag=ANSWER))
+            self._ring(0)
             if records is None:
                 return
-            if records.nbytes:
+            if records.nbytes and not self._is_near:
                 source = [np.ascontiguousarray(records), len(records), self._type(records[0].nbytes)]
                 self._finish(self._comm.Isend(source, dest=0, tag=RECORDS))
         if terms:
             with self._losses():
-                self._finish(self._comm.Irecv([answer, self._mpi.BYTE], source=0, tag=UNIT), LONGEST_NAP_S)
+                self._finish(self._comm.Irecv([answer, self._mpi.BYTE], source=0, tag=UNIT), LONGEST_NAP_S, rings=True)
             if not answer[0]["halted"]:
-                self._send_sums(terms.fixed(int(answer[0]["exponent"])))
+                self._send_sums(terms, int(answer[0]["exponent"]))
 
     def beat(self, activity: str) -> None:
         """See :class:`Exchange`."""
-        self._activity = activity
+        self._mail.activity = activity
         self.attend()
-        if self._halted:
+        if self._mail.halted:
             raise Halt
 
     def post(self, note: Note) -> None:
         """See :class:`Exchange`."""
-        self._outbox.append(note)
+        self._mail.outbox.append(note)
+        ring(self._bell.file)
 
     def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
         """See :class:`Exchange`."""
@@ -156,7 +197,7 @@ class MpiExchange(Exchange):
         text = (digest.ljust(DIGEST_BYTES) + (problem or "")).encode()[:PROBLEM_BYTES]
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everyone = np.zeros((self.size, PROBLEM_BYTES), np.uint8)
-        self._activity = "set-up done, waiting for the other ranks"
+        self._mail.activity = "set-up done, waiting for the other ranks"
         self._meet()
         with self._inside("an exchange of set-up results"):
             self._comm.Allgather([mine, self._mpi.BYTE], [everyone, self._mpi.BYTE])
@@ -210,7 +251,8 @@ class MpiExchange(Exchange):
         """The number that the new rank 0 had."""
         for _ in range(self.size):
             with suppress(RanksLost), self._inside("the repair after a loss"):  # another one may be lost meanwhile
-                self._comm.Revoke()
+                for comm in (self._comm, self._far, self._workers):
+                    comm.Revoke()
                 self._join(self._comm.Shrink())
                 first = np.array([old_rank], np.int64)
                 self._comm.Bcast(first, root=0)
@@ -224,32 +266,57 @@ class MpiExchange(Exchange):
         host_comm = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
         self.local_rank, self.ranks_here = host_comm.rank, host_comm.size
         host_comm.Free()
-        self._workers = comm.Split(color=min(self.rank, 1))
-        """The workers among themselves."""
-        hosts = np.zeros((self.size, 64), np.uint8)
-        name = self.host.encode()[:64]
-        hosts[self.rank, : len(name)] = np.frombuffer(name, np.uint8)
-        comm.Allgather(self._mpi.IN_PLACE, [hosts, self._mpi.BYTE])
-        self._hosts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in hosts]
-        self._buffers: dict[RecordType, np.ndarray] = {}
-        self._outbox: deque[Note] = deque()
-        self._activity = "setting up"
-        self._halted = self._stop_told = False
-        self._under_way: list[tuple[Any, np.ndarray]] = []
-        peers = range(1, self.size) if self.rank == 0 else [0]
-        self._silence = dict.fromkeys(peers, 0.0)
-        """Seconds of our own waking time since a peer was last heard."""
-        self._doing = dict.fromkeys(peers, "starting")
-        self._last_look = time.monotonic()
-        self._since_beat = 0.0
+        # Transfers of before a loss may still be under way.
+        self._buffers = {}
+        self._memory.close()
+        self._memory = HostMemory(owner=os.getpid())
+        while self._bells:
+            os.close(self._bells.popitem()[1])
+        cards = np.zeros(self.size, CARD)
+        token = self._memory.put_token() if self.rank == 0 else TOKEN.zeros(1)[0]
+        own_bell = (self._bell.file, self._bell.number)
+        cards[self.rank] = (self.host.encode(), os.getpid(), own_bell, self._memory.address[0], token)
+        comm.Allgather(self._mpi.IN_PLACE, [cards, self._mpi.BYTE])
+        hosts = [name.decode(errors="replace") for name in cards["host"].tolist()]
+        self._bells = self._find_near(cards)
+        self._room = Room(self._memory, self.num_workers)
+        self._is_near = 0 in self._bells
+        self._far = comm.Split(color=int(self._is_near), key=self.rank)
+        """The server and the workers that are not near, among themselves."""
+        self._workers = comm.Split(color=1 if self.rank == 0 else int(self._is_near), key=self.rank)
+        """The workers that are not near, among themselves."""
+        self._all_ring = len(self._bells) == (1 if self.rank else self.num_workers)
+        """Whether every rank that we may wait for does so when it has sent something."""
+        self._mail = Mail(self._mpi, comm, hosts, self.stop, deliver=self._deliver, ring=self._ring)
+
+    def _find_near(self, cards: np.ndarray) -> dict[int, int]:
+        """The bells of the ranks that share the server's memory with this one: of the server, or of its workers."""
+        bells = {}
+        for peer in range(1, self.size) if self.rank == 0 else [0]:
+            with suppress(OSError):
+                bells[peer] = bell_of(int(cards[peer]["process"]), *cards[peer]["bell"].tolist())
+        if self.rank:
+            self._memory = HostMemory(owner=int(cards[0]["process"]))
+            if not self._memory.sees(cards[0]["memory"][None], cards[0]["token"]):
+                bells.clear()
+        are_near = np.zeros(self.size, np.bool_)
+        self._comm.Gather([np.array([bool(bells)]), self._mpi.BYTE], [are_near, self._mpi.BYTE], root=0)
+        are_near &= np.isin(np.arange(self.size), list(bells))  # of the server, who says so
+        self._comm.Bcast([are_near, self._mpi.BYTE], root=0)
+        return {peer: bell for peer, bell in bells.items() if are_near[peer or self.rank]}
 
     def _tell(self, workers: Iterable[int], word: np.ndarray, tag: int) -> None:
         with self._losses():
             for worker in workers:
                 self._finish(self._comm.Isend([word, self._mpi.BYTE], dest=worker + 1, tag=tag))
+                self._ring(worker + 1)
 
-    def _collect(self, records: np.ndarray, counts: Sequence[int], summed: SumSize | None) -> float:
-        """Take every worker's records when it has them, and add up the sums; when the last worker was done.
+    def _ring(self, peer: int) -> None:
+        if peer in self._bells:
+            ring(self._bells[peer])
+
+    def _collect(self, records: np.ndarray, counts: Sequence[int], summed: SumSize | None) -> tuple[float, int]:
+        """Take every worker's records when it has them; when the last worker was done, the exponent of all terms.
 
         Raises:
             Halt: a worker was halted.
@@ -265,12 +332,12 @@ class MpiExchange(Exchange):
 
             def all_have_answered() -> bool:
                 for worker in self._mpi.Request.Testsome(coming) or ():
-                    if counts[worker] and not answers[worker]["halted"]:
+                    if counts[worker] and worker + 1 not in self._bells and not answers[worker]["halted"]:
                         target = [rows[worker], counts[worker], self._type(rows[worker][0].nbytes)]
                         on_their_way.append(self._comm.Irecv(target, source=worker + 1, tag=RECORDS))
                 return all(request == self._mpi.REQUEST_NULL for request in coming)
 
-            self._wait(all_have_answered, LONGEST_NAP_S)
+            self._wait(all_have_answered, LONGEST_NAP_S, rings=True)
         ready = time.perf_counter()
         with self._inside("the gather"):
             for request in on_their_way:
@@ -280,13 +347,11 @@ class MpiExchange(Exchange):
             self._tell(np.flatnonzero(~answers["halted"]), common, UNIT)
         if common[0]["halted"]:
             raise Halt
-        if summed:
-            self.sums = self._receive_sums(summed, int(common[0]["exponent"]))
-        return ready
+        return ready, int(common[0]["exponent"])
 
     def _broadcast(self, part: np.ndarray) -> None:
-        if part.size:
-            self._finish(self._comm.Ibcast([part, 1, self._type(part.nbytes)], root=0))
+        if part.size and self._far.size > 1:
+            self._finish(self._far.Ibcast([part, 1, self._type(part.nbytes)], root=0))
 
     def _receive_state(self, rank: int) -> bytes:
         size = np.zeros(1, np.int64)
@@ -296,96 +361,61 @@ class MpiExchange(Exchange):
         self._finish(self._comm.Irecv([data, pages, self._type(PAGE_BYTES)], source=rank, tag=STATE))
         return data[: size[0]].tobytes()
 
-    def _send_sums(self, sums: np.ndarray) -> None:
-        """To the first worker, by a tree; from there to the server, which so gets them once."""
-        total = self._buffer(RecordType(sums.dtype, sums.shape), 1)[0] if self.rank == 1 else None
+    def _send_sums(self, terms: Terms, exponent: int) -> None:
+        """Near the server, into its memory; else to the first of the others, by a tree, and from there once."""
+        record = sums_record(terms.of)
         with self._inside("a reduction"):
-            self._finish(self._workers.Ireduce(sums, total, self._mpi.SUM, root=0))
+            if self._is_near:
+                self._room.add(self.rank - 1, terms, exponent)
+                self._finish(self._comm.Isend([np.zeros(1, np.uint8), self._mpi.BYTE], dest=0, tag=SUMS))
+                self._ring(0)
+                return
+            part = terms.fixed(exponent)  # by a name: a request that is not root's does not keep it
+            total = self.buffer(record, 1)[0] if self._workers.rank == 0 else None
+            self._finish(self._workers.Ireduce(part, total, self._mpi.SUM, root=0))
             if total is not None:
                 self._finish(self._comm.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=SUMS))
 
-    def _receive_sums(self, of: SumSize, exponent: int) -> NDArray[np.float64]:
-        sums = self._buffer(RecordType(np.dtype(np.int64), (of.num_sums, of.size)), 1)[0]
+    def _take_sums(self, sums: NDArray[np.int64]) -> None:
+        """Wait until near workers have added their terms, and add what the others have added up."""
+        far = [worker + 1 for worker in range(self.num_workers) if worker + 1 not in self._bells]
         with self._inside("a reduction"):
-            self._finish(self._comm.Irecv([sums, 1, self._type(sums.nbytes)], source=1, tag=SUMS))
-        return of.floats(sums, exponent)
+            told = [
+                self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=SUMS) for peer in self._bells
+            ]
+            self._wait(lambda: self._mpi.Request.Testall(told), TRANSFER_NAP_S, rings=True)
+            if far:
+                (part,) = self.buffer(RecordType(sums.dtype, sums.shape), 1)
+                self._finish(self._comm.Irecv([part, 1, self._type(part.nbytes)], source=far[0], tag=SUMS))
+                sums += part
 
     def _meet(self) -> None:
         """Wait for all ranks without spinning, so that waiters leave the cores alone."""
         with self._losses():
             self._finish(self._comm.Ibarrier(), LONGEST_NAP_S)
 
-    def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S) -> None:
+    def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S, *, rings: bool = False) -> None:
         """Wait for an operation."""
-        self._wait(request.Test, longest_nap_s)
+        self._wait(request.Test, longest_nap_s, rings=rings)
 
-    def _wait(self, is_over: Callable[[], bool], longest_nap_s: float) -> None:
-        """Wait, and go on saying and noticing who is alive."""
+    def _wait(self, is_over: Callable[[], bool], longest_nap_s: float, *, rings: bool = False) -> None:
+        """Wait, and go on saying and noticing who is alive; near peers ring when they have sent something."""
         began = looked = time.monotonic()
+        if rings and self._all_ring:
+            began, longest_nap_s = -math.inf, LISTEN_S
         while not is_over():
             now = time.monotonic()
             if now - looked > LOOK_S:
                 self.attend()
                 looked = now
-            time.sleep(min(max(SHORTEST_NAP_S, NAP_SHARE * (now - began)), longest_nap_s))
+            if self._bell.nap(min(max(SHORTEST_NAP_S, NAP_SHARE * (now - began)), longest_nap_s)):
+                began = now
 
     def attend(self) -> None:
         """See :class:`Exchange`: send what is due, read what has come, notice who is silent."""
         self._look_for_failure()
         with self._losses():
-            self._exchange_notes()
-        for peer, silent in self._silence.items():
-            if silent > self.timeout_s:
-                raise TimeoutError(
-                    f"rank {peer} on {self._hosts[peer]} has not been heard of for {silent:.0f} s "
-                    f"(exchange.timeout_s: {self.timeout_s:g}); last known: {self._doing[peer]}"
-                )
-
-    def _exchange_notes(self) -> None:
-        now = time.monotonic()
-        passed, self._last_look = now - self._last_look, now
-        self._since_beat += passed
-        self._silence = {peer: silent + min(passed, LONGEST_GAP_S) for peer, silent in self._silence.items()}
-        self._under_way = [(request, buffer) for request, buffer in self._under_way if not request.Test()]
-        self._read_notes()
-        if self.stop and not self._stop_told:
-            self._stop_told = True
-            self._send_all(
-                Note(kind=Kind.HALT)
-                if self.rank == 0
-                else Note(
-                    kind=Kind.STOP,
-                    text=f"{self.stop.reason} at rank {self.rank} ({self.host})",
-                    seconds=now - self.stop.since,
-                )
-            )
-        while self._outbox:
-            self._send_all(self._outbox.popleft())
-        if self._since_beat >= min(BEAT_S, self.timeout_s / BEATS_PER_TIMEOUT) and not self._under_way:
-            self._since_beat = 0.0
-            self._send_all(Note(kind=Kind.BEAT, text=self._activity))
-
-    def _read_notes(self) -> None:
-        status = self._mpi.Status()
-        while self._comm.Iprobe(source=self._mpi.ANY_SOURCE, tag=NOTES, status=status):
-            packed = np.zeros(1, NOTE)
-            self._comm.Recv([packed, self._mpi.BYTE], source=status.source, tag=NOTES)
-            note = Note.unpacked(packed)
-            self._silence[status.source] = 0.0
-            if note.kind == Kind.BEAT:
-                self._doing[status.source] = note.text
-            elif note.kind == Kind.STOP:
-                self.stop.ask(note.text, note.seconds)
-            elif note.kind == Kind.HALT:
-                self._halted = True
-            else:
-                self._deliver(note)
-
-    def _send_all(self, note: Note) -> None:
-        """To the server from a worker, to every worker from the server."""
-        packed = note.packed()
-        for peer in self._silence:
-            self._under_way.append((self._comm.Isend([packed, self._mpi.BYTE], dest=peer, tag=NOTES), packed))
+            self._mail.exchange(self.timeout_s)
 
     @contextmanager
     def _inside(self, what: str) -> Iterator[None]:
@@ -407,9 +437,3 @@ class MpiExchange(Exchange):
         if nbytes not in self._types:
             self._types[nbytes] = self._mpi.FLOAT.Create_contiguous(nbytes // FLOAT_BYTES).Commit()
         return self._types[nbytes]
-
-    def _buffer(self, record: RecordType, count: int) -> np.ndarray:
-        buffer = self._buffers.get(record)
-        if buffer is None or len(buffer) < count:
-            buffer = self._buffers[record] = record.zeros(count)
-        return buffer[:count]

@@ -1,6 +1,12 @@
-"""Two ranks exchange a payload and a record of more than 2 GiB each, and one a device's state with itself."""
+"""Two ranks exchange a payload and a record of more than 2 GiB each, and one a device's state with itself.
+
+The ranks named cannot see the server's memory.
+"""
+
+import sys
 
 import numpy as np
+from blind import make_blind
 
 from fedhpc.exchange import MpiExchange
 from fedhpc.messages import Command, Op, upload_headers, upload_payloads, upload_record
@@ -10,6 +16,7 @@ FLOATS = (1 << 29) + 1000
 assert 4 * FLOATS > 1 << 31
 PLACES = [0, 1, (1 << 29) - 1, 1 << 29, FLOATS - 1]
 
+make_blind(*map(int, sys.argv[1:]))
 exchange = MpiExchange(StopRequest())
 record_type = upload_record(FLOATS)
 if exchange.rank == 0:

@@ -252,7 +252,15 @@ def test_steps_that_take_nearly_the_whole_timeout_are_no_silence():
     assert "nobody was given up" in done.stdout
 
 
-def test_messages_past_two_gib(tmp_path):
-    done = mpirun(2, HERE / "large_messages.py")
+@pytest.mark.parametrize("far", [[], [1]])
+def test_exchanges_past_two_gib(far):
+    done = mpirun(2, HERE / "large_messages.py", *far)
     assert done.returncode == 0, done.stderr
     assert f"exchanged {64 + 4 * ((1 << 29) + 1000)}" in done.stdout
+
+
+@pytest.mark.parametrize("far", [[], [1, 4], [1, 2, 3, 4]])
+def test_workers_that_see_the_servers_memory_and_others_exchange_the_same(far):
+    done = mpirun(5, "-m", "mpi4py", HERE / "near_and_far.py", *far, timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"near {[rank for rank in range(1, 5) if rank not in far]}"
