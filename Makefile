@@ -1,7 +1,7 @@
 # make demo   set up and run the demo job: 17 ranks, 100 devices, about two minutes
 # make test   set up and run lint, types and all tests
 # make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
-# make bench  set up and measure local steps, start-up, rounds, rank counts and checkpoints, about ten minutes; with
+# make bench  set up and measure local steps, start-up, rounds, rank counts and checkpoints, ten to twenty minutes; with
 #             PREPARED="FOLDER ..." (prepared data) decoders too; tables, and JSON in runs/bench
 # make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
 # make bench-flower   set up, also .venv-flower with Flower in it, and measure rounds beside those of its simulation;
