@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, compress, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ from fedhpc.partition import Partition
 from fedhpc.seeding import generator
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
-from fedhpc.updates import Fault, Vector, fault_of, length
+from fedhpc.updates import Fault, Vector, distance, fault_of
 
 NO_ROUND = -1
 NOTHING = messages.NO_RECORD.zeros(0)
@@ -147,12 +147,6 @@ class Worker:
         self.exchange.add(self._terms(records, command, num_terms=sum(map(len, packs))))
         return records[:, : messages.UPLOAD_HEADER_FLOATS]
 
-    def _payload(self, record: np.ndarray, size: int, place: int = 0) -> np.ndarray:
-        """The part for one vector [n] in an upload record."""
-        part = slice(place * size, (place + 1) * size)
-        vector: np.ndarray = messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part]
-        return vector
-
     def _packs(self, command: Command) -> Packs:
         steps = round_steps(self.config, self.partition, command.round)
         return make_packs(self.config, command.round, steps, command.pack)
@@ -164,7 +158,7 @@ class Worker:
         num_examples = headers["num_examples"][sound]
         return Terms(
             coefficients=np.stack([num_examples, np.ones_like(num_examples)][: self.encoding.num_sums], axis=1),
-            vectors=list(messages.upload_payloads(records, size)[sound]),
+            vectors=list(compress(messages.upload_payloads(records, size), sound)),
             of=SumSize(num_sums=self.encoding.num_sums, size=size, num_terms=num_terms),
         )
 
@@ -173,6 +167,12 @@ class Worker:
         record_type = messages.upload_record(size * self.method.num_uploaded, self.encoding.dtype)
         place = self.exchange.buffer if self.encoding.num_sums else self.exchange.rows
         return place(record_type, count)
+
+    def _payload(self, record: np.ndarray, size: int, place: int = 0) -> np.ndarray:
+        """The part for one vector [n] in an upload record."""
+        part = slice(place * size, (place + 1) * size)
+        vector: np.ndarray = messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part]
+        return vector
 
     def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
@@ -293,7 +293,7 @@ class Worker:
         (header,) = messages.upload_headers(record[None])
         header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
         header["num_examples"], header["fault"] = update.num_examples, fault
-        header["norm"] = 0.0 if fault == Fault.NONE else length(update.params, start)
+        header["norm"] = 0.0 if fault == Fault.NONE else distance(update.params, start)
 
     def score(self, command: Command) -> np.ndarray:
         """Layer scores of the devices in this worker's share."""

@@ -5,6 +5,7 @@ is the smallest with which no sum can overflow; next to the largest term it is 2
 float64 would round. Compare: Demmel, Nguyen, Parallel Reproducible Summation, IEEE Transactions on Computers, 2015.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,12 @@ class Terms:
 
     def blocks(self, exponent: int, *, first: int = 0) -> Iterator[tuple[slice, NDArray[np.int64]]]:
         """The same in blocks of elements, from block ``first`` on around all of them; where nothing is to add, none."""
+        if not self.vectors:
+            return
         scale = 1 / self.of.unit(exponent)
-        begins = range(0, self.of.size, BLOCK) if self.vectors else []
-        for begin in np.roll(begins, -first).astype(int).tolist():
+        begins = deque(range(0, self.of.size, BLOCK))
+        begins.rotate(-first)
+        for begin in begins:
             block = slice(begin, min(begin + BLOCK, self.of.size))
             part = np.zeros((self.of.num_sums, block.stop - begin), np.int64)
             for row, vector in zip(self.coefficients.tolist(), self.vectors, strict=True):

@@ -133,7 +133,7 @@ def fault_of(params: Vector, start: Vector, *, num_steps: int, learning_rate: fl
     # By the triangle inequality, which asks for one look at one vector, or else exactly. Both are false for NaN.
     if length(params) <= longest_way(start.size, num_steps=num_steps, learning_rate=learning_rate):
         return Fault.NONE
-    if length(params, start) <= longest_change(start, num_steps=num_steps, learning_rate=learning_rate):
+    if distance(params, start) <= longest_change(start, num_steps=num_steps, learning_rate=learning_rate):
         return Fault.NONE
     if np.isnan(params).any():
         return Fault.NAN
@@ -151,13 +151,12 @@ def longest_way(size: int, *, num_steps: int, learning_rate: float) -> float:
     return num_steps * learning_rate * ADAM_STEP * math.sqrt(size)
 
 
-def length(vector: Vector, start: Vector | None = None) -> float:
-    """Euclidean norm of a vector, or of its difference from another; infinite where squares overflow float32."""
+def length(vector: Vector) -> float:
+    """Euclidean norm; infinite where squares overflow float32."""
     total = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         for first in range(0, vector.size, BLOCK):
             part = vector[first : first + BLOCK]
-            part = part if start is None else part - start[first : first + BLOCK]
             total += float(np.dot(part, part))
     return math.sqrt(total)
 
@@ -165,7 +164,8 @@ def length(vector: Vector, start: Vector | None = None) -> float:
 def distance(vector: Vector, other: Vector) -> float:
     """Euclidean, in float64; no library for linear algebra, whose sums depend on its threads."""
     total = 0.0
-    for first in range(0, vector.size, BLOCK):
-        block = slice(first, first + BLOCK)
-        total += float(np.square(vector[block].astype(np.float64) - other[block].astype(np.float64)).sum())
+    with np.errstate(invalid="ignore"):
+        for first in range(0, vector.size, BLOCK):
+            block = slice(first, first + BLOCK)
+            total += float(np.square(vector[block].astype(np.float64) - other[block].astype(np.float64)).sum())
     return math.sqrt(total)

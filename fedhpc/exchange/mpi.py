@@ -79,10 +79,7 @@ class MpiExchange(Exchange):
         self._types: dict[int, Any] = {}
         self._repaired = False
         self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
-        self._bell, self._bells = Bell(), dict[int, int]()
-        """Ours, and those of the other ranks that we can ring."""
-        self._memory = HostMemory(owner=os.getpid())
-        """The server's."""
+        self._bell = Bell()
         self._abandoned: list[BaseException] = []
         """Errors whose frames hold requests and buffers that a transfer may still use."""
         with self._inside("the start of MPI"):
@@ -149,7 +146,7 @@ class MpiExchange(Exchange):
         answer = np.array([(records is None, terms.exponent if terms else NOTHING)], ANSWERS)
         if self._is_near and records is not None and records.nbytes:
             rows = self.rows(RecordType(records.dtype, records.shape[1:]), len(records))
-            if records.ctypes.data != rows.ctypes.data:
+            if not np.may_share_memory(records, rows):
                 rows[:] = records
         with self._inside("the gather"):
             self._finish(self._comm.Isend([answer, self._mpi.BYTE], dest=0, tag=ANSWER))
@@ -251,13 +248,21 @@ class MpiExchange(Exchange):
         """The number that the new rank 0 had."""
         for _ in range(self.size):
             with suppress(RanksLost), self._inside("the repair after a loss"):  # another one may be lost meanwhile
-                for comm in (self._comm, self._far, self._workers):
-                    comm.Revoke()
+                self._leave()
                 self._join(self._comm.Shrink())
                 first = np.array([old_rank], np.int64)
                 self._comm.Bcast(first, root=0)
                 return int(first[0])
         raise RanksLost("the ranks that are left do not find together")
+
+    def _leave(self) -> None:
+        """Give up what is shared with a lost rank, and all memory in which a transfer of before may still write."""
+        for comm in (self._comm, self._far, self._far_workers):
+            comm.Revoke()
+        self._buffers = {}
+        self._memory.close()
+        while self._bells:
+            os.close(self._bells.popitem()[1])
 
     def _join(self, comm: Any) -> None:
         self._comm = comm
@@ -266,12 +271,8 @@ class MpiExchange(Exchange):
         host_comm = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
         self.local_rank, self.ranks_here = host_comm.rank, host_comm.size
         host_comm.Free()
-        # Transfers of before a loss may still be under way.
-        self._buffers = {}
-        self._memory.close()
         self._memory = HostMemory(owner=os.getpid())
-        while self._bells:
-            os.close(self._bells.popitem()[1])
+        """The server's."""
         cards = np.zeros(self.size, CARD)
         token = self._memory.put_token() if self.rank == 0 else TOKEN.zeros(1)[0]
         own_bell = (self._bell.file, self._bell.number)
@@ -279,12 +280,13 @@ class MpiExchange(Exchange):
         comm.Allgather(self._mpi.IN_PLACE, [cards, self._mpi.BYTE])
         hosts = [name.decode(errors="replace") for name in cards["host"].tolist()]
         self._bells = self._find_near(cards)
+        """Of the other ranks that we can ring."""
         self._room = Room(self._memory, self.num_workers)
         self._is_near = 0 in self._bells
         self._far = comm.Split(color=int(self._is_near), key=self.rank)
         """The server and the workers that are not near, among themselves."""
-        self._workers = comm.Split(color=1 if self.rank == 0 else int(self._is_near), key=self.rank)
-        """The workers that are not near, among themselves."""
+        self._far_workers = comm.Split(color=1 if self.rank == 0 else int(self._is_near), key=self.rank)
+        """These workers alone."""
         self._all_ring = len(self._bells) == (1 if self.rank else self.num_workers)
         """Whether every rank that we may wait for does so when it has sent something."""
         self._mail = Mail(self._mpi, comm, hosts, self.stop, deliver=self._deliver, ring=self._ring)
@@ -363,7 +365,6 @@ class MpiExchange(Exchange):
 
     def _send_sums(self, terms: Terms, exponent: int) -> None:
         """Near the server, into its memory; else to the first of the others, by a tree, and from there once."""
-        record = sums_record(terms.of)
         with self._inside("a reduction"):
             if self._is_near:
                 self._room.add(self.rank - 1, terms, exponent)
@@ -371,22 +372,21 @@ class MpiExchange(Exchange):
                 self._ring(0)
                 return
             part = terms.fixed(exponent)  # by a name: a request that is not root's does not keep it
-            total = self.buffer(record, 1)[0] if self._workers.rank == 0 else None
-            self._finish(self._workers.Ireduce(part, total, self._mpi.SUM, root=0))
+            total = self.buffer(sums_record(terms.of), 1)[0] if self._far_workers.rank == 0 else None
+            self._finish(self._far_workers.Ireduce(part, total, self._mpi.SUM, root=0))
             if total is not None:
-                self._finish(self._comm.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=SUMS))
+                self._finish(self._far.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=SUMS))
 
     def _take_sums(self, sums: NDArray[np.int64]) -> None:
         """Wait until near workers have added their terms, and add what the others have added up."""
-        far = [worker + 1 for worker in range(self.num_workers) if worker + 1 not in self._bells]
         with self._inside("a reduction"):
             told = [
                 self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=SUMS) for peer in self._bells
             ]
             self._wait(lambda: self._mpi.Request.Testall(told), TRANSFER_NAP_S, rings=True)
-            if far:
+            if self._far.size > 1:
                 (part,) = self.buffer(RecordType(sums.dtype, sums.shape), 1)
-                self._finish(self._comm.Irecv([part, 1, self._type(part.nbytes)], source=far[0], tag=SUMS))
+                self._finish(self._far.Irecv([part, 1, self._type(part.nbytes)], source=1, tag=SUMS))
                 sums += part
 
     def _meet(self) -> None:
