@@ -21,6 +21,8 @@ WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
 """Kinds of tuning without tensors per layer: nothing to select from."""
 WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
 NOT_SET = "<not set>"
+RELEASED_STEPS = "server.variant released, its steps"
+"""In the identity of runs since that variant has been what the published code computes; before, it was `paper`."""
 WITHOUT_EFFECT = (
     *("run_dir", "trace", "data.path", "checkpoint.", "evaluate."),
     *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),
@@ -212,6 +214,7 @@ class DeviceConfig(Section):
 
 DEFAULTS = {
     "drift_corrected": {"learning_rate": 1.5, "momentum": 0.5},
+    "paper": {"learning_rate": 0.05, "momentum": 0.9},
     "released": {"learning_rate": 0.05, "momentum": 0.9},
     "fedavgm": {"learning_rate": 1.0, "momentum": 0.9},
     "moms_adamd": {"learning_rate": 1.0, "momentum": 0.9},
@@ -237,9 +240,10 @@ class ServerConfig(Section):
         "mime",
         "fedpeptao",
     ] = "fedpeptao"
-    variant: Literal["drift_corrected", "released"] | None = None
-    """Of fedpeptao: `drift_corrected` unless given. `released` is the published code's arithmetic: its control variates
-    carry 1/(K eta), so it diverges at device.learning_rate 5e-3 and learns at the published 4e-2."""
+    variant: Literal["drift_corrected", "paper", "released"] | None = None
+    """Of fedpeptao: `drift_corrected` unless given. `paper` is the server step as the paper describes it: its control
+    variates carry 1/(K eta), so it diverges at device.learning_rate 5e-3 and learns at the published 4e-2. `released`
+    is the arithmetic that the published code performs, whose steps are several times as long."""
     learning_rate: PositiveFloat | None = None
     """eta_s; see DEFAULTS."""
     momentum: Probability | None = None
@@ -366,11 +370,11 @@ class Config(Section):
             raise ValueError("server.method: mime lends devices its momentum for SGD; it needs device.optimizer: sgd")
         if method == "moms_adamd" and optimizer != "adamw":
             raise ValueError("server.method: moms_adamd is Adam on the devices; it needs device.optimizer: adamw")
-        if self.server.name == "released" and not self.server.control_variates:
+        if self.server.name in ("paper", "released") and not self.server.control_variates:
             raise ValueError("server.control_variates: false needs server.variant: drift_corrected")
         if method == "mime" and exchange.dtype != "float32":
             raise ValueError(f"exchange.dtype: {exchange.dtype} sends changes; server.method: mime needs float32")
-        if exchange.mode == "reduce" and self.server.name in ("scaffold", "mime", "released"):
+        if exchange.mode == "reduce" and self.server.name in ("scaffold", "mime", "paper", "released"):
             raise ValueError(
                 f"server.method: {self.server.name} needs each upload by itself; it needs exchange.mode: gather"
             )
@@ -414,7 +418,10 @@ class Config(Section):
         free = [*WITHOUT_EFFECT]
         if self.device.schedule == "constant" and self.curriculum.order == "random":
             free.append("federation.rounds")
-        return {key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))}
+        steps = {RELEASED_STEPS: "pile up"} if self.server.name == "released" else {}
+        return steps | {
+            key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))
+        }
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedhpc.checkpoint import Checkpoints
-from fedhpc.config import Config, differences
+from fedhpc.config import RELEASED_STEPS, Config, differences
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 from fedhpc.device import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
@@ -179,6 +179,11 @@ def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -
         return None
 
     def check(saved: dict[str, Any]) -> None:
+        if saved.get("server.variant") == "released" and RELEASED_STEPS not in saved:
+            raise ConfigError(
+                f"{checkpoints.folder} was written when server.variant: released computed what server.variant: paper "
+                "computes now; choose another run_dir"
+            )
         if differing := differences(saved, ours, "in the checkpoint"):
             raise ConfigError(
                 f"{checkpoints.folder} was written with another configuration; change it back, or choose another "

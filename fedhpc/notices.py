@@ -22,8 +22,8 @@ OF_METHODS = {
     **{key: tuple(name for name, used in DEFAULTS.items() if key in used) for key in ("learning_rate", "momentum")},
 }
 """Key of the server -> the methods, or variants, that use it."""
-RELEASED_LEARNING_RATE = 1e-2
-"""Device learning rate below which variant `released` is warned about."""
+PAPER_LEARNING_RATE = 1e-2
+"""Device learning rate below which the variants `paper` and `released` are warned about."""
 
 
 def notices(config: Config) -> list[str]:
@@ -62,10 +62,10 @@ def notices(config: Config) -> list[str]:
             f"selection.ratio: auto decides after selection.warmup_rounds: {selection.warmup_rounds}, but the "
             f"run ends after federation.rounds: {config.federation.rounds}; all layers are exchanged to the end"
         )
-    if server.name == "released" and config.device.learning_rate < RELEASED_LEARNING_RATE:
+    if server.name in ("paper", "released") and config.device.learning_rate < PAPER_LEARNING_RATE:
         found.append(
-            f"server.variant: released is known to diverge at small device.learning_rate (found "
-            f"{config.device.learning_rate}); it learns at the published 0.04"
+            f"server.variant: {server.name} is known to diverge at small device.learning_rate (found "
+            f"{config.device.learning_rate}); the published one is 0.04"
         )
     return found
 

@@ -124,7 +124,7 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
         ),
         (["server.method=mime"], "mime lends devices its momentum for SGD"),
         (["server.method=moms_adamd", "device.optimizer=sgd"], "moms_adamd is Adam on the devices"),
-        (["server={variant: released, control_variates: false}"], "needs server.variant: drift_corrected"),
+        (["server={variant: paper, control_variates: false}"], "needs server.variant: drift_corrected"),
         (["server.method=mime", "device.optimizer=sgd", "exchange.dtype=float16"], "mime needs float32"),
         (["server.method=scaffold", "exchange.mode=reduce"], "scaffold needs each upload by itself"),
     ],

@@ -137,7 +137,7 @@ def test_sixteen_bits_halve_the_upload_and_hardly_change_the_result(run_config, 
     [
         ({"exchange__mode": "reduce"}, "trace: true writes each upload; it needs exchange.mode: gather"),
         ({"exchange__mode": "reduce", "trace": False, "exchange__dtype": "float16"}, "sums are exact"),
-        ({"exchange__mode": "reduce", "trace": False, "server__variant": "released"}, "released needs each upload"),
+        ({"exchange__mode": "reduce", "trace": False, "server__variant": "paper"}, "paper needs each upload"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(run_config, fedhpc, changes, message):

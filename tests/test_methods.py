@@ -13,6 +13,7 @@ from fedhpc.methods import METHODS, LocalRule, Population, make_method
 from fedhpc.updates import RoundUploads
 
 VECTORS = Path(os.environ.get("FEDHPC_VECTORS", Path(__file__).parents[2] / "shared" / "vectors"))
+VARIANTS = ("drift_corrected", "paper", "released")
 P0 = np.array([1.0, -2.0], np.float32)
 GRADIENTS = [np.array([2, 0], np.float32), np.array([0, 4], np.float32)]
 
@@ -69,9 +70,11 @@ def test_drift_corrected_by_hand():
     assert second.control[0].tolist() == [-1.0, 0.0]
 
 
-def test_released_by_hand():
-    released = method(num_devices=4, sample_rate=0.5, variant="released", momentum=0.5, learning_rate=0.1)
-    first = released.update(released.init(P0), uploads([[0, -2], [3, -2]]))
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_paper_and_released_by_hand(variant):
+    # With one device in a round there is nothing to pile up: both are the same.
+    chosen = method(num_devices=4, sample_rate=0.5, variant=variant, momentum=0.5, learning_rate=0.1)
+    first = chosen.update(chosen.init(P0), uploads([[0, -2], [3, -2]]))
     # Round 0 is plain averaging: 1/4 [0,-2] + 3/4 [3,-2]; delta = [1,-2] - [2.25,-2]
     assert first.params == pytest.approx([2.25, -2.0])
     assert first.vectors["previous_delta"] == pytest.approx([-1.25, 0.0])
@@ -79,7 +82,7 @@ def test_released_by_hand():
     # c_2 = [1,0], c_0 = [-1,0] as above; c = 0.5 * (2/6 [1,0] + 4/6 [-1,0])
     assert first.vectors["control_global"] == pytest.approx([-1 / 6, 0.0])
 
-    second = released.update(first, uploads([[2.25, -4]], ids=(2,), examples=(5,), steps=(2,)))
+    second = chosen.update(first, uploads([[2.25, -4]], ids=(2,), examples=(5,), steps=(2,)))
     # c_2 = [1,0] - [-1/6,0] + [0,2] = [7/6, 2]; c = [-1/6,0] + 0.5 * 1 * ([7/6,2] - [1,0]) = [-1/12, 1]
     assert second.control[2] == pytest.approx([7 / 6, 2.0])
     assert second.vectors["control_global"] == pytest.approx([-1 / 12, 1.0])
@@ -89,24 +92,33 @@ def test_released_by_hand():
     assert second.params == pytest.approx([2.25 + 0.099 * 1.875, -4 + 0.099 * 2])
 
 
-def test_released_goes_from_device_to_device_in_sampled_order():
-    released = method(num_devices=4, sample_rate=0.5, variant="released", momentum=0.5, learning_rate=0.1)
-    first = released.update(released.init(P0), uploads([[0, -2], [3, -2]]))
-    second = released.update(first, uploads([[2.25, -4], [2.25, -2]], ids=(2, 0), examples=(1, 3), steps=(2, 4)))
+@pytest.mark.parametrize(
+    ("variant", "mean_step"),
+    [
+        # 1/4 v_2 + 3/4 v_0; with steps that pile up 1/4 v_2 + 3/4 (v_2 + v_0) = v_2 + 3/4 v_0
+        ("paper", [-1.078125, -1.1354167]),
+        ("released", [-1.875 - 0.75 * 0.8125, -23 / 12 - 0.75 * 21 / 24]),
+    ],
+)
+def test_paper_and_released_go_from_device_to_device_in_sampled_order(variant, mean_step):
+    chosen = method(num_devices=4, sample_rate=0.5, variant=variant, momentum=0.5, learning_rate=0.1)
+    first = chosen.update(chosen.init(P0), uploads([[0, -2], [3, -2]]))
+    second = chosen.update(first, uploads([[2.25, -4], [2.25, -2]], ids=(2, 0), examples=(1, 3), steps=(2, 4)))
     # From [2.25, -2] with c = [-1/6, 0], c_2 = [1, 0], c_0 = [-1, 0] as above:
     # c_2 = [1, 0] - [-1/6, 0] + [0, 2] = [7/6, 2]; c_0 = [-1, 0] - [-1/6, 0] + [0, 0] = [-5/6, 0]
     # c = [-1/6, 0] + 0.5 * (2/6 ([7/6, 2] - [1, 0]) + 4/6 ([-5/6, 0] - [-1, 0])) = [-1/12, 1/3]
     assert second.vectors["control_global"] == pytest.approx([-1 / 12, 1 / 3])
     # Pbar = [2.25, -2.5]; delta = [0, 0.5]; g = [-1.25, 0] - [0, 0.5]
     # v_2 = 0.5 g + c - c_2 = [-1.875, -23/12]; v_0 = 0.5 v_2 + 0.5 g + c - c_0 = [-0.8125, -21/24]
+    # Momentum goes on from the mean of the v, however long the steps are.
     assert second.vectors["momentum"] == pytest.approx([-1.078125, -1.1354167])
-    assert second.params == pytest.approx([2.25 + 0.099 * 1.078125, -2.5 + 0.099 * 1.1354167])
+    assert second.params == pytest.approx([2.25 - 0.099 * mean_step[0], -2.5 - 0.099 * mean_step[1]])
 
 
-def test_the_server_learning_rate_of_released_stops_falling():
-    released = method(num_devices=4, sample_rate=0.5, variant="released", momentum=0.5, learning_rate=1.005e-4)
-    state = released.update(released.init(P0), uploads([[0, -2], [3, -2]]))
-    state = released.update(state, uploads([[0, -2], [3, -2]]))
+def test_the_server_learning_rate_of_paper_stops_falling():
+    paper = method(num_devices=4, sample_rate=0.5, variant="paper", momentum=0.5, learning_rate=1.005e-4)
+    state = paper.update(paper.init(P0), uploads([[0, -2], [3, -2]]))
+    state = paper.update(state, uploads([[0, -2], [3, -2]]))
     assert state.scalars["server_learning_rate"] == 1e-4
 
 
@@ -214,7 +226,7 @@ def test_mime_by_hand():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_update_leaves_the_old_state_as_it_was(name):
-    chosen = method(variant=name) if name in ("drift_corrected", "released") else method(method=name)
+    chosen = method(variant=name) if name in VARIANTS else method(method=name)
     gradients = GRADIENTS if chosen.uploads_gradient else ()
     old = chosen.update(chosen.init(P0), uploads([[0, 4], [8, 0]], gradients=gradients))
     kept = {key: vector.copy() for key, vector in {"params": old.params, **old.vectors}.items()}
@@ -227,7 +239,7 @@ def test_an_update_leaves_the_old_state_as_it_was(name):
     assert all(np.array_equal(old.control[device], control[device]) for device in control)
 
 
-@pytest.mark.parametrize("name", ["drift_corrected", "released"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_control_variates_leave_memory_without_the_other_vectors(name):
     fedpeptao = method(variant=name)
     state = fedpeptao.update(fedpeptao.init(P0), uploads([[0, 4], [8, 0]]))
@@ -236,7 +248,7 @@ def test_control_variates_leave_memory_without_the_other_vectors(name):
 
 
 @pytest.mark.skipif(not VECTORS.is_dir(), reason="no number vectors; FEDHPC_VECTORS names their folder")
-@pytest.mark.parametrize("name", ["fedavg", "drift_corrected", "released"])
+@pytest.mark.parametrize("name", ["fedavg", *VARIANTS])
 def test_vectors_of_an_independent_implementation(name):
     with h5py.File(VECTORS / f"server_{name}.h5") as file:
         config = {"method": "fedavg"}

@@ -17,6 +17,7 @@ from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metri
 
 from fedhpc import job
 from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
+from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.report import RunFiles
@@ -337,11 +338,24 @@ def test_a_run_that_learns_is_not_warned_about(fedhpc, run_config, method):
 
 def test_a_run_that_grows_without_bound_is_warned_about(fedhpc, run_config):
     config = run_config(
-        server__variant="released", device__learning_rate=0.0005, federation__rounds=10, selection__strategy="all"
+        server__variant="paper", device__learning_rate=0.0005, federation__rounds=10, selection__strategy="all"
     )
     _, _, err = fedhpc("run", config, "--set", "server.learning_rate=1.0", "--set", "evaluate.every=20")
     assert "known to diverge" in err
     assert err.count("the update norm grows without bound") == 1
+
+
+def test_a_run_does_not_go_on_as_the_released_code_where_that_name_meant_the_paper(fedhpc, run_config, monkeypatch):
+    config = run_config(server__variant="released", device__learning_rate=0.04, federation__rounds=1)
+    identity = Config.identity
+    monkeypatch.setattr(
+        Config, "identity", lambda self: {k: v for k, v in identity(self).items() if k != RELEASED_STEPS}
+    )
+    assert fedhpc("run", config)[0] == 0
+    monkeypatch.undo()
+    status, _, err = fedhpc("run", config, "--set", "federation.rounds=2")
+    assert status == 2
+    assert "server.variant: released computed what server.variant: paper computes now; choose another run_dir" in err
 
 
 def test_a_run_does_not_go_on_with_other_source_prompts(fedhpc, run_config, tmp_path):

@@ -51,7 +51,7 @@ SETTINGS = {
     "released": {"server__variant": "released"},
     "dropout": {"tuning__dropout": 0.2},
     "rare checkpoints": {"checkpoint__every": 100, "evaluate__every": 2},
-    "packs": {"device__pack": 4, "server__variant": "released"},
+    "packs": {"device__pack": 4, "server__variant": "paper"},
     "auto": {"selection__ratio": "auto", "selection__warmup_rounds": 2},
     "sums": {
         "exchange__mode": "reduce",

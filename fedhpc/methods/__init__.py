@@ -8,7 +8,7 @@ from fedhpc.methods.base import LocalRule, Method, Population, ServerState, Summ
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.fedavgm import FedAvgM
 from fedhpc.methods.fedopt import FedAdam, FedYogi
-from fedhpc.methods.fedpeptao import DriftCorrected, Released
+from fedhpc.methods.fedpeptao import DriftCorrected, Paper, Released
 from fedhpc.methods.fedprox import FedProx
 from fedhpc.methods.mime import Mime
 from fedhpc.methods.scaffold import Scaffold
@@ -23,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "scaffold": Scaffold,
     "mime": Mime,
     "drift_corrected": DriftCorrected,
+    "paper": Paper,
     "released": Released,
 }
 """By method, or variant of fedpeptao."""

@@ -49,7 +49,7 @@ def write_config(folder, where, backbone, kind, method):
         "federation": {"num_devices": 4, "sample_rate": 0.5, "rounds": 3, "partition": "iid"},
         "tuning": {"kind": kind, "num_tokens": 2, "rank": 2, "bottleneck": 3},
         "selection": {"strategy": "all"} if kind in WITHOUT_LAYERS else {"strategy": "first", "ratio": 0.5},
-        "server": {"variant": method} if method in ("drift_corrected", "released") else {"method": method},
+        "server": {"variant": method} if method in ("drift_corrected", "paper", "released") else {"method": method},
         "checkpoint": {"every": 3},
         "evaluate": {"every": 3},
     }
