@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from fedhpc.arguments import positive_number
@@ -25,6 +24,7 @@ from fedhpc.errors import EXIT_USER_ERROR, DataError, ModelError, UserError
 from fedhpc.seeding import generator
 from fedhpc.tables import Record, read_table
 from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, TextEncoder, find_word_ids, load_task
+from fedhpc.yaml_files import YAML_ERRORS, read_value
 
 HEADERLESS = {"cola": ["source", "label", "star", "sentence"]}
 PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
@@ -308,7 +308,10 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
 
 def _setting(key: str, value: str) -> str:
     """For the shell, and in quotes of YAML where it would read something else than a text."""
-    is_plain = (value[:1].isalpha() or value[:1] == "/") and yaml.safe_load(value.replace(": ", " ")) == value
+    try:
+        is_plain = read_value(value) == value
+    except YAML_ERRORS:
+        is_plain = False
     return shlex.quote(f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}")
 
 

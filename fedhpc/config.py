@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fedhpc import yaml_files
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -402,7 +403,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, as written to the run directory."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return yaml_files.write(self.model_dump())
 
     @property
     def sha256(self) -> str:

@@ -1,17 +1,16 @@
 """Configuration files: YAML with `base:`, `--set` overrides, every error reported at once."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError
+from fedhpc.yaml_files import YAML_ERRORS, read, read_value
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -58,29 +57,6 @@ def read_values(path: str | Path, chain: tuple[Path, ...] = ()) -> dict[str, Any
     return _merge(read_values(path.parent / base, (*chain, path.resolve())), values)
 
 
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-"""PyYAML lets impossible dates and numbers through as ValueError, deep nesting as RecursionError."""
-
-
-MERGE = "tag:yaml.org,2002:merge"
-"""Of the key `<<`."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-3 as a string, where everyone means a number, and drops all but the last of equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
-        if repeated := [key for index, key in enumerate(keys) if key in keys[:index]]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file.
 
@@ -88,7 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it is no such file.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = read(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file: {error}") from None
     except YAML_ERRORS as error:
@@ -116,9 +92,9 @@ def _apply_override(values: dict[str, Any], text: str) -> str | None:
         if not isinstance(values, dict):
             return f"--set {text}: {section} is not a section"
     try:
-        values[leaf] = yaml.load(raw, _Loader)
-    except YAML_ERRORS:
-        return f"--set {text}: the value is not valid YAML"
+        values[leaf] = read_value(raw)
+    except YAML_ERRORS as error:
+        return f"--set {text}: the value is not valid YAML: {str(error).splitlines()[0]}"
     return None
 
 
@@ -128,7 +104,10 @@ def _describe(errors: list[ErrorDetails]) -> list[str]:
     lines = []
     for details in errors:
         key = _key_of(details)
-        if details["type"] == "extra_forbidden":
+        if details["type"] == "extra_forbidden" and key in KEYS:
+            section, _, leaf = key.rpartition(".")
+            lines.append(f"{key}: in a file this key stands in its section: {section}: {{{leaf}: ...}}")
+        elif details["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key{suggestion(key)}")
         elif details["type"] == "missing":
             lines.append(f"{key}: is required")

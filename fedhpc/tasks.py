@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from fedhpc.errors import ConfigError, DataError
+from fedhpc.yaml_files import YAML_ERRORS, read_texts
 
 Kind = Literal["encoder", "decoder"]
 Head = Literal["verbalizer", "linear"]
@@ -142,9 +141,8 @@ def load_task(name_or_path: str | Path) -> Task:
     if not path.is_file():
         raise ConfigError(f"task {name!r} is neither a task file nor one of {', '.join(TASKS)}{_nearest(name, TASKS)}")
     try:
-        # BaseLoader leaves every scalar a string: `Yes`, `0` and `true` mean the words, as they do in a data file.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_texts(path.read_text(encoding="utf-8"))
+    except YAML_ERRORS as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a task file is a mapping with the keys {', '.join(_KEYS)}")

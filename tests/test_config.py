@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedhpc import yaml_files
 from fedhpc.config import Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import ConfigError
@@ -98,8 +99,11 @@ def test_a_circle_of_bases_ends(write):
         ("seed.x=1", ["seed", "'x': 1"]),
         ("seed=9223372036854775808", ["seed", "less than"]),
         ("run_dir=''", ["run_dir", "at least 1 character"]),
-        ("seed=2024-13-45", ["--set seed=2024-13-45", "not valid YAML"]),
-        ("device={epochs: 1, epochs: 2}", ["--set", "not valid YAML"]),
+        ("seed=2024-13-45", ["seed", "integer", "'2024-13-45'"]),
+        ("seed=1:30", ["seed", "integer", "'1:30'"]),
+        ("trace=yes", ["trace", "bool", "'yes'"]),
+        ("selection.layers=[1] # two", ["--set selection.layers=[1] # two", "# begins a comment"]),
+        ("device={epochs: 1, epochs: 2}", ["--set", "not valid YAML: key 'epochs' stands twice"]),
         ("nonsense", ["--set nonsense", "key.sub=value"]),
     ],
 )
@@ -183,6 +187,38 @@ def test_a_ratio_that_nothing_asks_for_is_not_said_to_decide(write):
     assert notices(load_config(write(**MINIMAL), [*automatic, "tuning.kind=prompt_tuning"])) == []
     (notice,) = notices(load_config(write(**MINIMAL), automatic))
     assert "decides after selection.warmup_rounds: 10" in notice
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=0042", "seed", 42),
+        ("seed=1_000", "seed", 1000),
+        ("run_dir=exp #2", "run_dir", "exp #2"),
+        ("run_dir=#2", "run_dir", "#2"),
+        ("run_dir='exp #2'", "run_dir", "exp #2"),
+        ("run_dir=2026-01-02", "run_dir", "2026-01-02"),
+        ("run_dir=no", "run_dir", "no"),
+        ("run_dir=a\nb", "run_dir", "a\nb"),
+    ],
+)
+def test_an_override_means_what_it_says_and_so_does_the_resolved_file(write, tmp_path, override, key, value):
+    config = load_config(write(**MINIMAL), [override])
+    assert getattr(config, key) == value
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert getattr(load_config(tmp_path / "resolved.yaml"), key) == value
+
+
+@pytest.mark.parametrize("text", ["1e3", "0042", "1:30", "yes", "~", "<<", "2026-01-02", ".5", "0x1F", "x: y", "# x"])
+def test_a_text_is_written_so_that_yaml_of_either_version_reads_a_text(text):
+    document = yaml_files.write({"key": text})
+    assert yaml_files.read(document) == yaml.safe_load(document) == {"key": text}
+
+
+def test_a_dotted_key_in_a_file_is_shown_where_it_belongs(write):
+    assert "model.name: in a file this key stands in its section: model: {name: ...}" in problems(
+        write(**MINIMAL, **{"model.name": "x"})
+    )
 
 
 def test_yaml_may_merge(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FLOORS = [
-    {"__init__", "errors", "files", "seeding", "stopping", "background", "arguments"},
+    {"__init__", "errors", "files", "seeding", "stopping", "background", "arguments", "yaml_files"},
     {"config", "jobenv", "quick_start", "weights", "last_layer"},
     {"lock", "tables", "config_file", "notices", "pretrained"},
     {"data", "tasks", "partition", "metrics", "updates"},

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from test_tasks import bert_like, gpt_like, llama_like
 from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
-from fedhpc.config_file import _Loader
 from fedhpc.data import PreparedData, tokenizer_fingerprint
+from fedhpc.yaml_files import read_value
 
 ROOT = Path(__file__).parent.parent
 
@@ -415,7 +414,7 @@ def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path, bert, capsys, 
     run(tmp_path, tmp_path / "task.yaml", write(tmp_path / "source", train_tsv=table, dev_tsv=table), bert)
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert words[:4] == ["fedhpc", "run", "CONFIG.yaml", "--set"]
-    values = [yaml.load(word.partition("=")[2], _Loader) for word in words[4::2]]
+    values = [read_value(word.partition("=")[2]) for word in words[4::2]]
     assert values == [name, str(tmp_path / "out")]
 
 

@@ -110,6 +110,16 @@ def test_yaml_words_stay_words(tmp_path):
         task.template(kind="encoder", head="verbalizer")
 
 
+def test_a_key_of_a_task_file_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "task.yaml"
+    file.write_text(
+        "task: t\ncolumns: {a: text, label: label}\nclasses: {0: bad, 1: good, 0: awful}\n"
+        "template: {decoder: '{a} {word}'}\n"
+    )
+    with pytest.raises(ConfigError, match=r"task\.yaml: not a YAML file: key '0' stands twice\s.*line 3"):
+        load_task(file)
+
+
 def test_all_problems_of_a_task_file_are_told_at_once(tmp_path):
     file = tmp_path / "task.yaml"
     file.write_text(

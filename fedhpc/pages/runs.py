@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedhpc.config import Config, flatten
-from fedhpc.config_file import YAML_ERRORS
 from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles
+from fedhpc.yaml_files import YAML_ERRORS
 
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
