@@ -308,6 +308,28 @@ def test_a_tasks_own_metric_leads(report, make_run):
     assert "global Matthews correlation by round" in page.text
 
 
+def test_tasks_are_not_merged_by_a_name_that_is_not_theirs(report, make_run):
+    of_accuracy = {"data__task": None, "data__path": "sst2/prepared"}
+    of_matthews = {"extra": {"matthews": 0.4, "matthews_global": 0.3}}
+    page = report(
+        make_run("a", [0.5, 0.9], **of_accuracy),
+        make_run("b", [0.5, 0.7], data__task=None, data__path="cola/prepared", **of_matthews),
+    )
+    # 95 % of 0.9, and of 0.4.
+    assert {"cost to reach accuracy 0.855", "cost to reach Matthews correlation 0.380"} <= page.tables.keys()
+    assert {"sst2/prepared", "cola/prepared"} <= {row[1] for row in page.tables["Runs"][1:]}
+
+
+def test_tasks_of_one_name_and_two_metrics_are_two(report, make_run):
+    runs = [
+        make_run("a", [0.5, 0.9]),
+        make_run("b", [0.5, 0.7], server__method="mime", extra={"matthews": 0.4, "matthews_global": 0.3}),
+    ]
+    begun = make_run("c", None, server__method="fedprox")
+    assert [row[1] for row in report(*runs).tables["Runs"][1:]] == ["moods (accuracy)", "moods (matthews)"]
+    assert [row[1] for row in report(runs[1], begun).tables["Runs"][1:]] == ["moods", "moods"]
+
+
 def test_personalised_and_global_accuracy_keep_their_columns(report, make_run):
     runs = [make_run(task, [0.5, 0.7], extra={"accuracy_global": 0.25}, data__task=task) for task in ("one", "two")]
     page = report(*runs)

@@ -1,6 +1,7 @@
 """Runs that differ in their seed alone are one group; its numbers are means and deviations over them."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 from fedhpc.config import WITHOUT_EFFECT
 from fedhpc.pages.runs import GLOBAL, PHASES, Floats, Run
 
-FREE = ("seed", *(key for key in WITHOUT_EFFECT if key != "data.path"))
+FREE = ("seed", "data.task", "data.max_length", *(key for key in WITHOUT_EFFECT if key != "data."))
 """Beginnings of keys in which the runs of a group may differ."""
 AXES = ("tuning.kind", "server.method")
 """Keys that name a configuration before all others."""
@@ -66,11 +67,14 @@ class Group:
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
-    """Task -> groups, in the order in which they were first met."""
+    """Task -> groups, in the order in which they were first met; tasks of one name and several metrics are several."""
+    runs = list(runs)
+    own = Counter(task for task, _ in {(run.task, run.metrics[-1]) for run in runs if run.is_evaluated})
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if not key.startswith(FREE)}
-        found.setdefault(run.task, {}).setdefault(repr(sorted(same.items())), []).append(run)
+        task = run.task if own[run.task] < 2 else f"{run.task} ({run.metrics[-1]})"
+        found.setdefault(task, {}).setdefault(repr(sorted(same.items())), []).append(run)
     tasks = {task: list(parts.values()) for task, parts in found.items()}
     differing = _differing([[members[0].config for members in parts] for parts in tasks.values()])
     label = _labels(tasks, differing)

@@ -110,12 +110,11 @@ def _setting_text(value: Any) -> str:
 
 
 def _runs(runs: Sequence[Run], tasks: Mapping[str, Sequence[Group]]) -> Table:
-    labels = {id(run): group.label for groups in tasks.values() for group in groups for run in group.runs}
+    names = {id(run): (task, group.label) for task, groups in tasks.items() for group in groups for run in group.runs}
     rows = [
         [
             Cell(text=str(run.path)),
-            Cell(text=run.task),
-            Cell(text=labels[id(run)]),
+            *(Cell(text=name) for name in names[id(run)]),
             Cell(text=str(run.seed)),
             Cell(text=f"{run.rounds_done} of {run.rounds_wanted}" + ("" if run.is_finished else ", unfinished")),
         ]

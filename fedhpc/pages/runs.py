@@ -58,8 +58,8 @@ class Run:
 
     @property
     def task(self) -> str:
-        """The task's name, or that of the folder of prepared data."""
-        return str(self.config.get("data.task") or Path(str(self.config.get("data.path", "unknown"))).name)
+        """The task's name; of runs whose configuration does not say it, the folder of prepared data."""
+        return str(self.config.get("data.task") or self.config.get("data.path", "unknown"))
 
     @property
     def rounds_done(self) -> int:
@@ -75,6 +75,11 @@ class Run:
     def is_finished(self) -> bool:
         """Whether all rounds are done, or all that count."""
         return self.is_cut or (self.rounds_done > 0 and self.rounds_done >= self.rounds_wanted)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether any round was."""
+        return any(record.get("accuracy") is not None for record in self.records)
 
     @cached_property
     def metrics(self) -> list[str]:
