@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -21,14 +20,14 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
 """Kinds of tuning without tensors per layer: nothing to select from."""
 WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
-NOT_SET = "<not set>"
 RELEASED_STEPS = "server.variant released, its steps"
 """In the identity of runs since that variant has been what the published code computes; before, it was `paper`."""
 WITHOUT_EFFECT = (
-    *("run_dir", "trace", "data.path", "checkpoint.", "evaluate."),
+    *("run_dir", "trace", "data.", "checkpoint.", "evaluate."),
     *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),
 )
-"""Keys, and beginnings of keys, that do not determine a run's numbers."""
+"""Keys, and beginnings of keys, that do not determine a run's numbers; those of the data say where they are and what is
+expected of them, and their content counts by itself."""
 
 
 class Section(BaseModel):
@@ -401,8 +400,13 @@ class Config(Section):
             raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
         return self
 
+    def resolved(self, *, task: str, max_length: int) -> "Config":
+        """The configuration with what the prepared data say of themselves."""
+        data = self.data.model_copy(update={"task": task, "max_length": max_length})
+        return self.model_copy(update={"data": data})
+
     def to_yaml(self) -> str:
-        """The resolved configuration, as written to the run directory."""
+        """The configuration with every key."""
         return yaml_files.write(self.model_dump())
 
     @property
@@ -431,10 +435,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> list[str]:
-    """A line for each key in which two runs' identities differ, but for the configuration's digest."""
-    keys = sorted({*theirs, *ours} - {"sha256"})
-    pairs = {key: (theirs.get(key, NOT_SET), ours.get(key, NOT_SET)) for key in keys}
-    return [f"{key}: {old} {where}, {new} now" for key, (old, new) in pairs.items() if old != new]

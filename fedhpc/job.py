@@ -1,9 +1,10 @@
 """What a run is made of, checked before anything is trained: data, backbone shape, tuning, partition."""
 
+import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,23 +15,33 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedhpc.checkpoint import Checkpoints
-from fedhpc.config import RELEASED_STEPS, Config, differences
+from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 from fedhpc.device import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.exchange import Exchange
 from fedhpc.federation import count_packs
+from fedhpc.identity import (
+    MODEL,
+    OLD_DATA,
+    OLD_MODEL,
+    brief,
+    data_identity,
+    default_settings,
+    differences,
+    model_identity,
+)
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone
 from fedhpc.notices import notices
 from fedhpc.partition import Partition, make_partition
-from fedhpc.pretrained import BackboneShape, load_pretrained, load_tokenizer, read_shape
+from fedhpc.pretrained import BackboneShape, config_values, default_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.report import log
 from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState
 from fedhpc.stopping import StopRequest
 from fedhpc.tuning import Tuning, make_tuning
-from fedhpc.weights import model_sha256
+from fedhpc.weights import model_sha256, weights_sha256
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
 
@@ -49,16 +60,28 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What determines the run's numbers: configuration, digest of it, prepared data, model, the tuning's own files.
 
-        The model counts by its content, wherever it lies.
+        Files count by their content, wherever they are.
 
         Raises:
-            ModelError: its files cannot be read.
+            ModelError: the model's cannot be read.
         """
-        made_from = {"sha256": self.config.sha256, "data": self.data.description.sha256, **self.tuning.files}
-        model = self.config.model.name
-        identity = {**self.config.identity(), **made_from, "model.name sha256": load_pretrained(model_sha256, model)}
-        del identity["model.name"]
-        return identity
+        name, description = self.config.model.name, dataclasses.asdict(self.data.description)
+        model = model_identity(config_values(name), load_pretrained(weights_sha256, name))
+        return self._settings | data_identity(description) | model
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """In what the run that wrote a checkpoint differs, a line each; see :attr:`identity`."""
+        name, ours = self.config.model.name, self.identity
+        if OLD_MODEL in saved:
+            sums = {OLD_DATA: self.data.description.sha256, OLD_MODEL: load_pretrained(model_sha256, name)}
+            ours = self._settings | sums
+        defaults = default_settings() | {f"{MODEL}{key}": brief(value) for key, value in default_values(name).items()}
+        return differences(saved, ours, "in the checkpoint", defaults)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings = {**self.config.identity(), "sha256": self.config.sha256, **self.tuning.files}
+        return {key: value for key, value in settings.items() if key not in ("model.name", "tuning.sources")}
 
     @property
     def digest(self) -> str:
@@ -169,7 +192,7 @@ def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -
         ConfigError: the checkpoint belongs to another configuration.
         ModelError: the backbone's files cannot be read.
     """
-    checkpoints, ours = Checkpoints(job.config.run_dir), job.identity
+    checkpoints = Checkpoints(job.config.run_dir)
     if resume == "never":
         if checkpoints.positions():
             raise CheckpointError(
@@ -184,7 +207,7 @@ def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -
                 f"{checkpoints.folder} was written when server.variant: released computed what server.variant: paper "
                 "computes now; choose another run_dir"
             )
-        if differing := differences(saved, ours, "in the checkpoint"):
+        if differing := job.differences(saved):
             raise ConfigError(
                 f"{checkpoints.folder} was written with another configuration; change it back, or choose another "
                 "run_dir:\n  " + "\n  ".join(differing)

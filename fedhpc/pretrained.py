@@ -1,5 +1,6 @@
 """What transformers has stored of a model: its configuration, tokenizer and weights."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
 )
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig
@@ -77,6 +79,20 @@ def shape_of(name: str, config: Any) -> BackboneShape:
         initializer_range=getattr(config, "initializer_range", 0.02),
         max_positions=positions,
     )
+
+
+def config_values(name: str) -> dict[str, Any]:
+    """What a local or hub model's config.json holds; ModelError where it cannot be read."""
+
+    def read(model: str) -> Any:
+        return json.loads(Path(str(cached_file(model, CONFIG_NAME))).read_text(encoding="utf-8"))
+
+    return dict(load_pretrained(read, name))
+
+
+def default_values(name: str) -> dict[str, Any]:
+    """What counts where a local or hub model's config.json leaves something out."""
+    return dict(type(load_pretrained(AutoConfig.from_pretrained, name))().to_dict())
 
 
 def load_tokenizer(name: str) -> Any:

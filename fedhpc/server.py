@@ -61,7 +61,8 @@ class Server:
 
     def run(self, found: RunState | None) -> Op:
         """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
-        write_whole(self.files.config, self.config.to_yaml().encode())
+        resolved = self.config.resolved(task=self.description.task, max_length=self.description.max_length)
+        write_whole(self.files.config, resolved.to_yaml().encode())
         try:
             try:
                 self.state = self.fresh_state() if found is None else self.resumed_state(found)

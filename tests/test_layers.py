@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FLOORS = [
     {"__init__", "errors", "files", "seeding", "stopping", "background", "arguments", "yaml_files"},
     {"config", "jobenv", "quick_start", "weights", "last_layer"},
-    {"lock", "tables", "config_file", "notices", "pretrained"},
+    {"lock", "tables", "config_file", "notices", "pretrained", "identity"},
     {"data", "tasks", "partition", "metrics", "updates"},
     {"methods", "messages", "answers", "attention", "exact_sum", "overlay"},
     {"models", "encoding", "packing", "federation"},

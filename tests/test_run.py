@@ -381,10 +381,10 @@ def test_a_run_goes_on_where_its_model_lies_now_but_not_with_another(fedhpc, run
     tiny.write_backbone(folder, seed=1)
     status, _, err = fedhpc("run", config, *more, "--set", "federation.rounds=3")
     assert status == 2
-    assert "model.name sha256" in err
+    assert "backbone: weights: content" in err
     status, _, err = fedhpc("predict", run_dir(config), "--text", "the place was dull")
     assert status == 2
-    assert "model.name sha256" in err
+    assert "backbone: weights: content" in err
 
 
 class TestBadInput:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import h5py
 
-from fedhpc.config import differences
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in
+from fedhpc.identity import DATA, OLD_DATA, OLD_MODEL, data_identity, differences
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
 
@@ -128,24 +128,19 @@ def _foreign(cell: Cell) -> str | None:
     except ConfigError as error:
         return str(error)
     differing = differences(theirs, cell.config.identity(), "there")
-    data = _data_of(cell.run_dir), _data_in(Path(cell.config.data.path))
-    if None not in data and data[0] != data[1]:
-        differing.append(f"other data there than in data.path: {cell.config.data.path} now")
+    with suppress(OSError, KeyError, ValueError):  # no checkpoint yet, or data that are not here any more
+        differing += _data_differences(cell)
     return f"{cell.run_dir}: {'; '.join(differing)}" if differing else None
 
 
-def _data_of(run_dir: Path) -> str | None:
-    """The checksum of the data of a run, as its newest checkpoint has it."""
-    checkpoints = run_dir / "checkpoints"
-    with suppress(OSError, KeyError, ValueError):
-        newest = checkpoints / (checkpoints / "LATEST").read_text().strip()
-        with h5py.File(newest / "server.h5", locking=False) as state:
-            return str(json.loads(state.attrs["config"])["data"])
-    return None
-
-
-def _data_in(path: Path) -> str | None:
-    """The checksum of prepared data."""
-    with suppress(OSError, KeyError, ValueError):
-        return str(json.loads((path / "description.json").read_text(encoding="utf-8"))["sha256"])
-    return None
+def _data_differences(cell: Cell) -> list[str]:
+    """In what the data of a run, as its newest checkpoint has them, differ from those in `data.path`."""
+    checkpoints, description = cell.run_dir / "checkpoints", Path(cell.config.data.path) / "description.json"
+    found = json.loads(description.read_text(encoding="utf-8"))
+    newest = checkpoints / (checkpoints / "LATEST").read_text().strip()
+    with h5py.File(newest / "server.h5", locking=False) as state:
+        saved = json.loads(state.attrs["config"])
+    if OLD_MODEL in saved:
+        return differences({OLD_DATA: saved[OLD_DATA]}, {OLD_DATA: found["sha256"]}, "there")
+    theirs = {key: value for key, value in saved.items() if key.startswith(DATA)}
+    return differences(theirs, data_identity(found), "there")
