@@ -157,9 +157,21 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
             raise ConfigError(f"run_dir: {path} is in the way: it is not a {'folder' if is_folder else 'plain file'}")
 
 
+def job_notices(job: Job) -> list[str]:
+    """What the user should know about configuration and data although it is no error."""
+    found, strategy = notices(job.config), job.config.selection.strategy
+    if strategy in ("score", "lowest_score") and max(map(len, job.partition.train)) < 2:
+        found.append(
+            f"selection.strategy: {strategy} compares the examples of a device, and with federation.num_devices: "
+            f"{job.config.federation.num_devices} none has two: all layers score alike; take fewer devices or another "
+            "strategy"
+        )
+    return found
+
+
 def log_notices(job: Job, num_workers: int) -> None:
     """Say what the user should know although it is no error."""
-    for notice in notices(job.config):
+    for notice in job_notices(job):
         log.warning("%s", notice)
     if (idle := num_workers - job.config.federation.num_devices) > 0:
         log.warning(

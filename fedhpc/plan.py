@@ -8,10 +8,9 @@ import numpy as np
 from fedhpc.config import Config
 from fedhpc.encoding import make_encoding
 from fedhpc.federation import Homes, batches_per_epoch, count_packs, population
-from fedhpc.job import Job, check_data, check_run_dir, load_job
+from fedhpc.job import Job, check_data, check_run_dir, job_notices, load_job
 from fedhpc.messages import HEADER, UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
-from fedhpc.notices import notices
 from fedhpc.pretrained import count_parameters
 from fedhpc.report import human_bytes
 from fedhpc.selection import num_selected
@@ -45,7 +44,7 @@ def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) 
         _stop(job, num_workers),
         _placement(job, ranks),
         _time(job, num_workers, examples_per_second),
-        [f"note: {notice}" for notice in notices(config)],
+        [f"note: {notice}" for notice in job_notices(job)],
     )
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
 

@@ -16,6 +16,8 @@ from fedhpc.messages import MAX_LAYERS
 from fedhpc.seeding import generator
 
 EIGENVALUE_OFFSET = 1e-5
+ROUNDING = 1e-6
+"""Scores that differ by less, relative to the largest, are the same: hidden states are float32 at best."""
 SCORED = ("score", "lowest_score", "sensitivity")
 """Strategies that rank the layers by what every device finds on one batch."""
 
@@ -72,6 +74,20 @@ def check_selection(config: SelectionConfig, num_layers: int) -> None:
             raise ConfigError(f"selection.layers: {outside} not in the backbone; valid: 0 to {num_layers - 1}")
     elif config.strategy != "all" and config.ratio != "auto":
         num_selected(config.ratio, num_layers)
+
+
+def undecided_layers(
+    config: SelectionConfig, *, ratio: float, num_layers: int, scores: NDArray[np.float64]
+) -> list[int]:
+    """Layers of one score, to rounding, of which some are selected and some are not; none where scores decide."""
+    count = num_selected(ratio, num_layers)
+    if count == num_layers:
+        return []
+    rising = np.sort(scores)
+    last = count if config.strategy == "lowest_score" else num_layers - count
+    border = rising[last - 1]
+    alike = np.abs(scores - border) <= ROUNDING * np.abs(scores).max()
+    return np.flatnonzero(alike).tolist() if rising[last] - border <= ROUNDING * np.abs(scores).max() else []
 
 
 def choose_layers(

@@ -27,7 +27,7 @@ from fedhpc.metrics import score
 from fedhpc.packing import choose_pack, largest_pack
 from fedhpc.report import Progress, RunFiles, human_bytes, log
 from fedhpc.saving import CheckpointWriter
-from fedhpc.selection import SCORED, choose_layers, global_scores
+from fedhpc.selection import SCORED, choose_layers, global_scores, undecided_layers
 from fedhpc.soundness import check_finite, sift, warn_of_growth
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
@@ -355,9 +355,19 @@ class Server:
         }
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
-        return choose_layers(
-            self.config.selection, ratio=ratio, num_layers=self.num_layers, seed=self.config.seed, scores=scores
-        )
+        selection, num_layers = self.config.selection, self.num_layers
+        layers = choose_layers(selection, ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
+        if scores is not None and (
+            alike := undecided_layers(selection, ratio=ratio, num_layers=num_layers, scores=scores)
+        ):
+            log.warning(
+                "selection.strategy: %s does not tell layers %s apart, their score is %.6g; those with the lower index "
+                "are exchanged first",
+                selection.strategy,
+                alike,
+                scores[alike[0]],
+            )
+        return layers
 
     def _log_start(self, state: RunState, *, resumed: bool) -> None:
         done, rounds = state.server.round, self.config.federation.rounds

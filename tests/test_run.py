@@ -336,6 +336,19 @@ def test_a_run_that_learns_is_not_warned_about(fedhpc, run_config, method):
     assert "grows without bound" not in err
 
 
+def test_layers_that_all_score_alike_are_not_chosen_silently(fedhpc, run_config):
+    """One example a device: its similarity to itself is 1 in every layer, and so is 1 / 1."""
+    config = run_config(federation={"num_devices": 240, "sample_rate": 0.01, "rounds": 1, "partition": "iid"})
+    status, _, err = fedhpc("run", config)
+    assert status == 0
+    assert "with federation.num_devices: 240 none has two: all layers score alike" in err
+    assert "does not tell layers [0, 1, 2, 3] apart, their score is 1; those with the lower index" in err
+    assert "none has two" in fedhpc("plan", config, "--ranks", 2)[1]
+    _, _, err = fedhpc("run", run_config("other"))
+    assert "alike" not in err
+    assert "apart" not in err
+
+
 def test_a_run_that_grows_without_bound_is_warned_about(fedhpc, run_config):
     config = run_config(
         server__variant="paper", device__learning_rate=0.0005, federation__rounds=10, selection__strategy="all"

@@ -3,7 +3,7 @@ import pytest
 
 from fedhpc.config import SelectionConfig
 from fedhpc.errors import ConfigError
-from fedhpc.selection import check_selection, choose_layers, global_scores, layer_score, num_selected
+from fedhpc.selection import check_selection, choose_layers, global_scores, layer_score, num_selected, undecided_layers
 
 SCORES = np.array([3.0, 5.0, 1.0, 5.0, 4.0, 1.0])
 
@@ -48,6 +48,19 @@ def test_global_score_weighs_devices_by_their_examples():
 def test_highest_scores_are_chosen_and_ties_go_to_the_lower_index():
     assert [choose("score", count) for count in (1, 2, 3)] == [(1,), (1, 3), (1, 3, 4)]
     assert [choose("lowest_score", count) for count in (1, 2, 3)] == [(2,), (2, 5), (0, 2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "alike"),
+    [("score", 1, [1, 3]), ("score", 2, []), ("score", 3, []), ("lowest_score", 1, [2, 5]), ("lowest_score", 2, [])],
+)
+def test_layers_that_scores_do_not_decide_on(strategy, count, alike):
+    config, facts = SelectionConfig(strategy=strategy), {"ratio": count / len(SCORES), "num_layers": len(SCORES)}
+    rounded = SCORES * (1 + 1e-9 * np.arange(len(SCORES)))
+    assert (
+        undecided_layers(config, scores=SCORES, **facts) == undecided_layers(config, scores=rounded, **facts) == alike
+    )
+    assert undecided_layers(config, scores=SCORES, ratio=1.0, num_layers=len(SCORES)) == []
 
 
 def test_strategies_without_scores():
