@@ -285,7 +285,7 @@ class ExchangeConfig(Section):
     control variates stay with the devices."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the uploads. In 16 bits a device sends its change, and adds what rounding took away to its next one."""
-    timeout_s: Annotated[float, Field(gt=0, le=1e9)] = 1800.0
+    timeout_s: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
     """The job ends when a rank has not been heard of for so long; longer than the longest single local step."""
     on_rank_failure: Literal["stop", "continue"] = "stop"
     """`continue`, under an MPI with ULFM: the surviving ranks go on from the last checkpoint."""

@@ -88,6 +88,7 @@ def test_a_circle_of_bases_ends(write):
         ("federation.sample_rate=1.5", ["federation.sample_rate", "1"]),
         ("server.method=fedsgd", ["server.method", "fedavg", "fedpeptao", "'fedsgd'"]),
         ("model.dtype=int8", ["model.dtype", "bfloat16"]),
+        ("exchange.timeout_s=1e-8", ["exchange.timeout_s", "greater than or equal to 1"]),
         ("selection.ratio=0", ["selection.ratio", "greater than 0"]),
         ("selection.layers=[1]", ["selection.layers", "explicit"]),
         ("selection={strategy: explicit, layers: [1, 1]}", ["selection.layers", "once"]),
