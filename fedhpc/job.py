@@ -32,6 +32,7 @@ from fedhpc.identity import (
     model_identity,
 )
 from fedhpc.jobenv import JobEnvironment
+from fedhpc.limits import check_lengths
 from fedhpc.models import Backbone
 from fedhpc.notices import notices
 from fedhpc.partition import Partition, make_partition
@@ -103,9 +104,10 @@ def load_job(config: Config) -> Job:
     """
     data = PreparedData.open(config.data.path, verify=False)
     _check_data(config, data)
+    _check_attention(config, data)
     shape = read_shape(config.model.name)
     check_selection(config.selection, shape.num_layers)
-    _check_positions(config, data, shape)
+    check_lengths(config, data.description, shape)
     tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
     return Job(config=config, data=data, shape=shape, tuning=tuning, partition=_partition(config, data))
 
@@ -308,13 +310,13 @@ def _check_data(config: Config, data: PreparedData) -> None:
             )
 
 
-def _check_positions(config: Config, data: PreparedData, shape: BackboneShape) -> None:
-    words = data.description.word_ids
-    longest = max(split["longest"] for split in data.description.splits.values()) + max(map(len, words), default=1) - 1
-    needed = longest + config.tuning.tokens_before_text
-    if shape.max_positions is not None and needed > shape.max_positions:
+def _check_attention(config: Config, data: PreparedData) -> None:
+    attention = config.model.attention
+    if attention == "sdpa":
+        return
+    if any(len(ids) > 1 for ids in data.description.word_ids):
         raise ConfigError(
-            f"tuning.num_tokens: {config.tuning.num_tokens} prompt positions and texts of up to {longest} tokens "
-            f"exceed the {shape.max_positions} positions of {config.model.name}; prepare the data with a smaller "
-            "--max-length, use fewer tokens, or set tuning.position_offset: false"
+            f"model.attention: {attention} cannot score class words of several tokens; use model.attention: sdpa"
         )
+    if config.tuning.kind == "late_prompt":
+        raise ConfigError(f"model.attention: {attention} takes no tuning.kind: late_prompt; use sdpa")

@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         self._layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._hooks = Hooks(self._layers)
         self._last_layer: LastLayer | None = None
-        self._check(config, tuning, data)
+        self._check(config, tuning)
         if self.word_head is not None and not self.answers.needs_vocabulary:
             _keep_words(self.model, self.answers.first_tokens)
 
@@ -209,9 +209,8 @@ class Backbone(nn.Module):
         return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
 
     @torch.no_grad()
-    def _check(self, config: ModelConfig, tuning: TuningConfig, data: Description) -> None:
+    def _check(self, config: ModelConfig, tuning: TuningConfig) -> None:
         """Refuse what would give wrong numbers without an error; what a tuning needs, `Tuning.check` looks for."""
-        _check_attention(self.base.config, config, tuning, data, self.answers)
         who = f"model.name: {config.name}: a {self.base.config.model_type} model"
         no_padding = int(getattr(self.base.config, "pad_token_id", None) == 0)  # which has a position of its own
         ids = torch.full((1, 2), no_padding, device=self.torch_device)
@@ -282,29 +281,6 @@ def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """16-bit numbers as float32, others as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _check_attention(
-    backbone: Any, config: ModelConfig, tuning: TuningConfig, data: Description, answers: Answers
-) -> None:
-    """Refuse texts and answers whose attention mask the chosen kernel or a sliding window cannot express."""
-    flash = config.attention != "sdpa"
-    if flash and answers.branch_tokens:
-        raise ModelError(
-            f"model.attention: {config.attention} cannot score class words of several tokens; use model.attention: sdpa"
-        )
-    window = getattr(backbone, "sliding_window", None)
-    longest = max((split["longest"] for split in data.splits.values()), default=0) + tuning.tokens_in_attention
-    late = tuning.kind == "late_prompt"
-    if flash and late:
-        raise ModelError(f"model.attention: {config.attention} takes no tuning.kind: late_prompt; use sdpa")
-    if window is not None and longest > window and (flash or late or answers.branch_tokens):
-        reason = f"model.attention: {config.attention}" if flash else "class words of several tokens"
-        reason = "tuning.kind: late_prompt" if late else reason
-        raise ModelError(
-            f"model.name: {config.name} attends to {window} positions at a time, but texts and prompts have up to "
-            f"{longest}; {reason} cannot handle that; prepare the data with a smaller --max-length"
-        )
 
 
 @contextmanager

@@ -45,6 +45,10 @@ class BackboneShape:
     hidden_size: int
     initializer_range: float
     max_positions: int | None
+    sliding_window: int | None = None
+    """Positions that a layer attends to at a time, where that is not all of them."""
+    vocabulary_size: int | None = None
+    """Rows of the word embeddings."""
 
     @property
     def key_width(self) -> int:
@@ -66,9 +70,10 @@ def shape_of(name: str, config: Any) -> BackboneShape:
             "text encoder or decoder is needed"
         )
     heads = config.num_attention_heads
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     if positions is not None and config.model_type in POSITIONS_COUNT_TOKENS:
         positions -= config.pad_token_id + 1
+    windows = [getattr(layer, "sliding_window", None) for layer in getattr(config, "per_layer_config", [config])]
     return BackboneShape(
         name=name,
         num_layers=config.num_hidden_layers,
@@ -78,6 +83,8 @@ def shape_of(name: str, config: Any) -> BackboneShape:
         hidden_size=config.hidden_size,
         initializer_range=getattr(config, "initializer_range", 0.02),
         max_positions=positions,
+        sliding_window=min(filter(None, windows), default=None),
+        vocabulary_size=getattr(config, "vocab_size", None),
     )
 
 

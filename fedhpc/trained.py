@@ -1,6 +1,5 @@
 """What a run has tuned, as of its newest valid checkpoint."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,6 +10,7 @@ from fedhpc.checkpoint import LOCAL, Checkpoints, Position, files_of
 from fedhpc.config_file import load_config
 from fedhpc.errors import CheckpointError
 from fedhpc.job import Job, checked_tokenizer, load_job, load_state
+from fedhpc.limits import most_tokens
 from fedhpc.report import RunFiles
 from fedhpc.state_file import RunState
 from fedhpc.tasks import Kind, TextEncoder
@@ -29,13 +29,15 @@ class Trained:
     tensors: dict[str, np.ndarray]
     """Whole, by the names that the tuning gives them."""
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a new text is cut to."""
+        return most_tokens(self.job.config, self.job.data.description, self.job.shape)
+
     def text_encoder(self) -> TextEncoder:
-        """What puts and cuts new text as the prepared data were, and to the positions that the backbone has."""
-        job, found = self.job, self.job.data.description
-        taken = job.config.tuning.tokens_before_text + max(map(len, found.word_ids), default=1) - 1
-        max_length = min(found.max_length, (job.shape.max_positions or math.inf) - taken)
-        tokenizer = checked_tokenizer(job)
-        return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=int(max_length))
+        """What puts and cuts new text as the prepared data were."""
+        found, tokenizer = self.job.data.description, checked_tokenizer(self.job)
+        return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=self.max_length)
 
 
 def load_trained(run_dir: str, device: int | None = None) -> Trained:

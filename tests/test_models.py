@@ -1,6 +1,5 @@
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from backbones import (
     VOCABULARY,
     WORDS,
     cached_logits,
-    describe,
     load_backbone,
     load_plain,
     make_batch,
@@ -46,9 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from fedhpc import models, pretrained
-from fedhpc.answers import Answers
-from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc import pretrained
 from fedhpc.errors import ModelError
 from fedhpc.pretrained import count_parameters, load_tokenizer, read_shape
 
@@ -511,31 +507,6 @@ def test_configurations_of_other_kinds_are_refused(tmp_path):
     T5Config(d_model=32, num_layers=2, num_heads=4).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_backbone(tmp_path, "gpt2")
-
-
-def test_flash_attention_refuses_words_of_several_tokens():
-    with pytest.raises(ModelError, match=r"class words of several tokens; use model\.attention: sdpa"):
-        check_attention("flash_attention_2", words=LONG_WORDS)
-
-
-def check_attention(attention, *, words=WORDS, window=None, longest=12, kind="prompt"):
-    models._check_attention(
-        SimpleNamespace(sliding_window=window),
-        ModelConfig(name="toy", dtype="bfloat16", attention=attention),
-        TuningConfig(kind=kind, num_tokens=NUM_TOKENS),
-        describe("llama", words=words, longest=longest),
-        Answers(words),
-    )
-
-
-def test_texts_longer_than_a_sliding_window():
-    check_attention("flash_attention_2", window=16, longest=12)
-    check_attention("sdpa", window=16, longest=13)
-    check_attention("flash_attention_2", window=16, longest=16, kind="lora")  # it has no tokens of its own
-    with pytest.raises(ModelError, match=r"16 positions at a time.* up to 17; model\.attention: flash_attention_2"):
-        check_attention("flash_attention_2", window=16, longest=13)
-    with pytest.raises(ModelError, match="class words of several tokens cannot handle that"):
-        check_attention("sdpa", words=LONG_WORDS, window=16, longest=13)
 
 
 def test_spreading_over_gpus_without_accelerate_names_the_extra(folders, monkeypatch):

@@ -4,15 +4,19 @@ import json
 import shutil
 from dataclasses import replace
 
+import backbones
 import h5py
 import numpy as np
 import pytest
 import tiny
 import yaml
 from safetensors.numpy import load_file
+from test_export import make_trained
+from test_tasks import gpt_like
 
 from fedhpc import cli
 from fedhpc.config_file import load_config
+from fedhpc.data import tokenizer_fingerprint
 from fedhpc.job import load_job
 from fedhpc.predict import class_probabilities
 from fedhpc.trained import load_trained
@@ -117,6 +121,27 @@ def test_too_long_a_text_is_cut(finished, max_length):
     found = class_probabilities(trained, [{"a": " ".join(words)} for words in texts])
     assert np.allclose(found[1:3], found[0], rtol=0, atol=1e-6)
     assert not np.allclose(found[3], found[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("head", "words"), [("linear", None), ("verbalizer", [[7], [4, 9, 12], [5]])])
+def test_a_cut_text_fits_with_what_stands_beside_it(tmp_path, head, words):
+    """GPT-2 has a row for each of its 64 positions and no more."""
+    tokenizer = gpt_like()
+    path = backbones.save_backbone(tmp_path, "gpt2", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(path)
+    description = replace(
+        backbones.describe("gpt2", words=words or [[]] * 3, head=head, longest=128),
+        template="{a}",
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+    )
+    trained = make_trained(path, description)
+    letters = "abcdefgh" * 20
+    num_letters = 64 - backbones.NUM_TOKENS - (0 if head == "linear" else 2)
+    whole, cut, shorter = class_probabilities(
+        trained, [{"a": letters}, {"a": letters[:num_letters]}, {"a": letters[: num_letters - 1]}]
+    )
+    assert np.allclose(whole, cut, rtol=0, atol=1e-6)
+    assert not np.allclose(whole, shorter, rtol=0, atol=1e-4)
 
 
 def test_a_task_of_two_texts_takes_two(fedhpc, predict, world, tmp_path):

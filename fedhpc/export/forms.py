@@ -98,8 +98,8 @@ def _check_prefix(trained: Trained, model: Any, num_tokens: int) -> None:
         raise ModelError(
             f"{who} hands prompts over as past_key_values, which a {model.config.model_type} model does not take"
         )
-    window = getattr(model.config, "sliding_window", None)
-    longest = trained.job.data.description.max_length + num_tokens
+    window = trained.job.shape.sliding_window
+    longest = trained.max_length + num_tokens
     if window is not None and longest > window:
         raise ModelError(
             f"{who} counts prompts into the window of {window} positions, but texts and prompts have up to {longest}; "

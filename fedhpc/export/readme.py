@@ -19,7 +19,7 @@ Tuned with fedhpc: {whose} after {rounds} rounds, as `tuning.kind: {tuning}`. Th
 {snippet}
 ```
 
-The template is `{template}`. In training, texts were cut to {max_length} tokens, from the end of the longest field.
+The template is `{template}`. Texts are cut to {max_length} tokens, from the end of the longest field.
 Batches are padded on the right, with an `attention_mask`.
 """
 WITH_POSITIONS = """
@@ -43,7 +43,7 @@ def readme(trained: Trained, form: PeftForm, encoder: TextEncoder) -> str:
         tuning=job.config.tuning.kind,
         snippet="\n".join(_snippet(trained, form, encoder)),
         template=description.template,
-        max_length=description.max_length,
+        max_length=trained.max_length,
     )
     if form.first_position is not None:
         text += WITH_POSITIONS
