@@ -23,20 +23,20 @@ from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprin
 from fedhpc.errors import EXIT_USER_ERROR, DataError, ModelError, UserError
 from fedhpc.seeding import generator
 from fedhpc.tables import Record, read_table
-from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, TextEncoder, find_word_ids, load_task
+from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, load_task, template_fields
+from fedhpc.texts import Texts, encode, text_fields
+from fedhpc.tokens import TextEncoder, check_known, find_word_ids
 from fedhpc.yaml_files import YAML_ERRORS, read_value
 
-HEADERLESS = {"cola": ["source", "label", "star", "sentence"]}
 PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
 PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
-BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """The examples of one split, read and checked."""
 
-    texts: list[dict[str, str]]
+    texts: Texts
     labels: list[int]
 
 
@@ -87,10 +87,8 @@ def refuse_pickle(file: Path) -> None:
 
 def _read_file(task: Task, file: Path) -> Rows:
     refuse_pickle(file)
-    headerless = HEADERLESS.get(task.name, []) if task in TASKS.values() else []
-    known = [name for field in task.columns for name in task.column_names(field)]
-    records, first_line = read_table(file, headerless=headerless, known=known)
-    return _rows(task, str(file), records, first_line=first_line)
+    records, first_line = read_table(file, headerless=task.headerless, labels=task.classes)
+    return _rows(task, f"{file} line", records, first=first_line)
 
 
 def _load_datasets(source: str) -> Any:
@@ -126,36 +124,27 @@ def _read_datasets(task: Task, source: str, dataset: Any) -> dict[str, Rows]:
         if found is None:
             raise DataError(f"{source} has no {split} split: looked for {', '.join(names)}, has {', '.join(dataset)}")
         examples = dataset[found].with_format(None)
-        rows[split] = _rows(task, f"{source} {found}", examples, first_line=0, features=examples.features)
+        rows[split] = _rows(task, f"{source} {found} row", examples, first=0, features=examples.features)
     return rows
 
 
 def _rows(
-    task: Task, origin: str, records: Iterable[Record], *, first_line: int, features: Mapping[str, Any] | None = None
+    task: Task, unit: str, records: Iterable[Record], *, first: int, features: Mapping[str, Any] | None = None
 ) -> Rows:
-    rows = Rows(texts=[], labels=[])
-    classes = {name: index for index, name in enumerate(task.classes)}
+    rows, labels = [], []
+    places = {value: place for place, value in enumerate(task.classes)}
     columns: dict[str, str] = {}
     try:
         for record in records:
             columns = columns or {name: _resolve(task, name, list(record)) for name in task.columns}
-            values: dict[str, Any] = {name: record.get(column) for name, column in columns.items()}
-            label = _label(values.pop("label"), features and features[columns["label"]], classes)
-            if label not in classes:
-                problem = f"unknown label {label!r}" if label else f"no label in column {columns['label']!r}"
-                raise ValueError(f"{problem}; valid are {', '.join(classes)}")
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    raise ValueError(f"column {columns[name]!r} holds {value!r}, expected text")
-                value.encode()  # half a surrogate pair is no text
-            rows.texts.append(values)
-            rows.labels.append(classes[label])
+            column = columns["label"]
+            labels.append(places[_label(task, record.get(column), column, features and features[column])])
+            rows.append(text_fields(record, {name: columns[name] for name in task.fields}))
     except ValueError as error:
-        number = first_line + len(rows.labels)
-        raise DataError(f"{origin} {'row' if features else 'line'} {number}: {error}") from error
-    if not rows.labels:
-        raise DataError(f"{origin} holds no examples")
-    return rows
+        raise DataError(f"{unit} {first + len(rows)}: {error}") from error
+    if not rows:
+        raise DataError(f"{unit.rpartition(' ')[0]} holds no examples")
+    return Rows(texts=Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows), labels=labels)
 
 
 def _resolve(task: Task, field: str, available: list[str]) -> str:
@@ -166,15 +155,21 @@ def _resolve(task: Task, field: str, available: list[str]) -> str:
     raise ValueError(f"no column {wanted!r}, which task {task.name} needs; there are {', '.join(available)}")
 
 
-def _label(value: Any, feature: Any, classes: Mapping[str, int]) -> str:
-    """A label as the task writes it; numbered classes count by their names where the task knows one of these."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    class_names = getattr(feature, "names", ())
-    if isinstance(value, int) and 0 <= value < len(class_names):
-        known = [next((text for text in (name, name.lower()) if text in classes), None) for name in class_names]
-        return (known[value] or class_names[value]) if any(known) else str(value)
-    return "" if value is None else str(value)
+def _label(task: Task, value: Any, column: str, feature: Any) -> str:
+    """A label as the task writes it; numbered classes that have names count by these. ValueError for any other."""
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"column {column!r} holds a {type(value).__name__}, expected a label")
+    name, names = "" if value is None else str(value), getattr(feature, "names", ())
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        # The author of a task file that knows none of the names has written numbers.
+        by_number = not task.is_built_in and not any(task.label(other) or other.isdigit() for other in names)
+        name = name if by_number else names[value]
+    label = task.label(name)
+    if label is None:
+        problem = f"unknown label {name!r}" if name else f"no label in column {column!r}"
+        valid = ", ".join(task.classes) + (f"; or by name {', '.join(task.class_names)}" if task.class_names else "")
+        raise ValueError(f"{problem}; valid are {valid}")
+    return label
 
 
 def load_backbone(name: str) -> Backbone:
@@ -222,18 +217,20 @@ def limit(rows: Rows, count: int | None, seed: int) -> Rows:
     if count is None or count >= len(rows.labels):
         return rows
     chosen = np.sort(generator(seed, purpose="limit-train").choice(len(rows.labels), count, replace=False))
-    return Rows(texts=[rows.texts[index] for index in chosen], labels=[rows.labels[index] for index in chosen])
+    numbers, texts = ([part[index] for index in chosen] for part in (rows.texts.numbers, rows.texts.rows))
+    labels = [rows.labels[index] for index in chosen]
+    return Rows(texts=Texts(unit=rows.texts.unit, numbers=numbers, rows=texts), labels=labels)
 
 
-def encode(rows: Rows, encoder: TextEncoder, pad_id: int, title: str) -> tuple[Split, int]:
+def tokenise(rows: Rows, encoder: TextEncoder, vocabulary_size: int, pad_id: int, title: str) -> tuple[Split, int]:
     """Tokenise one split; also tells how many examples were shortened."""
     encoded: list[tuple[np.ndarray, int]] = []
     num_shortened = 0
-    for start in tqdm(range(0, len(rows.texts), BATCH), desc=title, unit_scale=BATCH, unit=" ex", disable=None):
-        for example in encoder(rows.texts[start : start + BATCH]):
-            ids = np.array(example.ids, np.int32)  # the list is ten times as large
-            encoded.append((ids, example.slot))
-            num_shortened += example.truncated
+    examples = encode(rows.texts.rows, rows.texts.place, encoder, vocabulary_size)
+    for example in tqdm(examples, total=len(rows.labels), desc=title, unit=" ex", disable=None):
+        ids = np.array(example.ids, np.int32)  # the list is ten times as large
+        encoded.append((ids, example.slot))
+        num_shortened += example.truncated
     return Split.of(encoded, rows.labels, pad_id=pad_id), num_shortened
 
 
@@ -249,17 +246,18 @@ def prepare(arguments: argparse.Namespace) -> str:
         if not backbone.can_score_words:
             raise ModelError(f"model {arguments.model!r} has no language-model head to score words; use --head linear")
         word_ids = find_word_ids(list(task.classes.values()), template, backbone.tokenizer, kind=backbone.kind)
+        for word, ids in zip(task.classes.values(), word_ids, strict=True):
+            check_known(f"class word {word!r}", ids, backbone.tokenizer, backbone.vocabulary_size)
     source = read_source(task, arguments.source)
+    for rows in source.values():
+        rows.texts.check_blank(template_fields(template))
     source["train"] = limit(source["train"], arguments.limit_train, arguments.seed)
 
     encoder = TextEncoder(template, backbone.tokenizer, kind=backbone.kind, max_length=arguments.max_length)
     tokenizer = backbone.tokenizer
     usual = (tokenizer.pad_token_id, tokenizer.eos_token_id)  # a model may know neither
     pad_id = next((i for i in usual if i is not None and i < backbone.vocabulary_size), 0)
-    encoded = {name: encode(rows, encoder, pad_id, name) for name, rows in source.items()}
-    largest = max(int(split.tokens.max()) for split, _ in encoded.values())
-    if largest >= backbone.vocabulary_size:
-        raise ModelError(f"the tokenizer gives token {largest}, the model knows {backbone.vocabulary_size} tokens")
+    encoded = {name: tokenise(rows, encoder, backbone.vocabulary_size, pad_id, name) for name, rows in source.items()}
     description = write_prepared(
         arguments.out,
         {

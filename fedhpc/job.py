@@ -41,6 +41,7 @@ from fedhpc.report import log
 from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState
 from fedhpc.stopping import StopRequest
+from fedhpc.tokens import check_known
 from fedhpc.tuning import Tuning, make_tuning
 from fedhpc.weights import model_sha256, weights_sha256
 
@@ -116,10 +117,15 @@ def check_data(job: Job) -> None:
     """The dearer checks, for one rank: the data's checksums and the tokenizer.
 
     Raises:
-        DataError: the data were altered, or prepared with another tokenizer.
+        DataError: the data were altered, prepared with another tokenizer, or have tokens that the model does not know.
     """
-    PreparedData.open(job.config.data.path, verify=True)
-    checked_tokenizer(job)
+    data = PreparedData.open(job.config.data.path, verify=True)
+    tokenizer, found, model = checked_tokenizer(job), job.data.description, job.config.model.name
+    tokens = {"padding": [found.pad_id]}
+    tokens |= {f"class word {word!r}": ids for word, ids in zip(found.class_words, found.word_ids, strict=True)}
+    tokens |= {f"split {name}": [int(data.split(name).tokens.max())] for name in found.splits}
+    for what, ids in tokens.items():
+        check_known(f"model.name: {model}: {what} of {data.path}", ids, tokenizer, job.shape.vocabulary_size)
 
 
 def checked_tokenizer(job: Job) -> Any:

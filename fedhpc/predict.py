@@ -1,7 +1,7 @@
 """`fedhpc predict`: class and probability for new text."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,13 @@ from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.job import choose_torch_device
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.models import Backbone
-from fedhpc.tables import JSON_LINES, Record, read_lines, read_table
-from fedhpc.tasks import TASKS, template_fields
+from fedhpc.tables import TABLES, Record, read_lines, read_table
+from fedhpc.tasks import TASKS, Task, template_fields
+from fedhpc.texts import Row, Texts, encode, text_fields
 from fedhpc.trained import Trained, load_trained
 
-TABLES = (".tsv", *JSON_LINES)
-OTHER_TABLES = (".csv", ".parquet", ".xlsx", ".xls")
 USUAL_COLUMNS = ("text", "sentence")
 """Where a task of one text may have it, if not in a column of the field's name."""
-
-Row = Mapping[str, str]
-"""Template field -> text."""
 
 
 def predict_text(
@@ -49,26 +45,34 @@ def predict_text(
     trained = load_trained(run_dir, device)
     description = trained.job.data.description
     fields = template_fields(description.template)
-    rows = list(_checked(_given(texts, fields) if file is None else _read(Path(file), description, fields)))
-    if not rows:
+    given = _given(texts, fields) if file is None else _read(Path(file), description, fields)
+    if not given.rows:
         raise DataError(f"{file}: holds no text")
-    probabilities = class_probabilities(trained, rows)
-    records = (_record(*pair, description, all_classes) for pair in zip(rows, probabilities, strict=True))
+    given.check_blank(fields)
+    probabilities = class_probabilities(trained, given.rows, given.place)
+    records = (_record(*pair, description, all_classes) for pair in zip(given.rows, probabilities, strict=True))
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def class_probabilities(trained: Trained, rows: Sequence[Row]) -> NDArray[np.float32]:
-    """Probabilities [n, C] of texts that are put and cut as the prepared data were."""
+def class_probabilities(
+    trained: Trained, rows: Sequence[Row], place: Callable[[int], str] = "text {}".format
+) -> NDArray[np.float32]:
+    """Probabilities [n, C] of texts that are put and cut as the prepared data were.
+
+    Args:
+        place: says by its index where a text comes from, if it has to be refused.
+    """
     job, description = trained.job, trained.job.data.description
-    encoded = [(example.ids, example.slot) for example in trained.text_encoder()(rows)]
+    examples = encode(rows, place, trained.text_encoder(), job.shape.vocabulary_size)
+    encoded = [(example.ids, example.slot) for example in examples]
     split = Split.of(encoded, [0] * len(rows), pad_id=description.pad_id)
     backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, JobEnvironment()))
     if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
         job.tuning.check(backbone)
     batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)
     found = np.empty((len(rows), len(description.class_names)), np.float32)
-    for examples, scores in class_scores(backbone, job.tuning, trained.tensors, split, batches):
-        found[examples] = scores.softmax(1).cpu().numpy()
+    for indices, scores in class_scores(backbone, job.tuning, trained.tensors, split, batches):
+        found[indices] = scores.softmax(1).cpu().numpy()
     return found
 
 
@@ -83,60 +87,58 @@ def _record(
     return record
 
 
-def _given(texts: Sequence[Sequence[str]], fields: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _given(texts: Sequence[Sequence[str]], fields: Sequence[str]) -> Texts:
+    rows = []
     for number, values in enumerate(texts, 1):
-        where = f"--text {number}"
         if len(values) != len(fields):
             raise DataError(
-                f"{where}: {len(values)} texts given, this task takes {len(fields)}: {', '.join(fields)}; write --text "
-                + " ".join(field.upper() for field in fields)
+                f"--text {number}: {len(values)} texts given, this task takes {len(fields)}: {', '.join(fields)}; "
+                "write --text " + " ".join(field.upper() for field in fields)
             )
-        yield where, dict(zip(fields, values, strict=True))
+        rows.append(dict(zip(fields, values, strict=True)))
+    return _texts("--text", rows, {field: [field] for field in fields})
 
 
-def _read(file: Path, description: Description, fields: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    suffix = file.suffix.lower()
-    if suffix in OTHER_TABLES:
-        raise DataError(f"{file}: {suffix} is not read; give TSV with a header line, or JSON lines")
-    if suffix not in TABLES:
-        if len(fields) > 1:
-            raise DataError(f"{file}: this task takes {', '.join(fields)}; give a file {' or '.join(TABLES)} of them")
-        yield from ((f"{file} line {number}", {fields[0]: line}) for number, line in enumerate(read_lines(file), 1))
-        return
-    records, number = read_table(file)
+def _read(file: Path, description: Description, fields: Sequence[str]) -> Texts:
+    if file.suffix.lower() in TABLES:
+        task = _built_in(description)
+        columns = {field: _column_names(field, fields, task) for field in fields}
+        records, first = read_table(file, headerless=task.headerless, labels=task.classes) if task else read_table(file)
+        return _texts(f"{file} line", records, columns, first=first)
+    lines = read_lines(file)
+    if len(fields) > 1:
+        raise DataError(f"{file}: this task takes {', '.join(fields)}; give a file {' or '.join(TABLES)} of them")
+    return _texts(f"{file} line", ({fields[0]: line} for line in lines), {fields[0]: fields})
+
+
+def _texts(unit: str, records: Iterable[Record], names: Mapping[str, Sequence[str]], *, first: int = 1) -> Texts:
+    """The texts of records, each field's in the first of the columns that may have it."""
+    rows: list[Row] = []
     columns: dict[str, str] = {}
     try:
         for record in records:
-            columns = columns or {field: _column(field, fields, description.task, list(record)) for field in fields}
-            yield f"{file} line {number}", {field: _text(record, column) for field, column in columns.items()}
-            number += 1
+            columns = columns or {field: _column(names[field], record) for field in names}
+            rows.append(text_fields(record, columns))
     except ValueError as error:
-        raise DataError(f"{file} line {number}: {error}") from None
+        raise DataError(f"{unit} {first + len(rows)}: {error}") from None
+    return Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows)
 
 
-def _text(record: Record, column: str) -> str:
-    value = record.get(column)
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} holds {value!r}, expected text")
-    return value
+def _built_in(description: Description) -> Task | None:
+    """The task that the data were prepared for, if it is one of those that come with fedhpc."""
+    task = TASKS.get(description.task)
+    return task if task and list(task.classes) == description.class_names else None
 
 
-def _column(field: str, fields: Sequence[str], task: str, available: Sequence[str]) -> str:
-    names = [field, *(TASKS[task].column_names(field) if task in TASKS and field in TASKS[task].columns else ())]
-    names += USUAL_COLUMNS if len(fields) == 1 else ()
-    found = next((name for name in names if name in available), None)
+def _column_names(field: str, fields: Sequence[str], task: Task | None) -> list[str]:
+    """The columns in which a field's text may be."""
+    names = [field, *(task.column_names(field) if task and field in task.columns else ())]
+    return names + [name for name in USUAL_COLUMNS if len(fields) == 1 and name not in names]
+
+
+def _column(names: Sequence[str], record: Record) -> str:
+    found = next((name for name in names if name in record), None)
     if found is None:
-        wanted = " or ".join(map(repr, dict.fromkeys(names)))
-        raise ValueError(f"no column {wanted}, where this task has its text; there are {', '.join(available)}")
+        wanted, available = " or ".join(map(repr, names)), ", ".join(record)
+        raise ValueError(f"no column {wanted}, where this task has its text; there are {available}")
     return found
-
-
-def _checked(rows: Iterable[tuple[str, Row]]) -> Iterator[Row]:
-    for where, row in rows:
-        if not any(text.strip() for text in row.values()):
-            raise DataError(f"{where}: holds no text")
-        try:
-            "".join(row.values()).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: is not Unicode text: {error}") from None
-        yield row

@@ -1,13 +1,15 @@
 """Files of examples: TSV, unquoted, with a header line; or JSON lines."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedhpc.errors import DataError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+TABLES = (".tsv", *JSON_LINES)
+OTHER_TABLES = (".csv", ".parquet", ".xlsx", ".xls")
 Record = Mapping[str, Any]
 """Column -> value."""
 
@@ -16,8 +18,10 @@ def read_lines(file: Path) -> list[str]:
     """The lines of a text file.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: it cannot be read, is not UTF-8, or is a table of a form that is not read.
     """
+    if file.suffix.lower() in OTHER_TABLES:
+        raise DataError(f"{file}: {file.suffix.lower()} is not read; give TSV with a header line, or JSON lines")
     try:
         # Only "\n" ends a line: text may hold other characters that str.splitlines takes for line ends.
         lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
@@ -29,13 +33,12 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_table(
-    file: Path, *, headerless: Sequence[str] = (), known: Sequence[str] = ()
+    file: Path, *, headerless: Sequence[str] = (), labels: Container[str] = ()
 ) -> tuple[Iterator[Record], int]:
     """The records of a file, and the number of the first one's line; a malformed one raises ValueError.
 
     Args:
-        headerless: columns of a TSV file that has as many and no header line.
-        known: columns of which a header line has at least one.
+        headerless: columns of a TSV file that has no header line, if as many stand there, with one of `labels`.
 
     Raises:
         DataError: the file cannot be read, or has two columns of one name.
@@ -44,7 +47,7 @@ def read_table(
     if file.suffix.lower() in JSON_LINES:
         return map(_json_record, lines), 1
     header, first_line = lines[0].split("\t"), 2
-    if len(headerless) == len(header) and not set(header) & set(known):
+    if headerless and len(headerless) == len(header) and dict(zip(headerless, header, strict=True))["label"] in labels:
         header, first_line = list(headerless), 1
     if twice := [name for place, name in enumerate(header) if name in header[:place]]:
         raise DataError(f"{file}: column {twice[0]!r} stands twice in the header line; rename one")
@@ -59,7 +62,18 @@ def _tsv_record(header: list[str], line: str) -> Record:
 
 
 def _json_record(line: str) -> Record:
-    record = json.loads(line)
+    try:
+        record = json.loads(line, object_pairs_hook=_json_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected one JSON object a line, found {type(record).__name__}")
     return record
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> Record:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found

@@ -1,4 +1,4 @@
-"""Tasks: what the columns, classes and templates of a data set are, and how its text becomes tokens.
+"""Tasks: what the columns, classes and templates of a data set are.
 
 The ten built-in tasks follow the templates of the FedPepTAO release; any other is a small YAML file. A template is
 plain text with ``{field}`` for a text column and one answer slot: ``<mask>`` for encoders, ``{word}`` for decoders.
@@ -6,12 +6,12 @@ plain text with ``{field}`` for a text column and one answer slot: ``<mask>`` fo
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from fedhpc.errors import ConfigError, DataError
+from fedhpc.errors import ConfigError
 from fedhpc.yaml_files import YAML_ERRORS, read_texts
 
 Kind = Literal["encoder", "decoder"]
@@ -31,8 +31,10 @@ _COLUMN_ALIASES = {
     "label": ("coarse_label",),
 }
 """Names that the built-in tasks' columns have in other distributions of the same data."""
-_FIELD = re.compile(r"\{(\w+)\}")
-_PLACEHOLDER = re.compile(r"\{\w+\}|<mask>|<sep>")
+_LABEL_NAMES = ("label_text",)
+"""Columns that say by name what the label column numbers; the numbering is that distribution's own."""
+FIELD = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{\w+\}|<mask>|<sep>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +51,34 @@ class Task:
     metric: str = "accuracy"
     splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(SPLITS))
     """Split -> file names to look for, the first found is taken."""
+    class_names: dict[str, str] = field(default_factory=dict)
+    """Name that other distributions of the same data give a class -> label value."""
+    headerless: tuple[str, ...] = ()
+    """Columns of the original files, which have no header line."""
 
     @property
     def fields(self) -> list[str]:
         """The text fields, in the order of the columns."""
         return [name for name in self.columns if name != "label"]
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is one of TASKS, whatever the name says."""
+        return self in TASKS.values()
+
     def column_names(self, name: str) -> tuple[str, ...]:
-        """The source columns that may hold a field, the usual one first."""
+        """The source columns that may hold a field, the one to prefer first."""
         column = self.columns[name]
-        return (column, *_COLUMN_ALIASES.get(column, ())) if self in TASKS.values() else (column,)
+        if not self.is_built_in:
+            return (column,)
+        return (*(_LABEL_NAMES if name == "label" else ()), column, *_COLUMN_ALIASES.get(column, ()))
+
+    def label(self, name: str) -> str | None:
+        """The label value that a source means by a name: that value, another spelling of it, or a class's name."""
+        if name in self.classes:
+            return name
+        alike = [value for value in self.classes if _plain(value) == _plain(name)]
+        return alike[0] if len(alike) == 1 else self.class_names.get(_plain(name))
 
     def template(self, *, kind: Kind, head: Head) -> str:
         """The template for one kind of backbone, or ConfigError; a linear head needs the text alone."""
@@ -70,20 +90,23 @@ class Task:
         return template
 
 
-def _single(
-    name: str, classes: dict[str, str], metric: str = "accuracy", encoder: str = "{a} . It was <mask> ."
-) -> Task:
+def _plain(name: str) -> str:
+    """A class's name without what spellings differ in."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def _single(name: str, classes: dict[str, str], encoder: str = "{a} . It was <mask> .", **more: Any) -> Task:
     return Task(
         name=name,
         columns={"a": "sentence", "label": "label"},
         classes=classes,
         encoder_template=encoder,
         decoder_template="{a} It was {word} .",
-        metric=metric,
+        **more,
     )
 
 
-def _pair(name: str, columns: dict[str, str], classes: dict[str, str], metric: str = "accuracy") -> Task:
+def _pair(name: str, columns: dict[str, str], classes: dict[str, str], **more: Any) -> Task:
     first, second = [name for name in columns if name != "label"]
     return Task(
         name=name,
@@ -91,11 +114,12 @@ def _pair(name: str, columns: dict[str, str], classes: dict[str, str], metric: s
         classes=classes,
         encoder_template=f"{{{first}}} ? <mask> , {{{second}}}",
         decoder_template=f"{{{first}}} {{{second}}} They are {{word}} .",
-        metric=metric,
+        **more,
     )
 
 
 _SENTIMENT = {"0": "terrible", "1": "great"}
+_POLARITY = {"negative": "0", "neg": "0", "positive": "1", "pos": "1"}
 _ENTAILMENT = {"entailment": "Yes", "not_entailment": "No"}
 _QUESTION_TYPES = {
     "DESC": "Description",
@@ -109,11 +133,17 @@ _QUESTION_TYPES = {
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _single("sst-2", _SENTIMENT),
-        _single("mr", _SENTIMENT),
-        _single("mpqa", _SENTIMENT),
-        _single("cola", {"0": "unacceptable", "1": "acceptable"}, "matthews"),
-        _single("subj", {"0": "subjective", "1": "objective"}),
+        _single("sst-2", _SENTIMENT, class_names=_POLARITY),
+        _single("mr", _SENTIMENT, class_names=_POLARITY),
+        _single("mpqa", _SENTIMENT, class_names=_POLARITY),
+        _single(
+            "cola",
+            {"0": "unacceptable", "1": "acceptable"},
+            class_names={"unacceptable": "0", "acceptable": "1"},
+            metric="matthews",
+            headerless=("source", "label", "star", "sentence"),
+        ),
+        _single("subj", {"0": "subjective", "1": "objective"}, class_names={"subjective": "0", "objective": "1"}),
         _single("trec", _QUESTION_TYPES, encoder="<mask> : {a}"),
         _pair("rte", {"a": "sentence1", "b": "sentence2", "label": "label"}, _ENTAILMENT),
         _pair("qnli", {"a": "question", "b": "sentence", "label": "label"}, _ENTAILMENT),
@@ -121,7 +151,8 @@ TASKS: dict[str, Task] = {
             "mrpc",
             {"a": "#1 String", "b": "#2 String", "label": "Quality"},
             {"0": "No", "1": "Yes"},
-            "accuracy_f1",
+            class_names={"not_equivalent": "0", "equivalent": "1"},
+            metric="accuracy_f1",
         ),
         _pair(
             "boolq",
@@ -202,7 +233,7 @@ def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[
     for kind, slot in (("encoder", "<mask>"), ("decoder", "{word}")):
         if kind not in template:
             continue
-        found = [match.group() for match in _PLACEHOLDER.finditer(template[kind])]
+        found = [match.group() for match in PLACEHOLDER.finditer(template[kind])]
         if found.count(slot) != 1:
             yield f"template.{kind}: needs exactly one {slot}, has {found.count(slot)}"
         valid = [f"{{{name}}}" for name in fields]
@@ -233,134 +264,4 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
 
 def template_fields(template: str) -> list[str]:
     """The text fields that a template shows, in its order."""
-    return list(dict.fromkeys(name for name in _FIELD.findall(template) if name != "word"))
-
-
-class EncodedText(NamedTuple):
-    """One example as a backbone sees it."""
-
-    ids: list[int]
-    slot: int
-    """Where the answer is read: the mask token (or token 0) of an encoder, the last token of a decoder."""
-    truncated: bool
-
-
-class _Rendered(NamedTuple):
-    text: str
-    fields: list[tuple[int, int]]
-    """Start and end of each text field in the text."""
-    mask: int
-    """Start of the mask token in the text; -1 without one."""
-
-
-class TextEncoder:
-    """Applies a template to text fields and tokenises the result with a fast Hugging Face tokenizer.
-
-    Too long an example loses tokens from the end of its longest field first; the template always stays whole.
-    Decoders get no end-of-text token, and nothing of the template from ``{word}`` on.
-    """
-
-    def __init__(self, template: str, tokenizer: Any, *, kind: Kind, max_length: int):
-        self._tokenizer = tokenizer
-        self._kind = kind
-        self._max_length = max_length
-        self._parts = re.split(f"({_PLACEHOLDER.pattern})", template.split("{word}", maxsplit=1)[0].rstrip())
-        added_for_one, added_for_two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
-        self._separator = (tokenizer.sep_token or " ") * max(added_for_two - added_for_one, 1)
-        special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        self.num_trailing = special[::-1].index(0) if kind == "decoder" else 0
-        """Special tokens that the tokenizer puts behind a text, and that a decoder is not given."""
-
-    def __call__(self, rows: Sequence[Mapping[str, str]]) -> list[EncodedText]:
-        """Encode a batch of examples, each a mapping of the template's fields to their text."""
-        rendered = [self._render(row) for row in rows]
-        batch = self._tokenizer(
-            [item.text for item in rendered],
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [self._encode(batch, index, item) for index, item in enumerate(rendered)]
-
-    def text(self, row: Mapping[str, str]) -> str:
-        """An example as it is tokenised, the answer slot in it."""
-        return self._render(row).text
-
-    def _render(self, row: Mapping[str, str]) -> _Rendered:
-        text, fields, mask = "", [], -1
-        for part in self._parts:
-            added = part
-            if part == "<mask>":
-                mask, added = len(text), self._tokenizer.mask_token
-            elif part == "<sep>":
-                added = self._separator
-            elif field_name := _FIELD.fullmatch(part):
-                added = row[field_name[1]].strip()
-                fields.append((len(text), len(text) + len(added)))
-            text += added
-        return _Rendered(text, fields, mask)
-
-    def _encode(self, batch: Any, index: int, rendered: _Rendered) -> EncodedText:
-        ids = batch["input_ids"][index]
-        ids = ids[: len(ids) - self.num_trailing] or [self._tokenizer.eos_token_id or 0]
-        slot = 0 if rendered.mask < 0 else batch.char_to_token(index, rendered.mask)
-        excess = len(ids) - self._max_length
-        if excess > 0:
-            dropped = self._tokens_to_drop(batch.encodings[index].offsets, rendered.fields, excess)
-            ids = [token for position, token in enumerate(ids) if position not in dropped]
-            slot -= sum(position < slot for position in dropped)
-        return EncodedText(ids, len(ids) - 1 if self._kind == "decoder" else slot, excess > 0)
-
-    def _tokens_to_drop(self, offsets: list[tuple[int, int]], fields: list[tuple[int, int]], excess: int) -> set[int]:
-        inside = [
-            # Some tokenizers give a lone space an empty place, as they do to the tokens around the text.
-            [token for token, (start, end) in enumerate(offsets) if first <= start < last and first < end <= last]
-            for first, last in fields
-        ]
-        kept = [len(tokens) for tokens in inside]
-        if sum(kept) < excess:
-            needed = self._max_length + excess - sum(kept)
-            raise DataError(f"max_length {self._max_length} is too short: the template alone takes {needed} tokens")
-        for _ in range(excess):
-            kept[kept.index(max(kept))] -= 1
-        return {token for tokens, length in zip(inside, kept, strict=True) for token in tokens[length:]}
-
-
-def find_word_ids(words: Sequence[str], template: str, tokenizer: Any, *, kind: Kind) -> list[list[int]]:
-    """The token ids of each class word as they appear in the answer slot; an encoder's slot holds one token.
-
-    Raises:
-        DataError: a word does not fit, or two are the same tokens.
-    """
-    # A letter stands for the text, so that the template is tokenised as it is inside a sentence.
-    before = "a" + template.partition("{word}")[0].rpartition("}")[2]
-    found: dict[tuple[int, ...], str] = {}
-    for word in words:
-        ids = _encoder_word_ids(tokenizer, word) if kind == "encoder" else _decoder_word_ids(tokenizer, word, before)
-        twin = found.setdefault(tuple(ids), word)
-        if twin != word:
-            raise DataError(f"class words {twin!r} and {word!r} are the same to this model; {_OTHER_WORD}")
-    return [list(ids) for ids in found]
-
-
-_OTHER_WORD = "choose another word in a task file (see data_prep/tasks), or use --head linear"
-
-
-def _encoder_word_ids(tokenizer: Any, word: str) -> list[int]:
-    ids = list(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
-        raise DataError(f"class word {word!r} is not one token of this model but {tokens}; {_OTHER_WORD}")
-    return ids
-
-
-def _decoder_word_ids(tokenizer: Any, word: str, before: str) -> list[int]:
-    without, with_word = (
-        list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before.rstrip(), before + word)
-    )
-    ids = with_word[len(without) :]
-    if with_word[: len(without)] != without or not ids or tokenizer.unk_token_id in ids:
-        tokens = " ".join(tokenizer.convert_ids_to_tokens(with_word))
-        raise DataError(f"class word {word!r} does not stand apart from the text before it: {tokens}; {_OTHER_WORD}")
-    return ids
+    return list(dict.fromkeys(name for name in FIELD.findall(template) if name != "word"))

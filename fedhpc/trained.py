@@ -13,7 +13,8 @@ from fedhpc.job import Job, checked_tokenizer, load_job, load_state
 from fedhpc.limits import most_tokens
 from fedhpc.report import RunFiles
 from fedhpc.state_file import RunState
-from fedhpc.tasks import Kind, TextEncoder
+from fedhpc.tasks import Kind
+from fedhpc.tokens import TextEncoder
 from fedhpc.updates import Vector
 
 

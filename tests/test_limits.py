@@ -1,5 +1,7 @@
-"""How long a text may be: what is accepted fits, and one token more would not."""
+"""How long a text may be, and of which tokens: what is accepted fits, and one token more would not."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import backbones
@@ -117,3 +119,16 @@ def test_plan_refuses_what_a_run_would(fedhpc, run_config, changes, message):
     for command in (["plan", run_config(**changes), "--ranks", 2], ["run", run_config(**changes)]):
         status, _, err = fedhpc(*command)
         assert (status, message in err) == (2, True), err
+
+
+def test_a_model_that_does_not_know_the_prepared_tokens_is_refused(fedhpc, world, run_config, tmp_path):
+    """It has the same tokenizer, but its embeddings were not resized."""
+    model = tmp_path / "model"
+    shutil.copytree(world.parent / "backbone", model)
+    config = json.loads((model / "config.json").read_text())
+    for rows, message in ((20, "split train of "), (12, "class word 'okay' of "), (1, "padding of ")):
+        (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+        status, _, err = fedhpc("plan", run_config(model={"name": str(model)}), "--ranks", 2)
+        assert status == 2
+        assert message in err
+        assert f"has no row in the embeddings: the model knows {rows} tokens" in err

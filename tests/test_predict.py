@@ -17,8 +17,9 @@ from test_tasks import gpt_like
 from fedhpc import cli
 from fedhpc.config_file import load_config
 from fedhpc.data import tokenizer_fingerprint
+from fedhpc.errors import DataError
 from fedhpc.job import load_job
-from fedhpc.predict import class_probabilities
+from fedhpc.predict import _read, class_probabilities
 from fedhpc.trained import load_trained
 
 
@@ -144,6 +145,17 @@ def test_a_cut_text_fits_with_what_stands_beside_it(tmp_path, head, words):
     assert not np.allclose(whole, shorter, rtol=0, atol=1e-4)
 
 
+def test_a_token_that_the_model_does_not_know_is_told_by_its_text(tmp_path):
+    tokenizer = gpt_like()
+    path = backbones.save_backbone(tmp_path, "gpt2", vocab_size=len(tokenizer))
+    tokenizer.add_tokens(["added"])
+    tokenizer.save_pretrained(path)
+    description = replace(backbones.describe("gpt2"), template="{a}", tokenizer_sha256=tokenizer_fingerprint(tokenizer))
+    rows = [{"a": "a b"}, {"a": "a added word"}]
+    with pytest.raises(DataError, match=rf"text 1: its token {len(tokenizer) - 1} \('added'\) has no row"):
+        class_probabilities(make_trained(path, description), rows)
+
+
 def test_a_task_of_two_texts_takes_two(fedhpc, predict, world, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -175,8 +187,14 @@ FILES = {
     "header.tsv": ("text\n", "header.tsv: holds no text"),
     "number.jsonl": ('{"text": 3}\n', "line 1: column 'text' holds 3, expected text"),
     "broken.jsonl": ('{"text": "a"}\n{\n', "line 2: "),
-    "half_a_character.jsonl": ('{"text": "a \\ud83d"}\n', "line 1: is not Unicode text: 'utf-8' codec can't encode"),
+    "half_a_character.jsonl": (
+        '{"text": "a \\ud83d"}\n',
+        "line 1: column 'text' is not Unicode text: 'utf-8' codec can't encode",
+    ),
     "table.CSV": ("text,label\nthe place,good\n", ".csv is not read; give TSV with a header line, or JSON lines"),
+    "twice.jsonl": ('{"text": "a", "text": "b"}\n', "line 1: key 'text' stands twice in an object"),
+    "deep.jsonl": ('{"text": ' + 5000 * "[", "line 1: nested too deeply"),
+    "blanks.tsv": ("text\n\n\nthe place\n\n", "line 2: holds no text, nor do 2 others"),
     "blank.txt": ("the place\n\nwas calm\n", "line 2: holds no text"),
 }
 
@@ -189,6 +207,19 @@ def test_a_bad_file_is_told_by_line(fedhpc, finished, tmp_path, name):
     assert (status, out) == (2, "")
     assert message in err
     assert str(tmp_path / name) in err
+
+
+def test_the_original_files_of_a_task_are_read_as_in_preparation(tmp_path):
+    cola = replace(backbones.describe("bert"), task="cola", class_names=["0", "1"])
+    for name, content, number in (
+        ("without.tsv", "gj04\t1\t\tthe place\ngj04\t0\t*\ta calm\n", 1),
+        ("with.tsv", "sentence\tlabel\nthe place\t1\na calm\t0\n", 2),
+        ("other.tsv", "id\tnumber\tsentence\tby\n1\t2\tthe place\tx\n1\t2\ta calm\ty\n", 2),
+    ):
+        (tmp_path / name).write_text(content)
+        texts = _read(tmp_path / name, cola, ["a"])
+        assert texts.rows == [{"a": "the place"}, {"a": "a calm"}]
+        assert texts.place(1) == f"{tmp_path / name} line {number + 1}"
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,22 @@ def test_faulty_tables(tmp_path, bert, capsys, train, message):
     assert message in fails(capsys, tmp_path, "sst-2", source, bert)
 
 
+def test_texts_without_a_word_are_refused_and_counted(tmp_path, bert, capsys):
+    table = "sentence1\tsentence2\tlabel\n" + "a\tb\tentailment\n \t\u3000\tentailment\n \tb\tentailment\n" * 3
+    source = write(tmp_path / "source", train_tsv=table, dev_tsv=RTE)
+    for head in ("verbalizer", "linear"):
+        message = fails(capsys, tmp_path, "rte", source, bert, "--head", head)
+        assert "train.tsv line 3: holds no text, nor do 2 others" in message
+    task = {
+        "task": "first",
+        "columns": {"a": "sentence1", "b": "sentence2", "label": "label"},
+        "classes": {"entailment": "great", "not_entailment": "terrible"},
+        "template": {"encoder": "{a} <mask>"},  # of the second text, the model would see nothing
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(task))
+    assert "line 3: holds no text, nor do 5 others" in fails(capsys, tmp_path, tmp_path / "task.yaml", source, bert)
+
+
 def test_cola_with_as_many_columns_and_a_header(tmp_path, bert):
     table = "\tsentence\tlabel\tidx\n0\ta b\t1\t0\n"
     source = write(tmp_path / "source", train_tsv=table, dev_tsv=table)
@@ -202,7 +218,14 @@ def test_cola_with_as_many_columns_and_a_header(tmp_path, bert):
         ("{", "line 2: Expecting property name"),
         ("[1]", "line 2: expected one JSON object a line, found list"),
         ('{"question": "a", "passage": 3, "answer": true}', "line 2: column 'passage' holds 3, expected text"),
-        ('{"question": "a", "passage": "\\ud83d", "answer": true}', "line 2: 'utf-8' codec can't encode character"),
+        (
+            '{"question": "a", "passage": "\\ud83d", "answer": true}',
+            "line 2: column 'passage' is not Unicode text: 'utf-8'",
+        ),
+        ('{"question": "a", "passage": ["b"], "answer": true}', "line 2: column 'passage' holds a list, expected text"),
+        ('{"question": "a", "passage": "b", "answer": {}}', "line 2: column 'answer' holds a dict, expected a label"),
+        ('{"answer": true, "passage": "b", "answer": false}', "line 2: key 'answer' stands twice in an object"),
+        ('{"question": ' + 5000 * "[", "line 2: nested too deeply"),
         ('{"question": "a", "passage": "b"}', "line 2: no label in column 'answer'; valid are false, true"),
         ('{"question": "a", "passage": "b", "answer": 1}', "line 2: unknown label '1'; valid are false, true"),
     ],
@@ -307,6 +330,16 @@ def test_save_to_disk_folder(tmp_path, bert, capsys, hub):
         ("rte", {"sentence1": ["a"], "sentence2": ["b"], "label": [1]}, ["not_entailment", "entailment"], 0),
         ("mrpc", {"sentence1": ["a"], "sentence2": ["b"], "label": [1]}, ["not_equivalent", "equivalent"], 1),
         ("mr", {"text": ["a"], "label": [1]}, ["neg", "pos"], 1),
+        ("mr", {"text": ["a"], "label": [1]}, ["Positive", "Negative"], 0),
+        ("mr", {"text": ["a"], "label": [1]}, ["1", "0"], 0),
+        ("cola", {"sentence": ["a"], "label": [0]}, ["acceptable", "unacceptable"], 1),
+        ("mrpc", {"sentence1": ["a"], "sentence2": ["b"], "label": [1]}, ["equivalent", "not equivalent"], 0),
+        ("subj", {"text": ["a"], "label": [1]}, ["objective", "subjective"], 0),
+        # Where numbers and names stand in columns of their own, the numbers are that distribution's.
+        ("subj", {"text": ["a"], "label": [1], "label_text": ["subjective"]}, None, 0),
+        ("subj", {"sentence": ["a"], "label": ["objective"]}, None, 1),
+        ("rte", {"sentence1": ["a"], "sentence2": ["b"], "label": [0]}, ["Not Entailment", "Entailment"], 1),
+        ("trec", {"text": ["a"], "coarse_label": ["loc"]}, None, 4),
         ("boolq", {"question": ["a"], "passage": ["b"], "label": [1]}, ["False", "True"], 1),
         ("boolq", {"question": ["a"], "passage": ["b"], "answer": [True]}, None, 1),
     ],
@@ -314,7 +347,7 @@ def test_save_to_disk_folder(tmp_path, bert, capsys, hub):
 def test_hub_data_sets(tmp_path, bert, hub, *, task, columns, names, label):
     hub.answer = hub.data_set(columns, names)
     for source in ("glue/member", "owner/name:part", "owner/name", "glue:member"):
-        data = run(tmp_path, task, source, bert)
+        data = run(tmp_path, task, source, bert, "--head", "linear")
         assert data.split("train").labels.tolist() == data.split("validation").labels.tolist() == [label]
     assert hub.asked == [("glue", "member"), ("owner/name", "part"), ("owner/name", None), ("glue", "member")]
 
@@ -334,6 +367,17 @@ def test_numbered_classes_count_all_by_name_or_all_by_number(tmp_path, bert, cap
     hub.answer = hub.data_set(columns, ["1", "2", "3"])
     message = fails(capsys, tmp_path, tmp_path / "stars.yaml", "owner/name", bert, "--head", "linear")
     assert "train row 2: unknown label '3'; valid are 0, 1, 2" in message
+    # Names of numbers that it does not know are no invitation to count.
+    hub.answer = hub.data_set(columns, ["10", "20", "30"])
+    message = fails(capsys, tmp_path, tmp_path / "stars.yaml", "owner/name", bert, "--head", "linear")
+    assert "train row 0: unknown label '10'; valid are 0, 1, 2" in message
+
+
+@pytest.mark.parametrize("names", [["one", "two"], ["neutral", "positive"]])
+def test_names_that_a_built_in_task_does_not_know_are_not_guessed_by_their_order(tmp_path, bert, capsys, hub, names):
+    hub.answer = hub.data_set({"text": ["a", "b"], "label": [1, 0]}, names)
+    message = fails(capsys, tmp_path, "mr", "owner/name", bert)
+    assert f"unknown label '{names[1] if names[0] == 'one' else names[0]}'; valid are 0, 1; or by name neg" in message
 
 
 def test_a_saved_format_hides_nothing(tmp_path, bert, hub):
@@ -385,7 +429,13 @@ def test_models_that_cannot_be_used(tmp_path, bert, capsys):
     maskless = save_model(tmp_path / "maskless", llama_like(), BertConfig(vocab_size=500), "BertForMaskedLM")
     assert "--head linear" in fails(capsys, tmp_path, "sst-2", source, maskless)
     small = save_model(tmp_path / "small", bert_like(), BertConfig(vocab_size=12), "BertForMaskedLM")
-    assert "the model knows 12 tokens" in fails(capsys, tmp_path, "sst-2", source, small)
+    message = fails(capsys, tmp_path, "sst-2", source, small)
+    assert (
+        "class word 'terrible': its token 22 ('terrible') has no row in the embeddings: the model knows 12" in message
+    )
+    wordy = write(tmp_path / "wordy", train_tsv="sentence\tlabel\na b\t0\na great\t1\n", dev_tsv=SST2)
+    message = fails(capsys, tmp_path, "sst-2", wordy, small, "--head", "linear")
+    assert "wordy/train.tsv line 3: its token 23 ('great') has no row in the embeddings: the model knows 12" in message
     T5Config().save_pretrained(tmp_path / "t5")
     bert_like().save_pretrained(tmp_path / "t5")
     assert "encoder-decoder" in fails(capsys, tmp_path, "sst-2", source, str(tmp_path / "t5"))

@@ -4,7 +4,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedhpc.data import tokenizer_fingerprint
 from fedhpc.errors import ConfigError, DataError
-from fedhpc.tasks import TASKS, TextEncoder, find_word_ids, load_task
+from fedhpc.tasks import TASKS, load_task
+from fedhpc.tokens import TextEncoder, find_word_ids
 
 CORPUS = [
     "So It was terrible .",

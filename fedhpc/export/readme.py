@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from fedhpc.data import Description
 from fedhpc.export.forms import PeftForm
 from fedhpc.pretrained import auto_class
-from fedhpc.tasks import TextEncoder, template_fields
+from fedhpc.tasks import template_fields
+from fedhpc.tokens import TextEncoder
 from fedhpc.trained import Trained
 
 EXAMPLE = "an example"
