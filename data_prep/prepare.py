@@ -7,7 +7,6 @@ The source is a folder with the task's original files (TSV, unquoted, or JSON li
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -307,10 +306,13 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
 def _setting(key: str, value: str) -> str:
     """For the shell, and in quotes of YAML where it would read something else than a text."""
     try:
-        is_plain = read_value(value) == value
+        is_plain = value.isprintable() and read_value(value) == value
     except YAML_ERRORS:
         is_plain = False
-    return shlex.quote(f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}")
+    if not is_plain:
+        shown = value.replace("\\", r"\\").replace('"', r"\"")
+        value = '"' + "".join(c if c.isprintable() else rf"\U{ord(c):08x}" for c in shown) + '"'
+    return shlex.quote(f"{key}={value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,7 +74,7 @@ class Description:
         """Read and check ``description.json``; DataError if it is none of this version."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not valid JSON ({error}); {_PREPARE_AGAIN}") from error
         found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
         if found != (FORMAT, VERSION):
@@ -270,7 +270,9 @@ def write_prepared(path: str | Path, description_fields: Mapping[str, Any], spli
         num_classes = len(description_fields["class_names"])
         summaries = {name: _summary(split, num_classes) for name, split in splits.items()}
         description = Description(**description_fields, splits=summaries, files=files)
-        _write(folder / _DESCRIPTION, lambda stream: stream.write(description.to_json().encode()))
+        # A path need not be Unicode; what is not becomes an escape of JSON.
+        content = description.to_json().encode(errors="backslashreplace")
+        _write(folder / _DESCRIPTION, lambda stream: stream.write(content))
     return description
 
 

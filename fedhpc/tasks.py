@@ -210,7 +210,8 @@ def _problems(content: dict[str, Any]) -> Iterable[str]:
     malformed = [key for key, kind in _KEYS.items() if key in content and not _well_formed(content[key], kind)]
     for key in malformed:
         yield f"{key}: expected {'text' if _KEYS[key] is str else 'a mapping of text to text'}, none of it empty"
-    sound = {key: value for key, value in content.items() if key not in malformed}
+    sound = {key: value for key, value in content.items() if key in _KEYS and key not in malformed}
+    yield from (f"{key}: holds half a character" for key, value in sound.items() if not _is_unicode(value))
     columns, classes = sound.get("columns"), sound.get("classes")
     if columns is not None and ("label" not in columns or len(columns) < 2):
         yield "columns: needs the label column under `label`, and at least one text field"
@@ -248,6 +249,12 @@ def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[
 def _well_formed(value: Any, kind: type) -> bool:
     texts = value.values() if kind is dict and isinstance(value, dict) else [value]
     return isinstance(value, kind) and all(isinstance(text, str) and text.strip() for text in texts)
+
+
+def _is_unicode(value: str | dict[str, str]) -> bool:
+    """Whether there is no half of a character, which an escape in a YAML file can name."""
+    texts = [value] if isinstance(value, str) else [*value, *value.values()]
+    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
 
 
 def _unknown(prefix: str, found: Iterable[str], valid: Iterable[str]) -> Iterable[str]:

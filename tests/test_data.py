@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ def test_what_is_written_is_read_back(prepared):
     assert len(data.split("validation")) == 2
     dtypes = [getattr(split, part).dtype.name for part in ("tokens", "offsets", "labels", "slots")]
     assert dtypes == ["int32", "int64", "int32", "int32"]
+
+
+def test_a_path_that_is_not_unicode_makes_the_round_trip(tmp_path):
+    fields = {**FIELDS, "model": os.fsdecode(b"m\xffdel"), "class_words": ["東京", "good"]}
+    write_prepared(tmp_path / "out", fields, {"train": make_split()})
+    assert PreparedData.open(tmp_path / "out", verify=True).description.model == fields["model"]
+    assert "東京" in (tmp_path / "out/description.json").read_text(encoding="utf-8")
 
 
 def test_description_makes_the_round_trip(prepared, tmp_path):

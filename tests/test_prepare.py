@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from test_tasks import bert_like, gpt_like, llama_like
 from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
@@ -456,10 +457,18 @@ def test_a_padding_token_that_the_model_does_not_know_is_not_used(tmp_path):
     assert run(tmp_path, "sst-2", source, model, "--head", "linear").description.pad_id == tokenizer.eos_token_id == 0
 
 
-@pytest.mark.parametrize("name", ["my reviews", "2024", "on", "it's", "@home", "a: b: c", "5e-3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("my reviews", "2024", "on", "it's", "@home", "a: b: c", "5e-3", "a #b", "a:", "a\tb", "\x7f"),
+        *('"a" \\n', "\u2028a\n", "東京", "\U0001d518"),
+    ],
+)
 def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path, bert, capsys, name):
     example = (ROOT / "data_prep" / "tasks" / "example.yaml").read_text(encoding="utf-8")
-    (tmp_path / "task.yaml").write_text(example.replace("task: reviews", f'task: "{name}"'), encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(
+        example.replace("task: reviews\n", yaml.safe_dump({"task": name})), encoding="utf-8"
+    )
     table = "text\tlabel\na\tpositive\nb\tnegative\n"
     run(tmp_path, tmp_path / "task.yaml", write(tmp_path / "source", train_tsv=table, dev_tsv=table), bert)
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -171,6 +173,19 @@ def test_a_field_that_no_template_can_name(tmp_path, field):
     columns, classes = f"{{text: t, {field}: s, label: l}}", "{a: good, b: bad}"
     file.write_text(f"task: t\ncolumns: {columns}\nclasses: {classes}\ntemplate: {{encoder: '{{text}} <mask>'}}\n")
     with pytest.raises(ConfigError, match=rf"columns\.{field}: a template cannot name this field"):
+        load_task(file)
+
+
+@pytest.mark.parametrize("text", ["name", "text", "bad", "good", "It was"])
+def test_half_a_character_is_refused(tmp_path, text):
+    """An escape in a YAML file can name one; no file of another kind and no tokenizer can."""
+    file = tmp_path / "task.yaml"
+    content = {"task": "name", "columns": {"a": "text", "label": "l"}, "classes": {"bad": "good", "c": "d"}}
+    whole = json.dumps({**content, "template": {"decoder": "{a} It was {word}"}})
+    file.write_text(whole)
+    load_task(file)
+    file.write_text(whole.replace(text, r"\ud83d"))
+    with pytest.raises(ConfigError, match="holds half a character"):
         load_task(file)
 
 
