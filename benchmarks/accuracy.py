@@ -14,7 +14,8 @@ from pathlib import Path
 
 import h5py
 
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import SERVER_FILE
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import yaml
 
-from fedhpc.checkpoint import Checkpoints, verify
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import verify
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
 from fedhpc.report import RunFiles
 

@@ -27,7 +27,8 @@ from stand_in import EXAMPLES, make_job
 from fedhpc import device as device_module
 from fedhpc import federation
 from fedhpc import server as server_module
-from fedhpc.checkpoint import CONTROL, Checkpoints, verify
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import CONTROL, verify
 from fedhpc.device import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
 from fedhpc.files import fsync

@@ -10,7 +10,8 @@ from threading import Lock
 
 import numpy as np
 
-from fedhpc.checkpoint import CONTROL, Checkpoints, Sums, files_of, read_verified
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import CONTROL, Sums, files_of, read_verified
 from fedhpc.state_file import control_file, read_control_file
 from fedhpc.tuning import Tuning
 from fedhpc.updates import Vector

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from fedhpc import messages
 from fedhpc.background import Background
-from fedhpc.checkpoint import Checkpoints, Position
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import Position
 from fedhpc.config import Config
 from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData

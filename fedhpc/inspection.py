@@ -1,16 +1,22 @@
 """`fedhpc inspect`: a run directory or a checkpoint in words."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints, read_sums, verify
+from fedhpc.bounded import bounded
+from fedhpc.checkpoint_files import SERVER_FILE, CheckpointFiles, read_sums, verify
 from fedhpc.errors import CheckpointError
+from fedhpc.plain_hdf5 import open_state
 from fedhpc.report import RunFiles, human_bytes
-from fedhpc.state_file import open_state
+
+SECONDS, BYTES_PER_S = 2, 20_000_000
+MEMORY, COPIES = 512 << 20, 6
+"""Bounds of reading a file: processor time and memory for any, and more for a large one."""
 
 
 def inspect_text(path_text: str) -> tuple[str, bool]:
@@ -23,7 +29,10 @@ def inspect_text(path_text: str) -> tuple[str, bool]:
     if path.is_file() and path.suffix == ".h5":
         return "\n".join(_state(path)), True
     if path.is_dir() and (path / SERVER_FILE).exists():
-        return _checkpoint(path)
+        words = _checkpoint(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: was removed meanwhile: its run has newer checkpoints")
+        return words
     if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "config.yaml").exists()):
         return _run(path)
     found = "no such file or folder" if not path.exists() else "neither a run directory nor a checkpoint"
@@ -44,25 +53,47 @@ def _run(path: Path) -> tuple[str, bool]:
                 f"after round {last['round'] + 1}: accuracy {last['accuracy']:.4f}, "
                 f"global {last['accuracy_global']:.4f}"
             )
-    checkpoints = Checkpoints(path)
-    parts = [_checkpoint(checkpoints.path(position)) for position in checkpoints.positions()]
+    parts = _checkpoints(CheckpointFiles(path))
     if not parts:
         lines.append("no checkpoint")
     return "\n".join([*lines, *(text for text, _ in parts)]), any(valid for _, valid in parts)
+
+
+def _checkpoints(checkpoints: CheckpointFiles) -> list[tuple[str, bool]]:
+    """Words about those that a run beside us has not removed meanwhile."""
+    while True:
+        found = {position: _checkpoint(checkpoints.path(position)) for position in checkpoints.positions()}
+        left = checkpoints.positions()
+        if not left or any(position in found for position in left):
+            return [part for position, part in found.items() if position in left]
 
 
 def _checkpoint(folder: Path) -> tuple[str, bool]:
     try:
         verify(folder)
         lines = [f"checkpoint {folder}: valid", *(f"  {line}" for line in _state(folder / SERVER_FILE))]
+        files = [folder / name for name in read_sums(folder)]
+        size = sum(file.stat().st_size for file in files)
     except (CheckpointError, OSError) as error:
         return f"checkpoint {folder}: NOT VALID: {error}", False
-    files = [folder / name for name in read_sums(folder)]
-    size = sum(file.stat().st_size for file in files)
     return "\n".join([*lines, f"  {len(files)} files, {human_bytes(size)}"]), True
 
 
-def _state(path: Path) -> Iterator[str]:
+def _state(path: Path) -> list[str]:
+    """Lines about a state file, which may be anyone's; damage can send the HDF5 library round in circles."""
+    try:
+        size = path.stat().st_size
+        return bounded(
+            lambda: "\n".join(_lines(path)),
+            str(path),
+            seconds=SECONDS + size // BYTES_PER_S,
+            memory=MEMORY + COPIES * size,
+        ).splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -103,6 +134,6 @@ def _tensors(file: h5py.File) -> Iterator[str]:
     names += [f"params/{name}" for name in file.get("params", ())]
     for name in names:
         array = file[name][()]
-        norm = float(np.linalg.norm(array.astype(np.float64)))
-        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        norm = math.sqrt(np.square(array, dtype=np.float64).sum())  # by no BLAS, whose threads take memory
+        digest = hashlib.sha256(array).hexdigest()
         yield f"{name} {list(array.shape)}: norm {norm:.6g}, sha256 {digest}"

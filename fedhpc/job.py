@@ -201,11 +201,17 @@ def log_notices(job: Job, num_workers: int) -> None:
         )
 
 
-def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -> RunState | None:
+def load_state(
+    job: Job,
+    resume: str,
+    beat: Callable[[], None] = lambda: None,
+    needs: Callable[[str], bool] = lambda name: True,
+) -> RunState | None:
     """The state to go on from, or None for a new run.
 
     Args:
         beat: called while a checkpoint is read.
+        needs: whether a file of a checkpoint has to be whole.
 
     Raises:
         CheckpointError: resuming is required but impossible.
@@ -233,7 +239,7 @@ def load_state(job: Job, resume: str, beat: Callable[[], None] = lambda: None) -
                 "run_dir:\n  " + "\n  ".join(differing)
             )
 
-    state = checkpoints.newest(job.tuning, check=check, report=partial(log.warning, "%s"), beat=beat)
+    state = checkpoints.newest(job.tuning, check=check, report=partial(log.warning, "%s"), beat=beat, needs=needs)
     if state is None and resume == "require":
         raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
     return state

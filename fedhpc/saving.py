@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedhpc.background import Background
-from fedhpc.checkpoint import Checkpoints, Position, Sums, device_sums, newer
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import Position, Sums, device_sums, newer
 from fedhpc.control import ControlVariates
 from fedhpc.exchange import LONGEST_GAP_S, Exchange
 from fedhpc.job import Job

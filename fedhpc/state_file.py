@@ -4,7 +4,7 @@ Files are made and read in memory, so that what is written, hashed and parsed ar
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,16 +15,16 @@ import numpy as np
 
 import fedhpc
 from fedhpc import messages
-from fedhpc.errors import CheckpointError, UserError
 from fedhpc.local_update import DeviceState, UnfinishedUpdate
 from fedhpc.methods import ServerState
+from fedhpc.plain_hdf5 import FORMAT, VERSION, open_state
+from fedhpc.step_rules import FISHER
 from fedhpc.tuning import Tuning
 from fedhpc.updates import Layout, Vector
 
-FORMAT = "fedhpc-checkpoint"
-VERSION = 3
 CHUNK_ELEMENTS = 1 << 20
 UPLOAD_FACTS = ("num_examples", "num_steps", "loss", "seconds", "fault", "norm")
+ADAM_PARTS = ("exp_avg", "exp_avg_sq", "step")
 FOLDERS = {"params": "", "control_global": "control/global"}
 """Where a server vector is stored, if not under its own name; the parameters are `prompts` and `params/...`."""
 
@@ -108,26 +108,27 @@ def read_server_file(data: bytes, name: str, tuning: Tuning, check: Callable[[di
     """The run's state, after ``check`` has seen the identity of the run that wrote it; ``name`` is for messages."""
     with open_state(data, name) as file:
         check(json.loads(file.attrs["config"]))
-        layers = tuple(int(layer) for layer in file["selection/layers"][:])
+        layers = _layers(_read(file, "selection/layers", np.int64), tuning)
         exchanged = tuning.exchanged(layers)
         vectors = {
             name: _read_vector(file, FOLDERS.get(name, name), exchanged) for name in json.loads(file.attrs["vectors"])
         }
+        scored = "selection/scores" in file
         return RunState(
             server=ServerState(
                 round=int(file.attrs["round"]),
-                params=_read_vector(file, FOLDERS["params"], exchanged),
+                params=_finite(_read_vector(file, FOLDERS["params"], exchanged), "the parameters"),
                 vectors=vectors,
-                scalars=json.loads(file.attrs["scalars"]),
+                scalars={name: _number(scalar) for name, scalar in json.loads(file.attrs["scalars"]).items()},
             ),
             layers=layers,
             selected=bool(file.attrs["selected"]),
             pack=int(file.attrs["pack"]),
             ratio=float(file["selection/layers"].attrs["ratio"]),
-            scores=file["selection/scores"][:] if "selection/scores" in file else None,
-            unseen_local=_read_vector(file, "unseen_local", tuning.local(layers)),
-            update_norms=tuple(file["history/update_norm"][:].tolist()),
-            record=json.loads(file["history/record"][:].tobytes()) if "history/record" in file else None,
+            scores=_read(file, "selection/scores", np.float64, (tuning.shape.num_layers,)) if scored else None,
+            unseen_local=_finite(_read_vector(file, "unseen_local", tuning.local(layers)), "local parameters"),
+            update_norms=tuple(_read(file, "history/update_norm", np.float64).tolist()),
+            record=_record(_read(file, "history/record", np.uint8).tobytes()) if "history/record" in file else None,
             generation=int(file.attrs["generation"]),
             part=int(file.attrs["part"]),
         )
@@ -144,7 +145,7 @@ def control_file(vector: Vector, round_index: int, layers: Sequence[int], tuning
 def read_control_file(data: bytes, name: str, tuning: Tuning) -> tuple[Vector, tuple[int, ...]]:
     """A device's control variate and the layers that were exchanged when it was written."""
     with open_state(data, name) as file:
-        layers = tuple(int(layer) for layer in file.attrs["layers"])
+        layers = _layers(file.attrs["layers"], tuning)
         return _read_vector(file, "control", tuning.exchanged(layers)), layers
 
 
@@ -169,16 +170,16 @@ def read_local_file(
 ) -> DeviceState:
     """A device's state; it starts with ``unseen_local`` if other layers were exchanged when it was written."""
     with open_state(data, name) as file:
-        written_for = tuple(int(layer) for layer in file.attrs["layers"])
+        written_for = _layers(file.attrs["layers"], tuning)
         kept = {
             name: _read_vector(file, name, tuning.exchanged(written_for)) for name in json.loads(file.attrs["kept"])
         }
         state = DeviceState(
-            local=_read_vector(file, "local", tuning.local(written_for)),
+            local=_finite(_read_vector(file, "local", tuning.local(written_for)), "its parameters"),
             steps_taken=int(file.attrs["steps_taken"]),
-            moments=_read_tensors(file, "optimizer") or None,
+            moments=_read_moments(file, tuning) or None,
             fisher=_read_vector(file, "fisher", tuning.local(written_for)) if file.attrs["has_fisher"] else None,
-            traces=file["traces"][:] if "traces" in file else None,
+            traces=_read(file, "traces", np.float64) if "traces" in file else None,
             kept=kept,
         )
     return state if written_for == layers else state.narrowed(tuning.kept_elements(layers), unseen_local)
@@ -202,12 +203,12 @@ def progress_file(progress: RoundProgress) -> bytes:
         return image(file)
 
 
-def read_progress_file(data: bytes, name: str) -> RoundProgress:
+def read_progress_file(data: bytes, name: str, tuning: Tuning) -> RoundProgress:
     """See :func:`progress_file`."""
     with open_state(data, name) as file:
         progress = RoundProgress(round=int(file.attrs["round"]))
         for device, entry in file["finished"].items():
-            payload = entry["upload"][()]
+            payload = _read(entry, "upload", np.float32)
             record = messages.upload_record(payload.size).zeros(1)
             (header,) = messages.upload_headers(record)
             header["device"] = int(device)
@@ -217,27 +218,14 @@ def read_progress_file(data: bytes, name: str) -> RoundProgress:
             progress.finished[int(device)] = record[0]
         for device, entry in file["unfinished"].items():
             progress.unfinished[int(device)] = UnfinishedUpdate(
-                tensors=_read_tensors(entry, "params"),
-                moments=_read_tensors(entry, "optimizer"),
-                losses=entry["losses"][()],
+                tensors={
+                    tensor: _read(entry, f"params/{tensor}", np.float32, shape)
+                    for tensor, shape in tuning.shapes.items()
+                },
+                moments=_read_moments(entry, tuning),
+                losses=_read(entry, "losses", np.float32),
             )
         return progress
-
-
-@contextmanager
-def open_state(data: bytes, name: str) -> Iterator[h5py.File]:
-    """A state file's content for reading; whatever is wrong with it becomes one CheckpointError."""
-    try:
-        with h5py.File.in_memory(data) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise CheckpointError(f"{name}: is HDF5, but not a fedhpc checkpoint")
-            if (version := int(file.attrs.get("version", 0))) != VERSION:
-                raise CheckpointError(f"{name}: has format version {version}; this fedhpc reads version {VERSION}")
-            yield file
-    except UserError:
-        raise
-    except (OSError, LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{name}: cannot be read as a checkpoint: {error}") from None
 
 
 def write_vector(group: h5py.Group, folder: str, vector: np.ndarray, layout: Layout) -> None:
@@ -267,14 +255,51 @@ def _dataset(folder: str, tensor: str) -> str:
     return f"{folder}_params/{tensor}".removeprefix("_")
 
 
+def _layers(numbers: Iterable[Any], tuning: Tuning) -> tuple[int, ...]:
+    layers, count = tuple(int(number) for number in numbers), tuning.shape.num_layers
+    if layers != tuple(sorted({*layers} & {*range(count)})):
+        raise ValueError(f"exchanged layers {list(layers)} are not ascending numbers from 0 to {count - 1}")
+    return layers
+
+
+def _record(text: bytes) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(text)
+    if not isinstance(record, dict) or not {"round", "loss", "accuracy", "bytes", "seconds"} <= record.keys():
+        raise ValueError("history/record is not a round's line of the metrics")
+    seconds = record["seconds"]
+    numbers = record["round"], record["loss"], record["bytes"], record["accuracy"] or 0
+    for number in (*numbers, seconds.get("idle"), *seconds.values()):
+        _number(number)
+    return record
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{value!r:.100} is found where a number belongs")
+    return value
+
+
+def _finite(vector: Vector, what: str) -> Vector:
+    """What devices train on: the run that wrote it had no other numbers there."""
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{what} are not finite")
+    return vector
+
+
 def _read_vector(group: h5py.Group, folder: str, layout: Layout) -> Vector:
     vector = np.empty(layout.size, np.float32)
     for tensor, view in layout.views(vector).items():
-        dataset = group[_dataset(folder, tensor)]
-        if dataset.shape != view.shape:
-            raise ValueError(f"{dataset.name} has shape {dataset.shape}, not {view.shape}")
-        view[...] = dataset[()]
+        view[...] = _read(group, _dataset(folder, tensor), np.float32, view.shape)
     return vector
+
+
+def _read(group: h5py.Group, name: str, dtype: type, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A dataset of this type and shape, or of any length."""
+    dataset = group[name]
+    wanted = np.dtype(dtype), (dataset.size,) if shape is None else shape
+    if (dataset.dtype, dataset.shape) != wanted:
+        raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, not {wanted[0]} {wanted[1]}")
+    return np.asarray(dataset[()])
 
 
 def _write_tensors(group: h5py.Group, folder: str, tensors: Mapping[str, np.ndarray]) -> None:
@@ -282,8 +307,16 @@ def _write_tensors(group: h5py.Group, folder: str, tensors: Mapping[str, np.ndar
         _write(group, f"{folder}/{name}", tensor)
 
 
-def _read_tensors(group: h5py.Group, folder: str) -> dict[str, np.ndarray]:
-    return {name: np.asarray(group[folder][name][()]) for name in group.get(folder, ())}
+def _read_moments(group: h5py.Group, tuning: Tuning) -> dict[str, np.ndarray]:
+    """`<tensor>.<part>` of all tensors or of none; fisher is there or not."""
+    found = {}
+    for name in group.get("optimizer", ()):
+        tensor, _, part = name.rpartition(".")
+        found[name] = _read(group, f"optimizer/{name}", np.float32, () if part == "step" else tuning.shapes[tensor])
+    adam = {name for name in found if not name.endswith(FISHER)}
+    if adam and adam != {f"{tensor}.{part}" for tensor in tuning.shapes for part in ADAM_PARTS}:
+        raise ValueError(f"{group.name}: optimizer has not the moments of all tensors")
+    return found
 
 
 def _write(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset:

@@ -6,7 +6,8 @@ from typing import cast
 
 import numpy as np
 
-from fedhpc.checkpoint import LOCAL, Checkpoints, Position, files_of
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import LOCAL, SERVER_FILE, Position, files_of, stem_of
 from fedhpc.config_file import load_config
 from fedhpc.errors import CheckpointError
 from fedhpc.job import Job, checked_tokenizer, load_job, load_state
@@ -53,10 +54,17 @@ def load_trained(run_dir: str, device: int | None = None) -> Trained:
         found = "holds no config.yaml" if Path(run_dir).is_dir() else "is no folder"
         raise CheckpointError(f"{run_dir} {found}; give the run_dir of a run")
     job = load_job(load_config(path).model_copy(update={"run_dir": run_dir}))
-    state = load_state(job, "auto")
-    if state is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet; `fedhpc run` writes one every checkpoint.every rounds")
-    local = state.unseen_local if device is None else _local_of(device, job, state)
+    needed = {SERVER_FILE} if device is None else {SERVER_FILE, f"{LOCAL}/{device:06d}"}
+
+    def load() -> tuple[RunState, Vector]:
+        state = load_state(job, "auto", needs=lambda name: stem_of(name) in needed)
+        if state is None:
+            raise CheckpointError(
+                f"{run_dir} has no checkpoint yet; `fedhpc run` writes one every checkpoint.every rounds"
+            )
+        return state, state.unseen_local if device is None else _local_of(device, job, state)
+
+    state, local = Checkpoints(run_dir).undisturbed(load)
     tensors = job.tuning.merge(state.server.params, local, state.layers)
     return Trained(job=job, device=device, rounds=state.server.round, tensors=tensors)
 
@@ -71,7 +79,7 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
             "--device out"
         )
     checkpoints, position = Checkpoints(job.config.run_dir), Position.of(state)
-    states, _ = checkpoints.load_devices(position, {device}, job.tuning, state.layers, state.unseen_local)
+    states = checkpoints.load_states(position, {device}, job.tuning, state.layers, state.unseen_local)
     if device in states and np.array_equal(states[device].local, state.unseen_local):
         when = "in the warm-up of selection.ratio: auto only" if job.config.selection.is_automatic else "in vain so far"
         raise CheckpointError(

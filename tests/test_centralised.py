@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import NUM_DEVICES, run_dir
 
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import SERVER_FILE
 from fedhpc.config_file import load_config
 from fedhpc.job import load_job
 from fedhpc.models import Backbone

@@ -15,7 +15,8 @@ import pytest
 from states import ALL, SHAPE, SOME, TUNING, bits, vector
 
 from fedhpc import checkpoint, messages, state_file
-from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums, verify
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import CONTROL, LOCAL, Position, device_of, read_sums, verify
 from fedhpc.config import TuningConfig
 from fedhpc.control import ControlVariates
 from fedhpc.errors import CheckpointError, ConfigError
@@ -31,7 +32,14 @@ from fedhpc.stopping import StopRequest
 from fedhpc.tuning import make_tuning
 
 IDENTITY = {"seed": 1, "server.method": "fedpeptao", "server.variant": "released", "sha256": "0"}
-RECORD = {"round": 3, "loss": 0.1 + 0.2, "devices": [2, 7], "accuracy": None, "seconds": {"local": 1e-9}}
+RECORD = {
+    "round": 3,
+    "loss": 0.1 + 0.2,
+    "devices": [2, 7],
+    "accuracy": None,
+    "bytes": 7,
+    "seconds": {"local": 1e-9, "idle": 0.0},
+}
 
 
 def run_state(round_index, layers=SOME, seed=0):
@@ -61,12 +69,13 @@ def device_state(seed, layers=SOME, *, moments=True):
 
 
 def adam(seed):
-    """Moments of the prompts and of the head's bias; PyTorch's step count is one number."""
-    return {
-        "prompts.exp_avg": vector(seed, 48).reshape(4, 2, 3, 2),
-        "prompts.step": np.array(3 + seed, np.float32),
-        "head.bias.exp_avg_sq": vector(seed + 1, 5),
-    }
+    """Moments of every tensor; PyTorch's step count is one number."""
+    moments = {}
+    for tensor, shape in TUNING.shapes.items():
+        for part in ("exp_avg", "exp_avg_sq"):
+            moments[f"{tensor}.{part}"] = vector([seed, len(moments)], np.prod(shape)).reshape(shape)
+        moments[f"{tensor}.step"] = np.array(3 + seed, np.float32)
+    return moments
 
 
 def control(*devices, layers=SOME, seed=0):
@@ -82,7 +91,7 @@ def upload(device, layers=SOME):
 
 
 def unfinished(seed):
-    tensors = {"prompts": vector(seed, 48).reshape(4, 2, 3, 2), "head.bias": vector(seed, 5)}
+    tensors = {name: vector(seed, np.prod(shape)).reshape(shape) for name, shape in TUNING.shapes.items()}
     return UnfinishedUpdate(tensors=tensors, moments=adam(seed), losses=vector(seed, 4))
 
 
@@ -226,7 +235,8 @@ def layout_of(path):
 
 def test_the_files_are_as_documented(run):
     prompts, head = ((2, 2, 3, 2), "float32"), ((5, 2), "float32")
-    bias, whole = ((5,), "float32"), ((4, 2, 3, 2), "float32")
+    bias = ((5,), "float32")
+    whole = {tensor: (shape, "float32") for tensor, shape in TUNING.shapes.items()}
     progress = RoundProgress(round=4, finished={2: upload(2)}, unfinished={6: unfinished(6)})
     position = run.save(run_state(4), control=control(7, 2), states={2: device_state(2)}, progress=[progress])
     folder = run.checkpoints.path(position)
@@ -259,7 +269,8 @@ def test_the_files_are_as_documented(run):
     assert found == {"control": prompts, "control_params/head.weight": head, "control_params/head.bias": bias}
     assert (attributes["round"], attributes["layers"].tolist()) == (4, [1, 3])
 
-    moments = {"prompts.exp_avg": whole, "prompts.step": ((), "float32"), "head.bias.exp_avg_sq": bias}
+    moments = {f"{tensor}.{part}": form for tensor, form in whole.items() for part in ("exp_avg", "exp_avg_sq")}
+    moments |= {f"{tensor}.step": ((), "float32") for tensor in whole}
     found, attributes, _ = layout_of(run.checkpoints.folder / "local/000002_000001.h5")
     assert found == {"local_prompts": prompts, **{f"optimizer/{name}": form for name, form in moments.items()}}
     assert (attributes["round"], attributes["layers"].tolist(), attributes["steps_taken"]) == (4, [1, 3], 7)
@@ -268,8 +279,7 @@ def test_the_files_are_as_documented(run):
     assert found == {
         "finished/2/upload": ((TUNING.exchanged(SOME).size,), "float32"),
         "unfinished/6/losses": ((4,), "float32"),
-        "unfinished/6/params/prompts": whole,
-        "unfinished/6/params/head.bias": bias,
+        **{f"unfinished/6/params/{tensor}": form for tensor, form in whole.items()},
         **{f"unfinished/6/optimizer/{name}": form for name, form in moments.items()},
     }
     assert attributes["round"] == 4

@@ -10,7 +10,8 @@ from backbones import make_config
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import packing
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import SERVER_FILE
 from fedhpc.encoding import make_encoding
 from fedhpc.exact_sum import NOTHING, SumSize, Terms
 from fedhpc.methods import Population, make_method

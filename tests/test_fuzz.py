@@ -18,7 +18,8 @@ from states import bits
 
 from fedhpc import cli
 from fedhpc import job as jobs
-from fedhpc.checkpoint import SEAL, SUMS, Checkpoints, Position, read_sums, verify
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import SEAL, SUMS, Position, read_sums, verify
 from fedhpc.config_file import load_config
 from fedhpc.control import ControlVariates
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError

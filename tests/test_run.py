@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metrics, run_dir, server_file
 
 from fedhpc import job
-from fedhpc.checkpoint import CONTROL, LOCAL, Checkpoints, Position, device_of, read_sums
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import CONTROL, LOCAL, Position, device_of, read_sums
 from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR

@@ -11,7 +11,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedhpc.checkpoint import SERVER_FILE, Checkpoints
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import SERVER_FILE
 from fedhpc.seeding import generator
 
 ROOT = Path(__file__).parent.parent

@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from fedhpc.checkpoint_files import CheckpointFiles
 from fedhpc.config import Config, flatten
 from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles
@@ -126,13 +127,7 @@ class Run:
     @cached_property
     def layers(self) -> Layers | None:
         """From the newest checkpoint that can be read."""
-        for file in sorted(self.path.glob("checkpoints/round_*/server.h5"), reverse=True):
-            with suppress(OSError, KeyError, ValueError), h5py.File(file, locking=False) as state:
-                exchanged = tuple(int(layer) for layer in state["selection/layers"][:])
-                scores = state["selection/scores"][:].astype(float) if "selection/scores" in state else None
-                count = max(exchanged, default=-1) + 1 if scores is None else len(scores)
-                return Layers(count=count, exchanged=exchanged, scores=scores)
-        return None
+        return CheckpointFiles(self.path).newest_readable(_layers)
 
 
 def read_run(path: Path, *, rounds: int | None = None, budget_bytes: float | None = None) -> Run:
@@ -170,6 +165,13 @@ def counted(records: Sequence[Record], rounds: int | None, budget_bytes: float |
         return first
     moved = accumulate(record["bytes"] for record in first)
     return [record for record, so_far in zip(first, moved, strict=True) if so_far <= budget_bytes]
+
+
+def _layers(file: h5py.File) -> Layers:
+    exchanged = tuple(int(layer) for layer in file["selection/layers"][:])
+    scores = file["selection/scores"][:].astype(float) if "selection/scores" in file else None
+    count = max(exchanged, default=-1) + 1 if scores is None else len(scores)
+    return Layers(count=count, exchanged=exchanged, scores=scores)
 
 
 def _number(value: Any) -> float:

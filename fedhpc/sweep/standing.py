@@ -6,8 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
-
+from fedhpc.checkpoint_files import CheckpointFiles
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in
@@ -135,11 +134,10 @@ def _foreign(cell: Cell) -> str | None:
 
 def _data_differences(cell: Cell) -> list[str]:
     """In what the data of a run, as its newest checkpoint has them, differ from those in `data.path`."""
-    checkpoints, description = cell.run_dir / "checkpoints", Path(cell.config.data.path) / "description.json"
-    found = json.loads(description.read_text(encoding="utf-8"))
-    newest = checkpoints / (checkpoints / "LATEST").read_text().strip()
-    with h5py.File(newest / "server.h5", locking=False) as state:
-        saved = json.loads(state.attrs["config"])
+    saved = CheckpointFiles(cell.run_dir).newest_readable(lambda file: json.loads(file.attrs["config"]))
+    if saved is None:
+        return []
+    found = json.loads((Path(cell.config.data.path) / "description.json").read_text(encoding="utf-8"))
     if OLD_MODEL in saved:
         return differences({OLD_DATA: saved[OLD_DATA]}, {OLD_DATA: found["sha256"]}, "there")
     theirs = {key: value for key, value in saved.items() if key.startswith(DATA)}

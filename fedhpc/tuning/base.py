@@ -47,6 +47,11 @@ class Tuning(ABC):
         if config.head == "linear":
             self.shared = {"head.weight": (num_classes, shape.hidden_size), "head.bias": (num_classes,)}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all trainable tensors, whole, by name."""
+        return {**self.per_layer, **self.shared}
+
     @abstractmethod
     def overlay(
         self,
@@ -92,7 +97,7 @@ class Tuning(ABC):
     def initial(self, seed: int) -> dict[str, np.ndarray]:
         """All trainable tensors before round 0, the same for every device: normal, see :meth:`initial_scale`."""
         tensors = {}
-        for name, shape in {**self.per_layer, **self.shared}.items():
+        for name, shape in self.shapes.items():
             scale = self.initial_scale(name)
             tensors[name] = np.zeros(shape, np.float32)
             if scale:
@@ -151,10 +156,9 @@ class Tuning(ABC):
         Two would not do: they may be alike, or one of them take all attention, and then the gradient is zero too.
         """
         rng = torch.Generator().manual_seed(0)
-        shapes = {**self.per_layer, **self.shared}
         params = {
             name: torch.randn(shape, generator=rng).mul_(0.1).to(backbone.torch_device).requires_grad_()
-            for name, shape in shapes.items()
+            for name, shape in self.shapes.items()
         }
         vocabulary = len(backbone.base.get_input_embeddings().weight)
         ids = torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=backbone.torch_device).long()[None]

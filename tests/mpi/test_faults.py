@@ -12,7 +12,8 @@ from strike import CheckpointFiles, Job
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import cli
-from fedhpc.checkpoint import Checkpoints, verify
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import verify
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")

@@ -17,7 +17,8 @@ from launch import MPIRUN, mpirun
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc import cli
-from fedhpc.checkpoint import Checkpoints, Position, verify
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import Position, verify
 from fedhpc.models import Backbone
 from fedhpc.trained import load_trained
 from fedhpc.tuning.base import as_parameters
