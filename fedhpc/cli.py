@@ -233,18 +233,19 @@ def all_ranks_or_none(exchange: Exchange) -> Iterator[list[str]]:
 
 @contextmanager
 def faults_end_every_rank(exchange: Exchange, but_for: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Log an exception with rank, host and traceback, then end the whole job."""
+    """Log an exception with rank, host and, unless it is the user's fault, traceback; then end the whole job."""
     try:
         yield
     except but_for:
         raise
     except BaseException as error:
         try:
-            log.critical("%s: %s; ending all ranks\n%s", type(error).__name__, error, traceback.format_exc().rstrip())
+            where = "" if isinstance(error, UserError) else f"\n{traceback.format_exc().rstrip()}"
+            log.critical("%s: %s; ending all ranks%s", type(error).__name__, error, where)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:  # even where there is nothing left to log to
-            exchange.abort(EXIT_USER_ERROR if isinstance(error, FloatingPointError) else EXIT_FAILURE)
+            exchange.abort(EXIT_USER_ERROR if isinstance(error, FloatingPointError | UserError) else EXIT_FAILURE)
 
 
 def check_target(name: str) -> None:

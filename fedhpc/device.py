@@ -17,7 +17,7 @@ from fedhpc.config import Config
 from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
-from fedhpc.errors import Halt
+from fedhpc.errors import CheckpointError, Halt
 from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
@@ -248,8 +248,8 @@ class Worker:
 
     @property
     def has_states(self) -> bool:
-        """Whether devices keep anything between their rounds."""
-        return self.keeps or bool(self.unseen.local.size)
+        """Whether devices keep anything between their rounds; in a warm-up they have taken steps, if no more."""
+        return self.keeps or bool(self.unseen.local.size) or self.config.selection.is_automatic
 
     def _curriculum(self, device: int, round_index: int) -> Batches | None:
         """A device's batches of a round where a curriculum orders them; measured when it first takes part."""
@@ -263,6 +263,8 @@ class Worker:
             traces = self.measurements.fisher_traces(given)
             self.states[device] = replace(state, traces=traces)
             self.touched.add(device)
+        if len(traces) != len(given):
+            raise CheckpointError(f"device {device}: Fisher information of {len(traces)} batches, not {len(given)}")
         used = batches_per_epoch(self.config, len(examples), round_index)
         return easy_first(given, traces)[:used] * self.config.device.epochs
 
@@ -367,6 +369,11 @@ class Worker:
             position, mine, self.tuning, command.layers, self.unseen.local
         )
         self.touched.clear()
+        size = self.tuning.exchanged(command.layers).size * self.method.num_uploaded
+        record = messages.upload_record(size, self.encoding.dtype)
+        for device, upload in self.progress.finished.items():
+            if upload.shape != record.shape:
+                raise CheckpointError(f"device {device}: its upload has {upload.size} words, not {record.shape[0]}")
         return NOTHING
 
     def _predict(

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from fedhpc.config import Config
 from fedhpc.data import Split
-from fedhpc.errors import Halt
+from fedhpc.errors import CheckpointError, Halt
 from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.models import Backbone
 from fedhpc.seeding import derive_seed, generator
@@ -189,6 +189,8 @@ class _Lane:
         )
         self.sparse = Sparse(config.sparse, tuning, layers, self.state.fisher, self.params, self.moments)
         self.losses = list(torch.tensor(begun.losses, device=place)) if begun else []
+        if len(self.losses) > len(self.plan):
+            raise CheckpointError(f"device {self.device}: {len(self.losses)} steps taken of {len(self.plan)}")
 
     @property
     def activity(self) -> str:

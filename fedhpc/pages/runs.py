@@ -26,6 +26,7 @@ Record = Mapping[str, Any]
 GLOBAL = "_global"
 PHASES = ("broadcast", "local", "idle", "gather", "server", "evaluate", "checkpoint")
 """Parts of a round's seconds; together they are the round."""
+MOST_LAYERS = 10_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -171,6 +172,8 @@ def _layers(file: h5py.File) -> Layers:
     exchanged = tuple(int(layer) for layer in file["selection/layers"][:])
     scores = file["selection/scores"][:].astype(float) if "selection/scores" in file else None
     count = max(exchanged, default=-1) + 1 if scores is None else len(scores)
+    if count > MOST_LAYERS:
+        raise ValueError(f"{count} layers are more than any model has")
     return Layers(count=count, exchanged=exchanged, scores=scores)
 
 
