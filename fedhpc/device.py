@@ -370,10 +370,8 @@ class Worker:
         )
         self.touched.clear()
         size = self.tuning.exchanged(command.layers).size * self.method.num_uploaded
-        record = messages.upload_record(size, self.encoding.dtype)
-        for device, upload in self.progress.finished.items():
-            if upload.shape != record.shape:
-                raise CheckpointError(f"device {device}: its upload has {upload.size} words, not {record.shape[0]}")
+        words = messages.upload_record(size, self.encoding.dtype).shape
+        self.progress.check(words, with_moments=self.config.device.optimizer == "adamw")
         return NOTHING
 
     def _predict(

@@ -15,6 +15,7 @@ import numpy as np
 
 import fedhpc
 from fedhpc import messages
+from fedhpc.errors import CheckpointError
 from fedhpc.local_update import DeviceState, UnfinishedUpdate
 from fedhpc.methods import ServerState
 from fedhpc.plain_hdf5 import FORMAT, VERSION, open_state
@@ -63,6 +64,13 @@ class RoundProgress:
     finished: dict[int, np.ndarray] = field(default_factory=dict)
     """Device -> its upload record."""
     unfinished: dict[int, UnfinishedUpdate] = field(default_factory=dict)
+
+    def check(self, words: tuple[int, ...], *, with_moments: bool) -> None:
+        """Raise CheckpointError unless uploads have this shape, and updates Adam's moments if there are any."""
+        odd = [device for device, upload in self.finished.items() if upload.shape != words]
+        odd += [device for device, update in self.unfinished.items() if with_moments > bool(update.moments)]
+        if odd:
+            raise CheckpointError(f"round {self.round}: what was saved of devices {odd} does not fit the configuration")
 
 
 def server_file(state: RunState, tuning: Tuning, identity: Mapping[str, Any], devices: Sequence[int]) -> bytes:
@@ -256,10 +264,11 @@ def _dataset(folder: str, tensor: str) -> str:
 
 
 def _layers(numbers: Iterable[Any], tuning: Tuning) -> tuple[int, ...]:
-    layers, count = tuple(int(number) for number in numbers), tuning.shape.num_layers
-    if layers != tuple(sorted({*layers} & {*range(count)})):
-        raise ValueError(f"exchanged layers {list(layers)} are not ascending numbers from 0 to {count - 1}")
-    return layers
+    given, count = np.asarray(numbers).tolist(), tuning.shape.num_layers
+    layers = [layer for layer in range(count) if layer in given]
+    if given != layers:
+        raise ValueError(f"exchanged layers {given} are not ascending numbers from 0 to {count - 1}")
+    return tuple(layers)
 
 
 def _record(text: bytes) -> dict[str, Any]:
