@@ -115,7 +115,7 @@ def server_file(state: RunState, tuning: Tuning, identity: Mapping[str, Any], de
 def read_server_file(data: bytes, name: str, tuning: Tuning, check: Callable[[dict[str, Any]], None]) -> RunState:
     """The run's state, after ``check`` has seen the identity of the run that wrote it; ``name`` is for messages."""
     with open_state(data, name) as file:
-        check(json.loads(file.attrs["config"]))
+        check(dict(json.loads(file.attrs["config"])))
         layers = _layers(_read(file, "selection/layers", np.int64), tuning)
         exchanged = tuning.exchanged(layers)
         vectors = {

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import threading
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from states import ALL, SHAPE, SOME, TUNING, bits, vector
 
-from fedhpc import checkpoint, messages, state_file
+from fedhpc import checkpoint, checkpoint_files, inspection, messages, state_file
 from fedhpc.checkpoint import Checkpoints
 from fedhpc.checkpoint_files import CONTROL, LOCAL, Position, device_of, read_sums, verify
 from fedhpc.config import TuningConfig
@@ -551,18 +552,65 @@ def test_without_a_whole_checkpoint_nothing_is_used(run):
 def test_a_run_that_saves_meanwhile_is_read_again(run, monkeypatch):
     """A checkpoint may be gone before its reader comes to it: the run beside it keeps two."""
     save_two(run)
-    ours = checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", save_meanwhile(run, checkpoint.verify))
+    reports = []
+    assert run.newest(reports.append).server.round == 3
+    assert len(reports) == 2
+
+
+def test_a_checkpoint_leaves_the_list_before_any_file_of_it_goes(run, monkeypatch):
+    """So whoever reads beside a run can tell what it has removed from what is damaged."""
+    remove, removed = shutil.rmtree, []
+
+    def slow(path, **options):
+        for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
+            file.unlink()
+            removed.append(file)
+            for position in run.checkpoints.positions():
+                verify(run.checkpoints.path(position))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    for round_index in (1, 2, 3, 4):
+        run.save(run_state(round_index), control=control(round_index, 7), states={5: device_state(round_index)})
+    assert len(removed) == 2 * 3
+    assert run.checkpoints.positions() == [Position(4), Position(3)]
+
+
+def save_meanwhile(run, function):
+    """The function, during whose first call the run saves twice: the checkpoints before are gone."""
 
     def slow(*arguments):
         if run.checkpoints.positions()[0].round == 1:
             for round_index in (2, 3):
                 run.save(run_state(round_index), control=control(4))
-        ours(*arguments)
+        return function(*arguments)
 
-    monkeypatch.setattr(checkpoint, "verify", slow)
-    reports = []
-    assert run.newest(reports.append).server.round == 3
-    assert len(reports) == 2
+    return slow
+
+
+def test_inspect_leaves_out_what_a_run_removes_meanwhile(run, tmp_path, monkeypatch):
+    save_two(run)
+    monkeypatch.setattr(inspection, "verify", save_meanwhile(run, inspection.verify))
+    text, valid = inspection.inspect_text(str(tmp_path))
+    assert valid
+    assert "NOT VALID" not in text
+    assert [Path(line.split()[1]).name for line in text.splitlines() if line.startswith("checkpoint ")] == [
+        "round_000003:",
+        "round_000002:",
+    ]
+
+
+def test_what_a_report_wants_is_read_from_the_newest_whole_file(run, monkeypatch):
+    save_two(run)
+    assert run.checkpoints.newest_readable(lambda file: int(file.attrs["part"])) == 2
+    flip_bit(run.checkpoints.path(Position(1, 2)) / "server.h5")
+    assert run.checkpoints.newest_readable(lambda file: int(file.attrs["part"])) == 0
+    monkeypatch.setattr(checkpoint_files, "read_sums", save_meanwhile(run, read_sums))
+    assert run.checkpoints.newest_readable(lambda file: int(file.attrs["round"])) == 3
+    for position in run.checkpoints.positions():
+        flip_bit(run.checkpoints.path(position) / "server.h5")
+    assert run.checkpoints.newest_readable(dict) is None
 
 
 @pytest.mark.parametrize("name", ["round_000007", "round_000001_part_000009", "round_000002"])

@@ -15,6 +15,8 @@ from test_export import make_trained
 from test_tasks import gpt_like
 
 from fedhpc import cli
+from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import LOCAL, files_of
 from fedhpc.config_file import load_config
 from fedhpc.data import tokenizer_fingerprint
 from fedhpc.errors import DataError
@@ -55,6 +57,26 @@ def predict(fedhpc):
         return [json.loads(line) for line in out.splitlines()]
 
     return command
+
+
+def test_a_damaged_file_of_a_device_leaves_what_does_not_need_it(finished, fedhpc, tmp_path):
+    """Whether or not an older checkpoint shares the file, a run goes on from all files or not at all."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    checkpoints = Checkpoints(run_dir)
+    newest, oldest = (files_of(checkpoints.device_files(position), LOCAL) for position in checkpoints.positions())
+    damaged = next(device for device, (name, _) in newest.items() if oldest.get(device, [None])[0] == name)
+    other = next(device for device in newest if device != damaged)
+    file = checkpoints.path(checkpoints.positions()[0]) / newest[damaged][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    again = ["run", run_dir / "config.yaml", "--set", f"run_dir={run_dir}", "--set", "federation.rounds=3"]
+    for command in (again, ["predict", run_dir, "--text", "a", "--device", damaged]):
+        status, _, err = fedhpc(*command)
+        assert (status, "no checkpoint is whole" in err, file.name in err) == (2, True, True)
+    for options in ([], ["--device", other]):
+        expected = fedhpc("predict", finished, "--text", "the place was dull", *options)
+        assert expected[0] == 0
+        assert fedhpc("predict", run_dir, "--text", "the place was dull", *options)[:2] == expected[:2]
+    assert fedhpc("export", run_dir, "--out", tmp_path / "out")[0] == 0
 
 
 def last_metrics(run_dir):

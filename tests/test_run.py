@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import h5py
 import numpy as np
@@ -30,6 +31,15 @@ def device_files(config, kind, after_round=None):
     position = checkpoints.positions()[0] if after_round is None else Position(after_round)
     names = (name for name in checkpoints.device_files(position) if name.startswith(f"../{kind}/"))
     return {device_of(name): checkpoints.path(position) / name for name in names}
+
+
+def steps_taken(config):
+    """Device -> what its file says."""
+    found = {}
+    for device, path in device_files(config, LOCAL).items():
+        with h5py.File(path) as file:
+            found[device] = file.attrs["steps_taken"]
+    return found
 
 
 def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
@@ -204,6 +214,12 @@ def test_an_automatic_ratio_narrows_the_exchange_after_the_warm_up(fedhpc, run_c
     for rounds in (1, 2, 3, 4):
         assert fedhpc("run", parts, "--set", f"federation.rounds={rounds}")[0] == 0
     assert final_prompts(whole) == final_prompts(parts)
+    steps = Counter()
+    for path in (run_dir(whole) / "traces").iterdir():
+        with h5py.File(path) as file:
+            steps.update(dict(zip(file["device_ids"][:].tolist(), file["num_steps"][:].tolist(), strict=True)))
+    for config in (whole, parts):
+        assert steps_taken(config) == steps
 
 
 def test_moments_kept_on_a_device_outlive_the_warm_up(fedhpc, run_config):
