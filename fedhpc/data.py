@@ -214,7 +214,7 @@ class PreparedData:
     def _array(self, name: str, dtype: type) -> np.ndarray:
         try:
             array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy reads the header with Python's own tokenizer and parser
             raise DataError(f"{self.path / name}: not a readable .npy file ({error}); {_PREPARE_AGAIN}") from error
         if array.dtype != dtype or array.ndim != 1:
             raise DataError(f"{self.path / name}: {array.dtype} {array.shape} is not a list of {dtype.__name__}")

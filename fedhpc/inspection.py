@@ -44,7 +44,7 @@ def inspect_text(path_text: str) -> tuple[str, bool]:
 def _run(path: Path) -> tuple[str, bool]:
     lines = [f"run directory {path}"]
     if records := RunFiles(path).read_metrics():
-        evaluated = [record for record in records if record["accuracy"] is not None]
+        evaluated = [record for record in records if record.get("accuracy_global") is not None]
         moved = sum(record["bytes"] for record in records)
         lines.append(f"metrics: {len(records)} rounds recorded, {human_bytes(moved)} moved between devices and server")
         if evaluated:

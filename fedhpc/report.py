@@ -46,17 +46,32 @@ class RunFiles:
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rounds recorded, ascending; of a round repeated after an interruption the last line counts."""
+        """The rounds recorded, ascending; of a round repeated after an interruption the last line counts.
+
+        What is no whole line of a round, as one that is being written or was cut short, is passed over.
+        """
         records = {}
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
-            with suppress(ValueError):
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.is_file() else ():
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                records[record["round"]] = record
+                if is_record(record):
+                    records[record["round"]] = record
         return [records[round_index] for round_index in sorted(records)]
 
     def rounds_recorded(self) -> set[int]:
         """The rounds that have a line."""
         return {record["round"] for record in self.read_metrics()}
+
+
+def is_record(value: Any) -> bool:
+    """Whether this is a round's line of the metrics, as far as it is computed with."""
+    if not isinstance(value, dict) or not isinstance(value.get("round"), int) or "accuracy" not in value:
+        return False
+    seconds = value.get("seconds", {})
+    numbers = [value["accuracy"] or 0, value.get("accuracy_global") or 0, value.get("bytes"), value.get("loss", 0)]
+    return isinstance(seconds, dict) and all(
+        isinstance(number, int | float) for number in (*numbers, *seconds.values())
+    )
 
 
 def start_log(rank: int, size: int, host: str) -> None:

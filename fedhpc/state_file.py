@@ -19,6 +19,7 @@ from fedhpc.errors import CheckpointError
 from fedhpc.local_update import DeviceState, UnfinishedUpdate
 from fedhpc.methods import ServerState
 from fedhpc.plain_hdf5 import FORMAT, VERSION, open_state
+from fedhpc.report import is_record
 from fedhpc.step_rules import FISHER
 from fedhpc.tuning import Tuning
 from fedhpc.updates import Layout, Vector
@@ -273,12 +274,8 @@ def _layers(numbers: Iterable[Any], tuning: Tuning) -> tuple[int, ...]:
 
 def _record(text: bytes) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(text)
-    if not isinstance(record, dict) or not {"round", "loss", "accuracy", "bytes", "seconds"} <= record.keys():
+    if not is_record(record) or "loss" not in record or "idle" not in record.get("seconds", ()):
         raise ValueError("history/record is not a round's line of the metrics")
-    seconds = record["seconds"]
-    numbers = record["round"], record["loss"], record["bytes"], record["accuracy"] or 0
-    for number in (*numbers, seconds.get("idle"), *seconds.values()):
-        _number(number)
     return record
 
 

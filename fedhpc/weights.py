@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
     CONFIG_NAME,
@@ -107,22 +108,24 @@ def _files(name: str, single_name: str, index_name: str) -> list[Path]:
     index = cached_file(name, index_name, _raise_exceptions_for_missing_entries=False)
     if index is None:
         return []
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index} is no index of weight files: it has no weight_map of names to files") from None
     return [Path(str(cached_file(name, shard))) for shard in shards]
 
 
 def _mapped(file: Path) -> dict[str, Tensor] | None:
     size = file.stat().st_size
+    try:
+        with safe_open(file, framework="pt"):  # sees that the header describes this file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} ({size} bytes) is cut short or no safetensors file: {error}") from None
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
-        try:
-            header = json.loads(stream.read(min(length, size)))
-        except ValueError:
-            raise ValueError(f"{file} ({size} bytes) is cut short or no safetensors file") from None
+        header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    needed = HEADER_LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < needed:
-        raise ValueError(f"{file} is cut short: {size} bytes instead of {needed}")
     content = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
     for name, entry in header.items():

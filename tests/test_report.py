@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 
 import pytest
 
@@ -52,6 +53,33 @@ def test_human_bytes(count, text):
     assert human_bytes(count) == text
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"round": 1, "accu',
+        b"\0\0\xff\n",
+        b"[" * 100_000,
+        b"[1]\n",
+        b"{}\n",
+        b'{"round": "x", "accuracy": null, "bytes": 1}\n',
+        b'{"round": 1, "accuracy": "high", "bytes": 1}\n',
+        b'{"round": 1, "accuracy": null, "bytes": 1, "seconds": 3}\n',
+    ],
+)
+def test_what_is_no_line_of_a_round_is_passed_over(tmp_path, line):
+    """It may be half a line, of a run under way or of one that a full disk ended."""
+    files = RunFiles(tmp_path)
+    files.append_metrics(record(0))
+    with files.metrics.open("ab") as file:
+        file.write(line)
+    assert files.read_metrics() == [record(0)]
+
+
+def test_metrics_that_have_no_end_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert RunFiles(tmp_path).read_metrics() == []
+
+
 def test_metrics_of_an_earlier_run_are_put_aside(tmp_path):
     files = RunFiles(tmp_path)
     assert files.begin_anew() is None
@@ -65,12 +93,12 @@ def test_metrics_of_an_earlier_run_are_put_aside(tmp_path):
 def test_metrics_survive_an_interruption(tmp_path):
     files = RunFiles(tmp_path)
     assert files.read_metrics() == []
-    files.append_metrics({"round": 0, "loss": 1})
-    files.append_metrics({"round": 1, "loss": 2})
+    files.append_metrics(record(0, loss=1))
+    files.append_metrics(record(1, loss=2))
     with files.metrics.open("a") as file:
         file.write('{"round": 2, "lo')
-    files.append_metrics({"round": 1, "loss": 3})
-    assert files.read_metrics() == [{"round": 0, "loss": 1}, {"round": 1, "loss": 3}]
+    files.append_metrics(record(1, loss=3))
+    assert files.read_metrics() == [record(0, loss=1), record(1, loss=3)]
 
 
 def test_records_carry_time_rank_and_host_and_only_rank_0_writes_the_log(tmp_path, capfd):

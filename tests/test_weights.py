@@ -42,6 +42,33 @@ def test_shards_are_put_together(tmp_path):
     assert all(torch.equal(mapped[name], tensor) for name, tensor in parts.items())
 
 
+@pytest.mark.parametrize(
+    ("length", "entry"),
+    [
+        (1 << 63, {}),
+        (None, "[" * 100_000),
+        (None, {"dtype": "F32", "shape": [2]}),
+        (None, {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}),
+        (None, {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}),
+        (None, {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 8]}),
+    ],
+    ids=["length", "nested", "no place", "before the data", "beyond the data", "shape"],
+)
+def test_a_header_that_does_not_describe_the_file_is_refused(tmp_path, length, entry):
+    header = entry.encode() if isinstance(entry, str) else json.dumps({"a": entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((length or len(header)).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=f"{file} .* is cut short or no safetensors file: "):
+        mapped_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("index", ["", "{}", "[1]", '{"weight_map": ["a"]}', "[" * 100_000])
+def test_an_index_without_a_map_is_refused(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json is no index of weight files"):
+        mapped_weights(str(tmp_path))
+
+
 def test_without_such_files_there_is_nothing_to_map(tmp_path):
     assert mapped_weights(str(tmp_path)) is None
 
