@@ -1,7 +1,7 @@
 """Files of examples: TSV, unquoted, with a header line; or JSON lines."""
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ def read_table(
     header, first_line = lines[0].split("\t"), 2
     if headerless and len(headerless) == len(header) and dict(zip(headerless, header, strict=True))["label"] in labels:
         header, first_line = list(headerless), 1
-    if twice := [name for place, name in enumerate(header) if name in header[:place]]:
-        raise DataError(f"{file}: column {twice[0]!r} stands twice in the header line; rename one")
+    if (name := _twice(header)) is not None:
+        raise DataError(f"{file}: column {name!r} stands twice in the header line; rename one")
     return (_tsv_record(header, line) for line in lines[first_line - 1 :]), first_line
 
 
@@ -64,6 +64,8 @@ def _tsv_record(header: list[str], line: str) -> Record:
 def _json_record(line: str) -> Record:
     try:
         record = json.loads(line, object_pairs_hook=_json_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}; expected one JSON object a line") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
@@ -72,8 +74,16 @@ def _json_record(line: str) -> Record:
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> Record:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return found
+    if (name := _twice(name for name, _ in pairs)) is not None:
+        raise ValueError(f"key {name!r} stands twice in an object")
+    return dict(pairs)
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that was there before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

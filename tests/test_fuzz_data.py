@@ -19,7 +19,7 @@ from fedhpc.evaluate import class_scores, evaluation_batches
 from fedhpc.models import Backbone
 
 SEED = 20260731
-TRIALS = 40
+TRIALS = 25
 """Of each kind."""
 ACCEPTED, REFUSED = "accepted", "refused"
 TOKENIZERS = {"bert": bert_like, "roberta": roberta_like, "gpt2": gpt_like, "llama": llama_like}
@@ -127,17 +127,30 @@ class World:
     """Small random backbones, sound data for each, and parameters as a run would have tuned them."""
 
     def __init__(self, folder):
-        self.folder, self.models, self.made = folder, {}, {}
+        self.folder, self.models, self.tokenizers, self.made = folder, {}, {}, {}
         for name, make in TOKENIZERS.items():
             tokenizer = make()
             self.models[name] = str(backbones.save_backbone(folder, name, vocab_size=len(tokenizer)))
             tokenizer.add_tokens(["added"])  # without a row in the embeddings
             tokenizer.save_pretrained(self.models[name])
+            self.tokenizers[name] = tokenizer
         for columns in COLUMNS:
             (folder / columns).mkdir()
             rows = [{"a": "a", "b": "c", "text": "b", "label": label} for label in CLASSES]
             for split in ("train", "dev"):
                 (folder / columns / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def plain_tokens(self, case, text):
+        """What transformers' tokenizer makes of the fields of an example."""
+        (name, columns, head), tokenizer = case, self.tokenizers[case[0]]
+        fields = [field.strip() for field in (text.values() if columns == "two" else [text])]
+        if name in backbones.ENCODERS:
+            shown = f"{' and '.join(fields)} . It was {tokenizer.mask_token} ."
+            bare = tuple(fields) if columns == "two" else fields[0]
+            return tokenizer([shown if head == "verbalizer" else bare])["input_ids"][0]
+        shown = f"{' and '.join(fields)} It was" if head == "verbalizer" else " ".join(fields)
+        ids = tokenizer(shown)["input_ids"]
+        return (ids[:-1] if name == "llama" else ids) or [tokenizer.eos_token_id]  # that one ends a text with </s>
 
     def prepare(self, capfd, case, source, out, *more, task=None):
         """What prepare.py says of a source; its task file is the usual one unless it is given."""
@@ -222,8 +235,11 @@ def odd_data(world, rng, folder, capfd, monkeypatch):
     expected = np.empty((len(split), len(CLASSES)))
     for examples, scores in class_scores(backbone, trained.job.tuning, params, split, batches):
         expected[examples] = scores.softmax(1).numpy()
-    given = [list(json.loads(line)["probabilities"].values()) for line in out.removesuffix("\n").split("\n")]
-    assert np.allclose(given, expected, rtol=0, atol=1e-5)
+    records = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
+    assert np.allclose([list(record["probabilities"].values()) for record in records], expected, rtol=0, atol=1e-5)
+    for record, start, end in zip(records, split.offsets, split.offsets[1:], strict=False):
+        whole = world.plain_tokens(case, record["text"])
+        assert end - start == max_length < len(whole) or split.tokens[start:end].tolist() == whole
     return ACCEPTED
 
 
