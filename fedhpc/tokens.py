@@ -99,7 +99,7 @@ class TextEncoder:
         ids = batch["input_ids"][index]
         ids = ids[: len(ids) - self.num_trailing] or [self.tokenizer.eos_token_id or 0]
         slot = 0 if rendered.mask < 0 else batch.char_to_token(index, rendered.mask)
-        if slot is None:
+        if slot is None or (rendered.mask >= 0 and ids[slot] != self.tokenizer.mask_token_id):
             raise DataError(f"the tokenizer does not take the template's {self.tokenizer.mask_token} for one token")
         excess = len(ids) - self._max_length
         if excess > 0:

@@ -91,6 +91,23 @@ def test_texts_and_what_stands_beside_them_are_within_a_window_that_masks_do_not
             check_lengths(*arguments("llama", **changes, longest=most + 1, shape=shape))
 
 
+def test_class_words_of_several_tokens_need_the_window_behind_the_text_too(tmp_path):
+    path = backbones.save_backbone(tmp_path, "mistral", sliding_window=16)
+    most = most_tokens(*arguments("mistral", words=LONG, kind="lora", shape=read_shape(str(path))))
+    backbone, plain = backbones.load_backbone(path, "mistral", words=LONG), backbones.load_plain(path, "mistral")
+
+    def differs(length):
+        batch = backbones.make_batch("mistral", (length,))
+        scores = []
+        for word in LONG:
+            ids = torch.cat([batch.input_ids, torch.tensor([word])], dim=1)
+            found = plain(input_ids=ids).logits[0, length - 1 : -1].log_softmax(-1)
+            scores.append(found[range(len(word)), word].mean())
+        return not torch.allclose(backbone.word_scores(batch)[0].double(), torch.stack(scores), atol=1e-3)
+
+    assert (differs(most), differs(most + 1)) == (False, True)
+
+
 def test_a_refusal_says_what_would_do():
     with pytest.raises(ConfigError) as caught:
         check_lengths(*arguments("gpt2", words=LONG, longest=63))

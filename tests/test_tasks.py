@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from fedhpc.data import tokenizer_fingerprint
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.tasks import TASKS, load_task
+from fedhpc.texts import encode as encode_rows
 from fedhpc.tokens import TextEncoder, find_word_ids
 
 CORPUS = [
@@ -273,6 +274,26 @@ def test_shortening_keeps_the_template_of_subword_tokenizers(make):
 def test_a_template_that_does_not_fit_is_an_error():
     with pytest.raises(DataError, match="max_length 6 is too short: the template alone takes 7 tokens"):
         encode(bert_like(), "{a} . It was <mask> .", "encoder", {"a": "a b c"}, max_length=6)
+
+
+def test_what_a_tokenizer_cannot_read_is_told_by_its_place():
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))  # without a token for other words
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    encoder = TextEncoder("{a}", tokenizer, kind="decoder", max_length=9)
+    rows = [{"a": "a b"}, {"a": "a c"}]
+    with pytest.raises(DataError, match="line 8: the tokenizer cannot read it: WordLevel error: Missing"):
+        list(encode_rows(rows, lambda index: f"line {7 + index}", encoder, None))
+    with pytest.raises(DataError, match="the tokenizer cannot read it"):
+        find_word_ids(["c"], "{a} {word}", tokenizer, kind="decoder")
+
+
+def test_a_mask_that_is_no_token_is_refused():
+    tokenizer = bert_like()
+    tokenizer.add_special_tokens({"mask_token": AddedToken("[gap]", single_word=True, special=True)})
+    encode(tokenizer, "{a} <mask>", "encoder", {"a": "a"})
+    with pytest.raises(DataError, match=r"does not take the template's \[gap\] for one token"):
+        encode(tokenizer, "{a}<mask>", "encoder", {"a": "a"})
 
 
 def test_word_ids_of_encoders_are_single_tokens():
