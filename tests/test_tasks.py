@@ -197,6 +197,9 @@ def test_unknown_tasks_and_broken_files(tmp_path):
     file.write_text("a: [")
     with pytest.raises(ConfigError, match="not a YAML file"):
         load_task(file)
+    file.write_text("task: " + 3000 * "[")
+    with pytest.raises(ConfigError, match="not a YAML file: maximum recursion depth"):
+        load_task(file)
     file.write_text("- a")
     with pytest.raises(ConfigError, match="is a mapping with the keys task, columns"):
         load_task(file)
