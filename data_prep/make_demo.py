@@ -11,8 +11,9 @@ import argparse
 import csv
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from fedhpc.console import run_command
 from fedhpc.seeding import generator
 
 VERSION = 1
@@ -249,7 +251,7 @@ def is_complete(out: Path, settings: DemoSettings) -> bool:
     """Whether an earlier run with the same settings finished here and its files are still there."""
     if not all((out / name).is_file() for name in (MARKER, *FILES)):
         return False
-    return (out / MARKER).read_text() == marker_text(settings)
+    return (out / MARKER).read_text(encoding="utf-8") == marker_text(settings)
 
 
 def make_demo(out: Path, settings: DemoSettings) -> bool:
@@ -272,25 +274,30 @@ def make_demo(out: Path, settings: DemoSettings) -> bool:
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     partial = out / f"{MARKER}.partial"
-    partial.write_text(marker_text(settings))
+    partial.write_text(marker_text(settings), encoding="utf-8")
     os.replace(partial, out / MARKER)
     return True
 
 
-def main() -> None:
-    """Command line: python data_prep/make_demo.py --out DIR [--seed 42]."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: python data_prep/make_demo.py --out DIR [--seed 42]; returns the exit status."""
     parser = argparse.ArgumentParser(description="Generate the demo's data and tiny model, without any download.")
     parser.add_argument("--out", type=Path, required=True, help="directory that gets data/ and model/")
     parser.add_argument("--seed", type=int, default=DemoSettings.seed, help="every draw follows from it")
-    options = parser.parse_args()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-    disable_progress_bar()
-    started = time.monotonic()
-    if make_demo(options.out, DemoSettings(seed=options.seed)):
-        print(f"demo written to {options.out} in {time.monotonic() - started:.0f} s")
-    else:
-        print(f"demo in {options.out} is complete (seed {options.seed}, version {VERSION}): nothing to do")
+
+    def command() -> int:
+        options = parser.parse_args(argv)
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        disable_progress_bar()
+        started = time.monotonic()
+        if make_demo(options.out, DemoSettings(seed=options.seed)):
+            print(f"demo written to {options.out} in {time.monotonic() - started:.0f} s")
+        else:
+            print(f"demo in {options.out} is complete (seed {options.seed}, version {VERSION}): nothing to do")
+        return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

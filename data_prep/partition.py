@@ -4,6 +4,7 @@ python data_prep/partition.py --data prepared/rte --num-devices 100 --alpha 1.0 
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from fedhpc.arguments import positive_number
+from fedhpc.console import run_command, show
 from fedhpc.data import PreparedData
-from fedhpc.errors import EXIT_USER_ERROR, DataError, UserError
+from fedhpc.errors import DataError
+from fedhpc.files import check_target, write_whole
 from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -48,8 +51,8 @@ def summary(train: np.ndarray, validation: np.ndarray) -> str:
     )
 
 
-def draw(file: str, title: str, class_names: Sequence[str], train: np.ndarray) -> None:
-    """Stacked bars: sizes above, class mixes below, devices from the largest to the smallest."""
+def picture(suffix: str, title: str, class_names: Sequence[str], train: np.ndarray) -> bytes:
+    """Stacked bars, as a file: sizes above, class mixes below, devices from the largest to the smallest."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -71,10 +74,9 @@ def draw(file: str, title: str, class_names: Sequence[str], train: np.ndarray) -
     figure.legend(
         *above.get_legend_handles_labels(), loc="outside right upper", title="class", frameon=False, reverse=True
     )
-    try:
-        figure.savefig(file, dpi=120)
-    except ValueError as error:
-        raise DataError(f"cannot write the picture {file}: {error}") from error
+    image = io.BytesIO()
+    figure.savefig(image, format=suffix.removeprefix("."), dpi=120)
+    return image.getvalue()
 
 
 def _stack(axes: Any, heights: np.ndarray, class_names: Sequence[str]) -> None:
@@ -85,7 +87,11 @@ def _stack(axes: Any, heights: np.ndarray, class_names: Sequence[str]) -> None:
 
 
 def preview(arguments: argparse.Namespace) -> Iterator[str]:
-    """Divide, draw and write; yields what is printed."""
+    """Divide, draw and write; yields what is to be printed."""
+    if arguments.out and Path(arguments.out).suffix not in PICTURES:
+        raise DataError(f"--out {arguments.out}: must end in one of {', '.join(PICTURES)}")
+    for file in filter(None, (arguments.out, arguments.table)):
+        check_target(Path(file))
     data = PreparedData.open(arguments.data, verify=False)
     splits = [data.split(name).labels for name in ("train", "validation")]
     partition = make_partition(
@@ -105,14 +111,12 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
     yield compact(lines)
     yield summary(train, validation)
     if arguments.table:
-        Path(arguments.table).write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+        write_whole(Path(arguments.table), "".join("\t".join(line) + "\n" for line in lines).encode())
         yield f"table: {arguments.table}"
     if arguments.out:
-        if Path(arguments.out).suffix not in PICTURES:
-            raise DataError(f"--out {arguments.out}: must end in one of {', '.join(PICTURES)}")
         strength = f" alpha {arguments.alpha:g}" if arguments.partition == "dirichlet" else ""
         title = f"{data.description.task}: {arguments.partition}{strength}, seed {arguments.seed}"
-        draw(arguments.out, title, names, train)
+        write_whole(Path(arguments.out), picture(Path(arguments.out).suffix, title, names, train))
         yield f"picture: {arguments.out}"
 
 
@@ -127,13 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42, help="the run's seed (%(default)s)")
     parser.add_argument("--out", help="picture to write (.png, .svg, .pdf)")
     parser.add_argument("--table", help="table of all devices to write (TSV)")
-    try:
-        for text in preview(parser.parse_args(argv)):
-            print(text)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+
+    def command() -> int:
+        show("\n".join(preview(parser.parse_args(argv))))
+        return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

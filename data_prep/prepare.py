@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fedhpc.arguments import positive_number
+from fedhpc.console import run_command
 from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
-from fedhpc.errors import EXIT_USER_ERROR, DataError, ModelError, UserError
+from fedhpc.errors import DataError, ModelError
 from fedhpc.seeding import generator
 from fedhpc.tables import Record, read_table
 from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, load_task, template_fields
@@ -176,6 +177,7 @@ def load_backbone(name: str) -> Backbone:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
+        Path(name, "config.json").exists()  # of a folder that is closed to us, transformers says that it is empty
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers has no class of its own for a file that it does not understand
@@ -328,12 +330,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--limit-train", type=positive_number, help="take so many random training examples")
     parser.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
-    try:
+
+    def command() -> int:
         print(prepare(parser.parse_args(argv)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+        return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

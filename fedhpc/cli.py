@@ -12,9 +12,10 @@ from pathlib import Path
 
 from fedhpc.arguments import make_parser
 from fedhpc.config_file import load_config
-from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, UserError
+from fedhpc.console import run_command, show
+from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, UserError, users_fault
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
-from fedhpc.files import write_whole
+from fedhpc.files import check_target, write_whole
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.lock import RunLock
 from fedhpc.messages import Op
@@ -34,16 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "predict": predict,
         "sweep": sweep,
     }
-    arguments = make_parser(actions).parse_args(argv)
-    try:
+
+    def command() -> int:
+        arguments = make_parser(actions).parse_args(argv)
         status: int = arguments.action(arguments)
-    except UserError as error:
-        print(f"fedhpc: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
-    return status
+        return status
+
+    return run_command(command, "fedhpc: ")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -131,7 +129,7 @@ def plan(arguments: argparse.Namespace) -> int:
         from fedhpc.plan import plan_text
 
     config = load_config(arguments.config, arguments.set)
-    print(plan_text(config, ranks=arguments.ranks, examples_per_second=arguments.examples_per_second))
+    show(plan_text(config, ranks=arguments.ranks, examples_per_second=arguments.examples_per_second))
     return 0
 
 
@@ -140,7 +138,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     from fedhpc.inspection import inspect_text
 
     text, valid = inspect_text(arguments.path)
-    print(text)
+    show(text)
     return 0 if valid else EXIT_USER_ERROR
 
 
@@ -149,7 +147,7 @@ def report(arguments: argparse.Namespace) -> int:
     with quick_start():
         from fedhpc.pages import read_run, write_report
 
-        runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in arguments.run_dirs)]
+        runs = [read_run(Path(path)) for path in dict.fromkeys(map(os.path.realpath, arguments.run_dirs))]
         write_report(runs, arguments.out, arguments.target)
     print(f"page: {arguments.out}; tables: {arguments.out.with_suffix('.csv')}, {arguments.out.with_suffix('.tex')}")
     return 0
@@ -167,7 +165,7 @@ def export(arguments: argparse.Namespace) -> int:
 def predict(arguments: argparse.Namespace) -> int:
     """`fedhpc predict`: class and probability for new text."""
     if arguments.out:
-        check_target(arguments.out)
+        check_out(arguments.out)
     with quick_start():
         from fedhpc.predict import predict_text
 
@@ -181,7 +179,7 @@ def predict(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_whole(Path(arguments.out), text.encode())
     else:
-        sys.stdout.write(text)
+        show(text.removesuffix("\n"))
     return 0
 
 
@@ -189,32 +187,36 @@ def sweep(arguments: argparse.Namespace) -> int:
     """`fedhpc sweep`: the runs of an experiment."""
     from fedhpc.sweep.experiment import load_experiment
     from fedhpc.sweep.job_array import array_command, submit, task_arguments
-    from fedhpc.sweep.local import cell_list, conclude, failed_cells, run_here
+    from fedhpc.sweep.local import cell_list, check_launch, conclude, failed_cells, run_here
+    from fedhpc.sweep.results import check_out
     from fedhpc.sweep.standing import check_run_dirs
 
     experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
     if arguments.cell is not None:
-        print(task_arguments(experiment, arguments.cell, arguments.expect))
+        show(task_arguments(experiment, arguments.cell, arguments.expect), exactly=True)
         return 0
+    check_out(experiment)
     check_run_dirs(experiment)
     if arguments.submit:
         options = [part for text in arguments.set for part in ("--set", text)]
         options += ["--out", arguments.out] if arguments.out else []
         command = array_command(experiment, arguments.experiment, options, arguments.submit, arguments.jobs)
-        print(shlex.join(command) if command else "all cells are done", flush=True)
+        show(shlex.join(command) if command else "all cells are done")
         return 0 if arguments.dry_run or not command else submit(command)
-    if arguments.dry_run:
-        print(cell_list(experiment))
-        return 0
     if arguments.report:
         return conclude(experiment, failed_cells(experiment))
+    launch = arguments.launch or experiment.launch
+    check_launch(launch)
+    if arguments.dry_run:
+        show(cell_list(experiment))
+        return 0
 
     def load_libraries() -> None:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs that cells can be forked after
         with quick_start():
             from fedhpc import device, job, server  # noqa: F401
 
-    return run_here(experiment, launch=arguments.launch, at_once=arguments.jobs or 1, run=main, prepare=load_libraries)
+    return run_here(experiment, launch=launch, at_once=arguments.jobs or 1, run=main, prepare=load_libraries)
 
 
 @contextmanager
@@ -226,8 +228,9 @@ def all_ranks_or_none(exchange: Exchange) -> Iterator[list[str]]:
     problem, digests = None, [""]
     try:
         yield digests
-    except UserError as error:
-        problem = str(error)
+    except (UserError, OSError) as error:
+        if (problem := users_fault(error)) is None:
+            raise
     exchange.agree(problem, digests[-1])
 
 
@@ -248,9 +251,9 @@ def faults_end_every_rank(exchange: Exchange, but_for: type[Exception] | tuple[(
             exchange.abort(EXIT_USER_ERROR if isinstance(error, FloatingPointError | UserError) else EXIT_FAILURE)
 
 
-def check_target(name: str) -> None:
+def check_out(name: str) -> None:
     """Refuse a file that could not be written, before there is anything to write."""
-    path = Path(name)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        found = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is no folder or not writable"
-        raise ConfigError(f"--out: {name} {found}; give a file")
+    try:
+        check_target(Path(name))
+    except OSError as error:
+        raise ConfigError(f"--out: {name} cannot be written: {error.strerror}; give a file in a folder") from None

@@ -1,6 +1,7 @@
 """Configuration files: YAML with `base:`, `--set` overrides, every error reported at once."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple
     return (None, problems) if problems else (config, [])
 
 
-def read_values(path: str | Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_values(path: str | Path, chain: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a configuration file and the file its `base` names say, not yet validated.
 
     Args:
@@ -45,16 +46,16 @@ def read_values(path: str | Path, chain: tuple[Path, ...] = ()) -> dict[str, Any
         ConfigError: a file cannot be read.
     """
     path = Path(path)
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: base: names a file that leads back to itself")
     values = read_yaml(path)
+    if (real := os.path.realpath(path)) in chain:
+        raise ConfigError(f"{path}: base: names a file that leads back to itself")
     values = {key: value for key, value in values.items() if value is not None}  # `server:` with nothing under it
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be the name of a file, found {base!r}")
-    return _merge(read_values(path.parent / base, (*chain, path.resolve())), values)
+    return _merge(read_values(path.parent / base, (*chain, real)), values)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fedhpc.errors import DataError
-from fedhpc.files import fsync
+from fedhpc.files import check_folder, fsync, naming
 
 FORMAT = "fedhpc-prepared"
 VERSION = 1
@@ -242,6 +242,10 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file; give a directory to write to")
+    try:
+        check_folder(Path(os.path.realpath(path)).parent)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.filename}: {error.strerror}") from None
     if not path.exists() or not any(path.iterdir()):
         return
     try:
@@ -286,7 +290,7 @@ def _summary(split: Split, num_classes: int) -> dict[str, Any]:
 
 
 def _write(file: Path, fill: Callable[[Any], Any]) -> None:
-    with file.open("wb") as stream:
+    with naming(file), file.open("w+b") as stream:  # of a file open for writing alone, NumPy hides what went wrong
         fill(stream)
         stream.flush()
         os.fsync(stream.fileno())
@@ -295,7 +299,7 @@ def _write(file: Path, fill: Callable[[Any], Any]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``path`` once the block has ended without an error."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     new, old = (path.parent / f".{path.name}.{os.getpid()}.{role}" for role in ("new", "old"))
     new.mkdir(parents=True)
     try:

@@ -1,13 +1,21 @@
 """Exceptions that carry a message for the user.
 
-Whatever derives from :class:`UserError` ends the command with its message, no traceback, and exit status 2.
+Whatever derives from :class:`UserError` ends the command with its message, no traceback, and exit status 2. So does,
+before training, an error of the file system that another start would not mend.
 """
+
+import errno
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 """Also of a run that diverged: another one would, too."""
 EXIT_STOPPED = 75
 """Stopped on request with a valid checkpoint: EX_TEMPFAIL of sysexits.h, run again to continue."""
+USERS_FAULT = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
+"""Of a file that the user named or owns: what another start would not mend."""
 
 
 class UserError(ValueError):
@@ -40,3 +48,12 @@ class Halt(Exception):  # noqa: N818 - not an error
 
 class RanksLost(Exception):  # noqa: N818 - a fault of the machine, named for what happened
     """A rank does not answer any more."""
+
+
+def users_fault(error: UserError | OSError) -> str | None:
+    """What to tell the user who is at fault; None if it is the machine that is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if error.errno not in USERS_FAULT:
+        return None
+    return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"

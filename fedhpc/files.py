@@ -1,7 +1,13 @@
-"""Files that are on disk, not only on their way."""
+"""Files that are on disk, not only on their way, and whether they can be written."""
 
+import errno
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+PARTIAL = ".partial"
 
 
 def fsync(path: Path) -> None:
@@ -25,18 +31,64 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the body names this file, also when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that under its name there is all of it or what was there before.
 
     Raises:
         OSError: with the file's name, also when the disk is full.
     """
-    temporary = path.with_name(path.name + ".partial")
-    try:
+    temporary = path.with_name(path.name + PARTIAL)
+    with naming(path):
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def check_target(path: Path) -> None:
+    """See that :func:`write_whole` can write a file.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path.is_dir():
+        raise _error(errno.EISDIR, path)
+    if not path.parent.exists():
+        raise _error(errno.ENOENT, path.parent)
+    check_folder(path.parent)
+    _check_names(path.with_name(path.name + PARTIAL), path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """See that a folder can be made, or is there, and that files can be written in it.
+
+    Raises:
+        OSError: it cannot, or they cannot.
+    """
+    folders = (path, *Path(os.path.realpath(path)).parents)
+    existing = next(folder for folder in folders if folder.exists() or folder.is_symlink())
+    _check_names(path, existing)
+    with naming(existing), tempfile.TemporaryFile(dir=existing):
+        pass
+
+
+def _check_names(path: Path, existing: Path) -> None:
+    """A file system says that a name is too long only once the folder is there that it is to be in."""
+    if max(len(os.fsencode(part)) for part in ("", *path.parts)) > os.pathconf(existing, "PC_NAME_MAX"):
+        raise _error(errno.ENAMETOOLONG, path)
+
+
+def _error(code: int, path: Path) -> OSError:
+    return OSError(code, os.strerror(code), str(path))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,12 +14,14 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint_files import CONTROL, LOCAL
 from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.data import PreparedData, tokenizer_fingerprint
 from fedhpc.device import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.exchange import Exchange
 from fedhpc.federation import count_packs
+from fedhpc.files import check_folder, names_in
 from fedhpc.identity import (
     MODEL,
     OLD_DATA,
@@ -154,15 +155,23 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
     try:
         if create:
             run_dir.mkdir(parents=True, exist_ok=True)
-        existing = next(folder for folder in (run_dir, *run_dir.resolve().parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        check_folder(run_dir)
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} is not writable: {error.strerror}") from None
-    for path in run_dir.iterdir() if run_dir.exists() else ():
-        is_folder = path.name in ("checkpoints", "traces")
-        if path.name in RUN_FILES and not (path.is_dir() if is_folder else path.is_file()):
+    for name in filter(RUN_FILES.__contains__, names_in(run_dir)):
+        path, is_folder = run_dir / name, name in ("checkpoints", "traces")
+        if not (path.is_dir() if is_folder else path.is_file()):
             raise ConfigError(f"run_dir: {path} is in the way: it is not a {'folder' if is_folder else 'plain file'}")
+        try:
+            if is_folder:
+                for folder in (path, path / CONTROL, path / LOCAL):
+                    check_folder(folder)
+            elif name != "config.yaml":  # which is written anew
+                path.open("r+b").close()
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: {error.filename} cannot be read and written: {error.strerror}; choose another run_dir"
+            ) from None
 
 
 def job_notices(job: Job) -> list[str]:

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self, get_type_hints
 
-from fedhpc.errors import ConfigError
+from fedhpc.errors import USERS_FAULT, ConfigError
 from fedhpc.jobenv import JobEnvironment, machine_id, start_ticks
 
 BEAT_S = 10.0
@@ -32,11 +32,6 @@ PATIENCE = 10
 """So often a lock is tried again that a process of a job holds which is over: its node is slow to let go."""
 LOOKS = 20
 RECORD_BYTES = 1024
-USERS_FAULT = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.ENOSPC, errno.EDQUOT),
-)
-"""What another start would not mend."""
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 

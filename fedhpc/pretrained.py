@@ -182,6 +182,7 @@ def load_pretrained(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
     """
     try:
         with _quiet():
+            Path(name, CONFIG_NAME).exists()  # of a folder that is closed to us, transformers says that it is empty
             return load(name, **kwargs)
     except torch.OutOfMemoryError:
         raise

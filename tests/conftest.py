@@ -1,3 +1,4 @@
+import ctypes
 import signal
 
 import pytest
@@ -21,6 +22,18 @@ def run_config(world, tmp_path):
         return tiny.write_config(world, tmp_path, run, **changes)
 
     return write
+
+
+@pytest.fixture
+def unprivileged():
+    """Without the capabilities by which root reads and enters everything: files count as for any other user."""
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, before) == 0
+    without = (ctypes.c_uint32 * 6)(before[0] & ~0b110, *before[1:])  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, without) == 0
+    yield
+    assert libc.capset(header, before) == 0
 
 
 @pytest.fixture

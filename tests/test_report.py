@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,24 @@ def test_records_carry_time_rank_and_host_and_only_rank_0_writes_the_log(tmp_pat
     assert "hello from 0" in written
     assert "hello from 3" not in written
     assert "CRITICAL rank 3/17 node7: last words" in written
+
+
+def test_a_full_disk_is_said_with_the_file_that_it_is_under(tmp_path):
+    files = RunFiles(tmp_path)
+    files.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        files.append_metrics({"round": 0})
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(capfd):
+    try:
+        start_log(0, 1, "node7")
+        log_to_file(Path("/dev/full"), 0, 1, "node7")
+        log.info("hello")
+        log.info("again")
+    finally:
+        log.handlers[:] = [logging.NullHandler()]
+    errors = capfd.readouterr().err
+    assert errors.count("/dev/full cannot be written: No space left on device; the run goes on") == 1
+    assert "Traceback" not in errors
+    assert "again" in errors

@@ -1,5 +1,7 @@
 """`fedhpc export`: what a run has tuned, as a folder that Hugging Face PEFT loads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -7,7 +9,7 @@ from safetensors.numpy import save
 from fedhpc.errors import ConfigError
 from fedhpc.export.forms import PeftForm, peft_form
 from fedhpc.export.readme import readme
-from fedhpc.files import write_whole
+from fedhpc.files import check_folder, write_whole
 from fedhpc.trained import Trained, load_trained
 
 
@@ -21,21 +23,29 @@ def export_peft(run_dir: str, out: str, *, device: int | None = None) -> str:
         UserError: the run cannot be read, PEFT has no form for it, or the folder is not new or empty.
     """
     folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"--out: {out} is there already; give a new or empty folder")
+    with _refusing(out):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ConfigError(f"--out: {out} is there already; give a new or empty folder")
+        check_folder(folder)
     trained = load_trained(run_dir, device)
-    try:
+    with _refusing(out):
         form, names = write_adapter(trained, folder)
-    except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
     whose = "global parameters" if device is None else f"parameters of device {device}"
     return f"{whose} after round {trained.rounds} as {form.config['peft_type']} in {out}: {', '.join(names)}"
+
+
+@contextmanager
+def _refusing(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}; give a new folder") from None
 
 
 def write_adapter(trained: Trained, folder: Path) -> tuple[PeftForm, list[str]]:
     """Write an adapter's files; its form and their names."""
     form = peft_form(trained)
-    files = {**form.files, "README.md": readme(trained, form, trained.text_encoder()).encode()}
+    files = {**form.files, "README.md": readme(trained, form, trained.text_encoder()).encode(errors="backslashreplace")}
     if trained.job.config.tuning.head == "linear":
         head = {name: trained.tensors[f"head.{name}"] for name in ("weight", "bias")}
         files["head.safetensors"] = save(head, {"format": "pt"})

@@ -1,6 +1,7 @@
 """The page: charts and tables of all runs, in one HTML file that needs no other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,28 @@ from markupsafe import Markup
 
 import fedhpc
 from fedhpc.errors import ReportError
+from fedhpc.files import check_target, write_whole
 from fedhpc.pages import charts, exports, tables
 from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
 from fedhpc.pages.parts import TaskPart, task_metrics, task_part
 from fedhpc.pages.runs import Run
 from fedhpc.pages.tables import Cell, Table
 from fedhpc.pages.units import unit_for
+
+ENDINGS = (".html", ".csv", ".tex")
+
+
+def check_report_target(out: Path) -> None:
+    """See that a report can be written, before there is one.
+
+    Raises:
+        ReportError: `out` does not end in .html, or one of its files cannot be written.
+    """
+    if out.suffix != ENDINGS[0]:
+        raise ReportError(f"--out {out}: must end in .html; the tables go beside it, with .csv and .tex")
+    for file in map(out.with_suffix, ENDINGS):
+        with _refusing(file):
+            check_target(file)
 
 
 def write_report(
@@ -25,15 +42,14 @@ def write_report(
 
     Args:
         runs: unfinished ones are marked.
-        out: ends in .html.
+        out: of the page; see :func:`check_report_target`.
         target: of the task's own metric; 95 % of each task's best final value unless given.
         budget_bytes: what the runs were read with.
 
     Raises:
         ReportError: `out` cannot be written.
     """
-    if out.suffix != ".html":
-        raise ReportError(f"--out {out}: must end in .html; the tables go beside it, with .csv and .tex")
+    check_report_target(out)
     tasks = group_runs(runs)
     parts = [task_part(name, groups, target) for name, groups in tasks.items()]
     whole = [_overview(parts)] if len(parts) > 1 else []
@@ -42,8 +58,8 @@ def write_report(
         *(("all tasks", table) for table in whole),
         *((part.name, table) for part in parts for table in part.tables),
     ]
-    texts = {
-        ".html": _html(
+    texts = (
+        _html(
             runs=runs,
             parts=parts,
             whole=whole,
@@ -51,14 +67,20 @@ def write_report(
             is_given=target is not None,
             budget=budget_bytes and unit_for("bytes", [budget_bytes]).full_text(budget_bytes),
         ),
-        ".csv": exports.csv_text({part.name: (part.groups, part.summaries, part.goal) for part in parts}),
-        ".tex": exports.latex_text(named),
-    }
-    for suffix, text in texts.items():
-        try:
-            out.with_suffix(suffix).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ReportError(f"--out {out.with_suffix(suffix)}: cannot be written: {error.strerror}") from None
+        exports.csv_text({part.name: (part.groups, part.summaries, part.goal) for part in parts}),
+        exports.latex_text(named),
+    )
+    for file, text in zip(map(out.with_suffix, ENDINGS), texts, strict=True):
+        with _refusing(file):
+            write_whole(file, text.encode(errors="backslashreplace"))  # a folder's name may be no Unicode
+
+
+@contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReportError(f"--out {file}: cannot be written: {error.strerror}") from None
 
 
 def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> str:

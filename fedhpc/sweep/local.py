@@ -47,15 +47,10 @@ def run_here(
     """Run the cells that are not done, write the tables; the exit status.
 
     Args:
-        launch: instead of the experiment's.
+        launch: what starts the ranks of a cell.
         run: the command line, for cells without a launcher: they are forks of this process.
         prepare: imports what such a cell needs.
-
-    Raises:
-        ConfigError: before anything is run.
     """
-    launch = launch or experiment.launch
-    _check_launch(launch)
     waiting = [cell for cell in experiment.cells if not standing(experiment, cell).done]
     _say(f"{len(experiment.cells)} cells, {len(experiment.cells) - len(waiting)} of them done")
     runner = Runner(experiment, launch, run, _say)
@@ -79,7 +74,12 @@ def _list(experiment: Experiment, failed: Sequence[Cell]) -> None:
             _say(f"    {line}")
 
 
-def _check_launch(launch: str | None) -> None:
+def check_launch(launch: str | None) -> None:
+    """See that there is what starts the ranks of a cell.
+
+    Raises:
+        ConfigError: there is not, or an mpirun has started the sweep itself.
+    """
     if any(name in os.environ for name in MPIRUN_VARIABLES):
         raise ConfigError(
             "start `fedhpc sweep` without mpirun; it starts each cell's ranks itself: --launch 'mpirun -np 3'"

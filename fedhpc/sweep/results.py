@@ -2,13 +2,32 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 from typing import Any
 
-from fedhpc.files import write_whole
-from fedhpc.pages import counted, read_run, write_report
+from fedhpc.errors import ConfigError
+from fedhpc.files import check_folder, check_target, write_whole
+from fedhpc.pages import check_report_target, counted, read_run, write_report
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
+
+TABLE, REPORT = "results.csv", "report.html"
+
+
+def check_out(experiment: Experiment) -> None:
+    """See that the cells can have their folders, and the tables their files, before anything is run.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        check_folder(max((cell.run_dir for cell in experiment.cells), key=lambda path: len(os.fsencode(path))))
+        if experiment.out.exists():
+            check_target(experiment.out / TABLE)
+            check_report_target(experiment.out / REPORT)
+    except OSError as error:
+        raise ConfigError(f"out: {error.filename} cannot be written: {error.strerror}; give a folder") from None
 
 
 def write_tables(experiment: Experiment) -> list[Path]:
@@ -23,7 +42,7 @@ def write_tables(experiment: Experiment) -> list[Path]:
     writer.writeheader()
     writer.writerows(rows)
     experiment.make_folder()
-    table, report = experiment.out / "results.csv", experiment.out / "report.html"
+    table, report = experiment.out / TABLE, experiment.out / REPORT
     write_whole(table, text.getvalue().encode())
     begun = [
         read_run(cell.run_dir, rounds=cell.config.federation.rounds, budget_bytes=experiment.budget_bytes)

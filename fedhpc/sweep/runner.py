@@ -53,7 +53,7 @@ class Runner:
                 pid, status = os.wait()
                 if pid in self._running:
                     self._end(pid, os.waitstatus_to_exitcode(status))
-        except BaseException:  # nobody reads our words any more, or the disk is full
+        except BaseException:  # a file system fails, or the machine has room for no other process
             self._ask_to_stop()
             for pid in self._running:
                 os.waitpid(pid, 0)
@@ -70,8 +70,13 @@ class Runner:
                 return False
             completed = standing(self._experiment, cell).completed
             begins = f"goes on after round {completed}" if completed else "begins"
-            self._tell(f"{self._title(cell)}: {begins}, output in {log.path}")
-            log.begin(shlex.join(["fedhpc", "run", *cell.arguments]))
+            self._say(f"{self._title(cell)}: {begins}, output in {log.path}")
+            try:
+                log.begin(shlex.join(["fedhpc", "run", *cell.arguments]))
+            except OSError as error:
+                self.failed.append(cell)
+                self._say(f"{self._title(cell)}: not begun: {error.filename}: {error.strerror}")
+                return True
             if (pid := os.fork()) == 0:
                 self._be(cell, log)
             self._running[pid] = cell, time.monotonic()
@@ -86,7 +91,7 @@ class Runner:
         status = EXIT_FAILURE
         try:
             os.setsid()
-            sys.stdout = sys.stderr = log.path.open("a", buffering=1, encoding="utf-8")
+            sys.stdout = sys.stderr = log.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
             for descriptor, number in ((os.open(os.devnull, os.O_RDONLY), 0), (sys.stdout.fileno(), 1)):
                 os.dup2(descriptor, number)
             os.dup2(1, 2)
@@ -116,19 +121,20 @@ class Runner:
             status = EXIT_STOPPED
         elif status == 0 and not standing(self._experiment, cell).done:
             status = EXIT_FAILURE  # Open MPI's mpirun ends with 0 when it loses a daemon on another node
-        CellLog(self._experiment.out, cell).end(status)
+        with suppress(OSError):  # a full disk; we know the status
+            CellLog(self._experiment.out, cell).end(status)
         now = standing(self._experiment, cell)
         seconds = f"{time.monotonic() - since:.0f} s"
         if status == EXIT_STOPPED:
             self.stopped = True
-            self._tell(f"{self._title(cell)}: stopped after {seconds}: {now}")
+            self._say(f"{self._title(cell)}: stopped after {seconds}: {now}")
         elif status:
             self.failed.append(cell)
-            self._tell(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
+            self._say(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
         else:
             accuracy = results(cell, self._experiment.budget_bytes)["accuracy_global"]
             shown = "" if accuracy is None else f", accuracy_global {accuracy:.4f}"
-            self._tell(f"{self._title(cell)}: done in {seconds}{shown}")
+            self._say(f"{self._title(cell)}: done in {seconds}{shown}")
 
     def _title(self, cell: Cell) -> str:
         return f"cell {self._experiment.cells.index(cell)} {cell.name}"
@@ -149,14 +155,6 @@ class Runner:
         text = f"{signal.Signals(number).name}: asked {len(self._running)} running cell(s) to stop\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())  # not by print, which may be at work this very moment
-
-    def _tell(self, text: str) -> None:
-        """Say something; after a request to stop nobody may be there to read it."""
-        try:
-            self._say(text)
-        except OSError:
-            if not self.stopped:
-                raise
 
     def _ask_to_stop(self) -> None:
         for pid in self._running:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedhpc.checkpoint_files import CheckpointFiles
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
-from fedhpc.files import names_in
+from fedhpc.files import names_in, naming
 from fedhpc.identity import DATA, OLD_DATA, OLD_MODEL, data_identity, differences
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
@@ -54,7 +54,7 @@ class CellLog:
         """A line of its own: a run may have died within one."""
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             line = f"\n{line}"
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{line}\n")
 
     def _lines(self) -> list[str]:
