@@ -2,6 +2,8 @@
 
 import csv
 import datetime
+import hashlib
+import io
 import json
 import os
 import signal
@@ -260,15 +262,61 @@ def test_a_stop_before_the_first_cell_is_one_too(write):
     assert "stopped; the same command goes on from here" in out
 
 
-def test_when_nobody_reads_its_words_any_more_no_cell_is_left_behind(write):
-    path = write({"federation.rounds": [9999, 10000]})
-    first, second = (cell.run_dir for cell in load_experiment(path).cells)
-    process = start(path, "--jobs", "2")
-    wait_until(lambda: RunFiles(first).rounds_recorded() and RunFiles(second).rounds_recorded())
+def test_when_nobody_reads_its_words_any_more_it_runs_to_its_end(write):
+    path = write({"seed": [1]}, set={"federation.rounds": 1, "trace": False})
+    process = start(path)
     process.stdout.close()
-    os.kill(json.loads((first / "lock").read_text())["pid"], signal.SIGKILL)  # the sweep has something to say
-    wait_until(lambda: process.poll() is not None)
-    assert not (second / "lock").exists()
+    process.stderr.close()
+    assert process.wait(TIMEOUT_S) == 0
+    assert [row["rounds"] for row in table(path)] == ["1"]
+
+
+def test_a_name_that_is_too_long_for_a_file_system_is_cut_and_stays_unique(write):
+    def names(*layers):
+        path = write({"selection.layers": [list(range(count)) for count in layers]})
+        return [cell.name for cell in load_experiment(path, ["selection.strategy=explicit"]).cells]
+
+    whole = "layers=" + "+".join(map(str, range(86)))
+    assert names(85) == [whole.removesuffix("+85")]
+    assert len(f"{whole.removesuffix('+85')}.log") == 255
+    cut = names(86, 87)
+    assert {len(name) for name in cut} == {251}
+    assert cut[0] == f"{whole[:238]}~{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+    assert cut[0][:239] == cut[1][:239]
+    assert cut[0] != cut[1]
+    (umlauts,) = (cell.name for cell in load_experiment(write({"data.task": ["ä" * 200]})).cells)
+    assert umlauts[: len("task=") + 116] == "task=" + "ä" * 116
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--launch", "mpirunn -np 3"], "launch: 'mpirunn -np 3': there is no such command"),
+        (["--out", "x" * 256], f"out: {'x' * 256}"),
+        (["--out", "/proc/sweep"], "out: /proc cannot be written"),
+        (["--submit", "nowhere.slurm"], "--submit nowhere.slurm: no such file here"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_sweep_would(write, fedhpc, option, message):
+    status, _, err = fedhpc("sweep", write(), "--dry-run", *option)
+    assert status == 2
+    assert message in err
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(write, fedhpc):
+    path = write()
+    (path.parent / "out/report.csv").mkdir(parents=True)
+    status, _, err = fedhpc("sweep", path, "--dry-run")
+    assert status == 2
+    assert f"{path.parent / 'out/report.csv'}: cannot be written: Is a directory" in err
+
+
+def test_a_cells_arguments_are_for_a_program_to_read(write, fedhpc, monkeypatch):
+    """In their own bytes, whatever people would read on this output."""
+    path = write({"data.task": ["é好😀"]})
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(sys.stdout.buffer, encoding="ascii"))
+    _, out, _ = fedhpc("sweep", path, "--cell", "0")
+    assert out.splitlines() == [str(path.parent / "out/logs/task=é好-.log"), *load_experiment(path).cells[0].arguments]
 
 
 def test_axes_settings_and_names(write):
@@ -303,7 +351,7 @@ def test_a_folder_that_cannot_be_made_is_refused(write, fedhpc):
     for option in ((), ("--report",)):
         status, _, err = fedhpc("sweep", path, "--out", path, *option)
         assert status == 2
-        assert f"out: {path} cannot be made: File exists" in err
+        assert f"out: {path} cannot be written: Not a directory" in err
 
 
 def test_an_axis_may_choose_the_base(write, world, tmp_path):
@@ -375,6 +423,7 @@ PROBLEMS = {
     "nothing left": ({"exclude": [{"seed": [1, 2, 3]}]}, ["exclude: leaves no cell of the grid"]),
     "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, set, grid, exclude"]),
     "no axis": ({"grid": {}}, ["grid: "]),
+    "an axis that is no part of a name": ({"grid": {"a/b": {"x": {"seed": 1}}}}, ["grid.'a/b': becomes a part"]),
     "no base": ({"base": None}, ["base: is required"]),
     "a base that is not there": ({"base": "nowhere.yaml"}, ["nowhere.yaml: cannot be read"]),
     "a launcher that is not there": (

@@ -23,6 +23,10 @@ Settings = dict[str, Any]
 """Dotted key -> value. The key `base` stands for the configuration file that the others change."""
 FIGURES = ("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds")
 """Columns of results.csv behind the axes."""
+LONGEST_NAME = 255 - len(".log")
+"""Bytes of a cell's name: a folder and a log have it."""
+DIGITS = 12
+"""Of a digest."""
 CELLS_NAMED = 4
 """So many cells are named beside a problem that several have."""
 
@@ -103,7 +107,7 @@ class Experiment:
     def digest(self) -> str:
         """Of the cells in their order and what they run: the tasks of a job array know theirs by its number."""
         cells = (f"{cell.name} {cell.config.sha256} {cell.config.federation.rounds}" for cell in self.cells)
-        return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:12]
+        return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:DIGITS]
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = (), out: str | None = None) -> Experiment:
@@ -159,6 +163,8 @@ def _label(value: Any) -> str:
 def _axis_problems(file: ExperimentFile, axes: Mapping[str, Axis]) -> Iterator[str]:
     for name in sorted(axes.keys() & set(FIGURES)):
         yield f"grid.{name}: is a column of results.csv already; choose another name"
+    for name in (name for name in axes if re.search(r"[/\x00-\x1f]", name)):
+        yield f"grid.{name!r}: becomes a part of folders' names; leave out '/' and control characters"
     for name, axis in axes.items():
         for label, count in Counter(label for label, _ in axis).items():
             if count > 1:
@@ -203,7 +209,7 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
         settings = {"base": file.base, **flatten(file.settings)}
         for _, chosen in combination:
             settings |= chosen
-        name = ",".join(f"{short[axis]}={label}" for axis, label in values.items())
+        name = _folder_name(",".join(f"{short[axis]}={label}" for axis, label in values.items()))
         base = Path(os.path.normpath(path.parent / str(settings.pop("base"))))
         if base not in bases:
             bases[base] = read_values(base)
@@ -219,6 +225,15 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
             yield Cell(name=name, values=values, config_file=base, overrides=texts, config=config)
     if problems:
         raise _refusal(path, (f"{problem} ({_some(names)})" for problem, names in problems.items()))
+
+
+def _folder_name(name: str) -> str:
+    """A cell's name as long as a file system takes it: of a longer one the beginning, and a digest of all of it."""
+    data = name.encode(errors="surrogateescape")
+    if len(data) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:DIGITS]
+    return f"{data[: LONGEST_NAME - DIGITS - 1].decode(errors='ignore')}~{digest}"
 
 
 def _overrides(settings: Settings) -> list[str]:
