@@ -6,13 +6,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedhpc/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedhpc/__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="fedhpc",
     version=VERSION,
     description="Federated prompt tuning of large language models over MPI",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedhpc", "fedhpc.*"]),

@@ -1,5 +1,6 @@
 """`device.pack: auto`: how many devices train side by side, from a few steps on the machine at hand."""
 
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def available_bytes() -> int:
     """Memory that this host, and every control group of this process that has a limit, have left."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     on_host = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([on_host, *left_in_groups(Path("/proc/self/cgroup").read_text())])
+    return min([on_host, *left_in_groups(os.fsdecode(Path("/proc/self/cgroup").read_bytes()))])
 
 
 def left_in_groups(listing: str) -> Iterator[int]:

@@ -191,7 +191,7 @@ class MpiExchange(Exchange):
     def agree(self, problem: str | None, digest: str) -> None:
         """See :class:`Exchange`."""
         mine = np.zeros(PROBLEM_BYTES, np.uint8)
-        text = (digest.ljust(DIGEST_BYTES) + (problem or "")).encode()[:PROBLEM_BYTES]
+        text = (digest.ljust(DIGEST_BYTES) + (problem or "")).encode(errors="backslashreplace")[:PROBLEM_BYTES]
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everyone = np.zeros((self.size, PROBLEM_BYTES), np.uint8)
         self._mail.activity = "set-up done, waiting for the other ranks"
