@@ -16,7 +16,7 @@ from fedhpc.arguments import positive_number
 from fedhpc.console import run_command, show
 from fedhpc.data import PreparedData
 from fedhpc.errors import DataError
-from fedhpc.files import check_target, write_whole
+from fedhpc.files import check_target, write_target
 from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -111,12 +111,12 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
     yield compact(lines)
     yield summary(train, validation)
     if arguments.table:
-        write_whole(Path(arguments.table), "".join("\t".join(line) + "\n" for line in lines).encode())
+        write_target(Path(arguments.table), "".join("\t".join(line) + "\n" for line in lines).encode())
         yield f"table: {arguments.table}"
     if arguments.out:
         strength = f" alpha {arguments.alpha:g}" if arguments.partition == "dirichlet" else ""
         title = f"{data.description.task}: {arguments.partition}{strength}, seed {arguments.seed}"
-        write_whole(Path(arguments.out), picture(Path(arguments.out).suffix, title, names, train))
+        write_target(Path(arguments.out), picture(Path(arguments.out).suffix, title, names, train))
         yield f"picture: {arguments.out}"
 
 

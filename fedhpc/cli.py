@@ -15,7 +15,7 @@ from fedhpc.config_file import load_config
 from fedhpc.console import run_command, show
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, UserError, users_fault
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
-from fedhpc.files import check_target, write_whole
+from fedhpc.files import check_target, write_target
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.lock import RunLock
 from fedhpc.messages import Op
@@ -164,7 +164,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def predict(arguments: argparse.Namespace) -> int:
     """`fedhpc predict`: class and probability for new text."""
-    if arguments.out:
+    if arguments.out is not None:
         check_out(arguments.out)
     with quick_start():
         from fedhpc.predict import predict_text
@@ -176,8 +176,8 @@ def predict(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         all_classes=arguments.all_classes,
     )
-    if arguments.out:
-        write_whole(Path(arguments.out), text.encode())
+    if arguments.out is not None:
+        write_target(Path(arguments.out), text.encode())
     else:
         show(text.removesuffix("\n"))
     return 0
@@ -256,4 +256,4 @@ def check_out(name: str) -> None:
     try:
         check_target(Path(name))
     except OSError as error:
-        raise ConfigError(f"--out: {name} cannot be written: {error.strerror}; give a file in a folder") from None
+        raise ConfigError(f"--out: {name} cannot be written: {error.filename}: {error.strerror}") from None

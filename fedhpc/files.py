@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -50,25 +50,51 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + PARTIAL)
     with naming(path):
-        with temporary.open("wb") as file:
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_target(path: Path, data: bytes) -> None:
+    """Write a file that the user named, whole; what is no plain file, `/dev/stdout` for example, is not replaced.
+
+    Raises:
+        OSError: with the file's name, also when the disk is full.
+    """
+    if _takes_a_stream(path):
+        with naming(path), path.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    else:
+        write_whole(Path(os.path.realpath(path)), data)
 
 
 def check_target(path: Path) -> None:
-    """See that :func:`write_whole` can write a file.
+    """See that :func:`write_target` can write a file.
 
     Raises:
         OSError: it cannot.
     """
     if path.is_dir():
         raise _error(errno.EISDIR, path)
+    if _takes_a_stream(path):
+        return
+    path = Path(os.path.realpath(path))
     if not path.parent.exists():
         raise _error(errno.ENOENT, path.parent)
     check_folder(path.parent)
     _check_names(path.with_name(path.name + PARTIAL), path.parent)
+
+
+def _takes_a_stream(path: Path) -> bool:
+    """Whether this is a device or a pipe."""
+    return path.exists() and not path.is_file()
 
 
 def check_folder(path: Path) -> None:

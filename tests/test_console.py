@@ -188,3 +188,19 @@ def test_a_fault_of_the_machine_is_worth_another_start(folder, fedhpc, monkeypat
     assert ended.value.code == 1
     with pytest.raises(OSError, match="Input/output error"):
         fedhpc("plan", folder / "config.yaml", "--ranks", "3")
+
+
+@pytest.mark.parametrize("name", ["a link", "a pipe"])
+def test_what_is_no_plain_file_is_written_to_and_not_replaced(folder, fedhpc, tmp_path, name):
+    path, read = tmp_path / "page.html", tmp_path / "read"
+    if name == "a link":
+        path.symlink_to(read)
+    else:
+        os.mkfifo(path)
+        reader = subprocess.Popen(["cp", path, read])
+    assert fedhpc("report", folder / "run", "--out", path)[0] == 0
+    if name == "a pipe":
+        assert reader.wait(60) == 0
+        assert path.is_fifo()
+    assert read.read_text().startswith("<!doctype html>")
+    assert path.is_symlink() == (name == "a link")

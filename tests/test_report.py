@@ -96,8 +96,8 @@ def test_metrics_survive_an_interruption(tmp_path):
     assert files.read_metrics() == []
     files.append_metrics(record(0, loss=1))
     files.append_metrics(record(1, loss=2))
-    with files.metrics.open("a") as file:
-        file.write('{"round": 2, "lo')
+    with files.metrics.open("ab") as file:
+        file.write(b'null\n[]\n\0\0\n\xff\n{"round": "2"}\n{"round": 2, "lo')
     files.append_metrics(record(1, loss=3))
     assert files.read_metrics() == [record(0, loss=1), record(1, loss=3)]
 

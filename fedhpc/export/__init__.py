@@ -39,7 +39,7 @@ def _refusing(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}; give a new folder") from None
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
 
 
 def write_adapter(trained: Trained, folder: Path) -> tuple[PeftForm, list[str]]:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 import fedhpc
 from fedhpc.errors import ReportError
-from fedhpc.files import check_target, write_whole
+from fedhpc.files import check_target, write_target
 from fedhpc.pages import charts, exports, tables
 from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
 from fedhpc.pages.parts import TaskPart, task_metrics, task_part
@@ -72,7 +72,7 @@ def write_report(
     )
     for file, text in zip(map(out.with_suffix, ENDINGS), texts, strict=True):
         with _refusing(file):
-            write_whole(file, text.encode(errors="backslashreplace"))  # a folder's name may be no Unicode
+            write_target(file, text.encode(errors="backslashreplace"))  # a folder's name may be no Unicode
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _refusing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ReportError(f"--out {file}: cannot be written: {error.strerror}") from None
+        raise ReportError(f"--out {file}: cannot be written: {error.filename}: {error.strerror}") from None
 
 
 def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> str:
