@@ -13,9 +13,15 @@ fi
 export PRTE_MCA_hwloc_default_binding_policy OMPI_MCA_hwloc_base_binding_policy
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    # Ranks in turn to the nodes, as their GPUs are spread, instead of filling one after the other.
-    : "${PRTE_MCA_rmaps_default_mapping_policy:=node}" "${OMPI_MCA_rmaps_base_mapping_policy:=node}"
-    export PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_mapping_policy
+    # Ranks in turn to the nodes, as their GPUs are spread, instead of filling one after the other (Open MPI 5, then 4).
+    # Where SLURM has given the nodes different numbers of tasks, Open MPI 5 maps by node only some of the ranks.
+    case ${SLURM_TASKS_PER_NODE:-} in
+    *,*) mapping=slot ;;
+    *) mapping=node ;;
+    esac
+    : "${PRTE_MCA_rmaps_default_mapping_policy:=$mapping}" "${PRTE_MCA_rmaps_default_ranking_policy:=node}"
+    : "${OMPI_MCA_rmaps_base_mapping_policy:=node}"
+    export PRTE_MCA_rmaps_default_mapping_policy PRTE_MCA_rmaps_default_ranking_policy OMPI_MCA_rmaps_base_mapping_policy
 else
     # More ranks than cores.
     : "${PRTE_MCA_rmaps_default_mapping_policy:=:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"

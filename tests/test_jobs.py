@@ -1,5 +1,6 @@
 """Every file of jobs/ is what it says, and the configuration reference names every key."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -123,3 +124,22 @@ def test_there_is_a_slurm_job_for_each_published_model():
     configs = {re.search(r"^\. .*(jobs/\S+\.yaml)", text, re.MULTILINE)[1] for text in texts}
     assert all((ROOT / config).exists() for config in configs)
     assert configs == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "mapping"),
+    [("17", "node"), ("5(x4)", "node"), ("4,10,3", "slot"), ("2,1(x15)", "slot"), ("1(x2),4(x2)", "slot")],
+)
+def test_ranks_go_to_the_nodes_in_turn_as_many_as_slurm_has_tasks_there(tmp_path, tasks, mapping):
+    script = tmp_path / "mpirun"
+    script.write_text((JOBS / "mpirun.sh").read_text().replace("@MPIEXEC@", "env"))
+    names = [
+        "PRTE_MCA_rmaps_default_mapping_policy",
+        "PRTE_MCA_rmaps_default_ranking_policy",
+        "OMPI_MCA_rmaps_base_mapping_policy",
+    ]
+    for mine in ({}, dict.fromkeys(names, "seq")):
+        variables = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": tasks, **mine}
+        done = subprocess.run(["sh", script], env=variables, capture_output=True, text=True, check=True)
+        found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+        assert [found[name] for name in names] == (["seq"] * 3 if mine else [mapping, "node", "node"])
