@@ -128,8 +128,9 @@ class JobEnvironment:
             "mpirun; if one process is to do everything, with srun --ntasks=1"
         )
 
-    def mark(self, what: Literal["FINISHED", "TRAINED"]) -> None:
-        """Make a file that tells the job script: the run has ended, not been lost; it was stopped, but in training."""
+    def mark(self, what: Literal["STARTED", "TRAINED", "FINISHED"]) -> None:
+        """Make a file that tells the job script: the ranks have found each other; the run was stopped, but in
+        training; it has ended, not been lost."""
         if name := self.environ.get(f"FEDHPC_{what}"):
             Path(name).touch()
 

@@ -68,9 +68,10 @@ job=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%A %i' | s
 [ "$SLURM_JOB_ID" != "${SLURM_ARRAY_JOB_ID:-}" ] || job=${job:-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 failures=fedhpc-$job.failures
-export FEDHPC_FINISHED=$PWD/fedhpc-$job.finished # made by the run that reaches its end
+export FEDHPC_STARTED=$PWD/fedhpc-$job.started   # made by a run whose ranks have found each other
 export FEDHPC_TRAINED=$PWD/fedhpc-$job.trained   # made by a run that is stopped after it has trained something
-rm -f "$FEDHPC_FINISHED" "$FEDHPC_TRAINED"
+export FEDHPC_FINISHED=$PWD/fedhpc-$job.finished # made by the run that reaches its end
+rm -f "$FEDHPC_STARTED" "$FEDHPC_TRAINED" "$FEDHPC_FINISHED"
 
 # SLURM ends a job by SIGTERM to all its processes. Open MPI's mpirun and daemons would kill the ranks 0.2 s later, so
 # they must not see it. Nor must a rank die of a signal that comes while it starts: it stays pending until then.
@@ -104,7 +105,11 @@ while # a signal ends `wait` before the launcher ends
     [ "$stops" != "$seen" ]
 do :; done
 
-if [ $status = 0 ] && ! rm "$FEDHPC_FINISHED" 2>/dev/null; then
+started='' trained='' finished=''
+! rm "$FEDHPC_STARTED" 2>/dev/null || started=yes
+! rm "$FEDHPC_TRAINED" 2>/dev/null || trained=yes
+! rm "$FEDHPC_FINISHED" 2>/dev/null || finished=yes
+if [ $status = 0 ] && [ -z "$finished" ]; then
     say 'the launcher lost the ranks' # Open MPI's mpirun ends with 0 when it loses a daemon on another node
     status=1
 fi
@@ -113,10 +118,12 @@ fi
 case $status in
 0) finish 0 'done' ;;
 2) finish 2 'ended with 2, which another run would not mend' ;;
-126 | 127) # of a run that was begun before: a node may lack its file system
-    [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || finish $status "ended with $status, which another run would not mend"
-    ;;
 esac
+# Of a run that was begun before, a node may be at fault that lacks a file system.
+if [ -z "$started" ] && [ "$stops" = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+    finish $status "ended with $status before the ranks had found each other, which another run would not mend: see above, \
+and \"Starting the ranks\" in docs/slurm.md"
+fi
 if [ -n "$terminated" ]; then
     state=$(patiently squeue --noheader --jobs="$job" --format=%T)
     case $state in
@@ -124,16 +131,13 @@ if [ -n "$terminated" ]; then
     *)
         say "ended by SLURM, with $status"
         note "=== exit status $status"
-        rm -f "$FEDHPC_TRAINED"
         exit $status
         ;;
     esac
 fi
 what="failed with $status"
 if [ $status = 75 ]; then
-    if rm "$FEDHPC_TRAINED" 2>/dev/null || [ -n "$terminated" ]; then
-        run_again 75 'stopped'
-    fi
+    [ -z "$trained$terminated" ] || run_again 75 'stopped'
     what='stopped before it trained anything (is the time limit too short?)' # for ever, if nobody counted
 fi
 

@@ -31,6 +31,8 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
             f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the MPI "
             "library that mpi4py loads are not of the same installation"
         )
+    if exchange.rank == 0:
+        environment.mark("STARTED")
     return exchange if exchange.size > 1 else LocalExchange(stop, timeout_s)
 
 

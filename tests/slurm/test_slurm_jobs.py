@@ -151,6 +151,13 @@ CASES = {
     "only failures are counted": ("75 1 1", ("FAILED", "1:0"), 2, "failed with 1 for the 2. time, not run again"),
     "the user's fault is not repeated": ("2", ("FAILED", "2:0"), 0, "another run would not mend"),
     "a missing command is not repeated": ("127", ("FAILED", "127:0"), 0, "another run would not mend"),
+    "a launcher that starts nothing is not run again": (
+        "213",
+        ("FAILED", "213:0"),
+        0,
+        "ended with 213 before the ranks had found each other",
+    ),
+    "unless it has started them before": ("75 213 0", ("COMPLETED", "0:0"), 2, "failed with 213; requeued"),
     "a launcher that loses its ranks has failed": ("lost 0", ("COMPLETED", "0:0"), 1, "the launcher lost the ranks"),
 }
 STAND_IN = """\
@@ -158,6 +165,10 @@ STAND_IN = """\
 # Ends with the first exit status of the file $1, and removes it from there.
 read -r status rest <"$1"
 echo "$rest" >"$1"
+case $status in
+127 | 213) ;;
+*) touch "$FEDHPC_STARTED" ;;
+esac
 [ "$status" != lost ] || exit 0
 [ "$status" != early ] || exit 75
 [ "$status" != 75 ] || touch "$FEDHPC_TRAINED"
