@@ -83,12 +83,20 @@ else
     deaf='' patient=''
     say "this system's env cannot block signals: when SLURM ends the job, the ranks stop without a last checkpoint"
 fi
+[ -n "${LAUNCH:-${SLURM_NTASKS:-}}" ] || finish 2 'the job does not say how many tasks: ask for --ntasks'
 LAUNCH=${LAUNCH:-.venv/bin/mpirun -np $SLURM_NTASKS}
-case $LAUNCH in
-srun*)
+unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV # of `sbatch --export=NONE`: daemons and ranks need what is exported here
+case " $LAUNCH " in
+*[\ /]srun\ *)
     # srun does not take it from the job by itself; of a heterogeneous job, that of the first part is everyone's.
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}"
-    unset SLURM_EXPORT_ENV # of `sbatch --export=NONE`: the ranks need FEDHPC_FINISHED and FEDHPC_TRAINED
+    ;;
+*)
+    # Of one task each. mpirun starts one daemon on each node, by srun, and the ranks share what that is given.
+    unset SRUN_CPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_EXACT SLURM_EXCLUSIVE
+    case ${SLURM_GPUS_PER_TASK:+$SLURM_TASKS_PER_NODE} in
+    *[!0-9]*) say 'with --gpus-per-task, mpirun lets all ranks of a node see the GPUs of one: use --gres instead, or srun' ;;
+    esac
     ;;
 esac
 

@@ -126,6 +126,46 @@ def test_there_is_a_slurm_job_for_each_published_model():
     assert configs == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}
 
 
+def launched(folder, **variables):
+    """What a job of these variables does, with a program that ends with 2 as launcher: its output, its environment."""
+    for program, script in {"squeue": "", "mpirun": "env; exit 2", "srun": "env; exit 2"}.items():
+        (folder / program).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / program).chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
+    command = ["bash", "-c", f". '{JOBS}/launch.sh' config.yaml"]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+    return done.stdout, dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+
+
+def test_a_job_that_does_not_say_how_many_tasks_is_refused(tmp_path):
+    assert launched(tmp_path)[0] == "fedhpc job: the job does not say how many tasks: ask for --ntasks\n"
+
+
+@pytest.mark.parametrize("launch", ["mpirun -np 3", "srun --mpi=pmix", "env srun --mpi=pmix"])
+def test_what_starts_the_ranks_gets_what_they_need_and_no_options_that_were_meant_for_others(tmp_path, launch):
+    options = {"SLURM_CPUS_PER_TASK": "4", "SLURM_NTASKS_PER_GPU": "1", "SLURM_EXPORT_ENV": "NONE"}
+    _, found = launched(tmp_path, LAUNCH=launch, SRUN_EXPORT_ENV="NONE", SRUN_CPUS_PER_TASK="4", **options)
+    assert {"FEDHPC_STARTED", "FEDHPC_TRAINED", "FEDHPC_FINISHED"} <= found.keys()
+    for_daemons = found.keys() & {*options, "SRUN_EXPORT_ENV", "SRUN_CPUS_PER_TASK"}
+    of_tasks = {"SRUN_CPUS_PER_TASK", "SLURM_NTASKS_PER_GPU"} if "srun" in launch else set()
+    assert for_daemons == {"SLURM_CPUS_PER_TASK", *of_tasks}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_GPUS_PER_TASK": "1", "SLURM_TASKS_PER_NODE": "4(x4)"}, True),
+        ({"SLURM_GPUS_PER_TASK": "1", "SLURM_TASKS_PER_NODE": "4"}, False),  # one node
+        ({"SLURM_TASKS_PER_NODE": "4(x4)"}, False),
+        ({"SLURM_GPUS_PER_TASK": "1", "SLURM_TASKS_PER_NODE": "4(x4)", "LAUNCH": "srun --mpi=pmix"}, False),
+    ],
+)
+def test_gpus_of_single_tasks_do_not_go_with_mpirun(tmp_path, variables, said):
+    output, _ = launched(tmp_path, **{"LAUNCH": "mpirun -np 16", **variables})
+    assert ("with --gpus-per-task, mpirun lets all ranks of a node see the GPUs of one" in output) is said
+
+
 @pytest.mark.parametrize(
     ("tasks", "mapping"),
     [("17", "node"), ("5(x4)", "node"), ("4,10,3", "slot"), ("2,1(x15)", "slot"), ("1(x2),4(x2)", "slot")],
