@@ -4,6 +4,7 @@ Job scripts that submit the next job hand their own variables down: SLURM_ARRAY_
 SLURM_RESTART_COUNT and SLURM_NTASKS may be those of the submitting job. SLURM_JOB_ID is always this job's.
 """
 
+import ctypes
 import os
 import re
 import signal
@@ -118,7 +119,8 @@ class JobEnvironment:
             return (
                 f"srun started {tasks} tasks, but MPI sees {size} of them: they do not find each other. Start with a "
                 "plug-in that srun and the MPI library both know (srun --mpi=pmix or srun --mpi=pmi2; srun --mpi=list "
-                "names what there is), or with mpirun inside the allocation"
+                "names what there is; Intel MPI also looks for SLURM's libpmi2.so at I_MPI_PMI_LIBRARY), or with "
+                "mpirun inside the allocation"
             )
         tasks = max(self._number("SLURM_NTASKS", 1), self._het_tasks())
         if has_mpi or self.job_id is None or size > 1 or tasks <= 1:
@@ -127,6 +129,20 @@ class JobEnvironment:
             f"a single process was started in an allocation of {tasks} tasks ({self.title}): start with srun or "
             "mpirun; if one process is to do everything, with srun --ntasks=1"
         )
+
+    def pmi_problem(self) -> str | None:
+        """Why Intel MPI cannot start this task of srun, for the user; None if nothing is known against it."""
+        path = self.environ.get("I_MPI_PMI_LIBRARY")
+        if not self.is_step or not path:
+            return None
+        try:
+            ctypes.CDLL(path)
+        except OSError as error:
+            return (
+                f"I_MPI_PMI_LIBRARY: {error}: Intel MPI under srun needs the libpmi2.so of this SLURM on every node. "
+                "Give its path, leave it unset, or start with Intel's mpirun inside the allocation"
+            )
+        return None
 
     def mark(self, what: Literal["STARTED", "TRAINED", "FINISHED"]) -> None:
         """Make a file that tells the job script: the ranks have found each other; the run was stopped, but in

@@ -101,6 +101,25 @@ def test_srun_tasks_that_do_not_find_each_other_are_refused(size, has_mpi):
         assert remedy in problem
 
 
+@pytest.mark.parametrize(
+    ("environ", "library", "missing"),
+    [
+        (STEP, "/no/libpmi2.so", True),
+        (STEP, __file__, True),
+        (STEP, "libc.so.6", False),
+        (STEP, "", False),
+        (BATCH, "/no/libpmi2.so", False),
+        (MPICH, "/no/libpmi2.so", False),  # Intel's mpirun brings its own
+    ],
+)
+def test_what_intel_mpi_needs_under_srun_is_there(environ, library, missing):
+    problem = JobEnvironment({**environ, "I_MPI_PMI_LIBRARY": library}).pmi_problem()
+    assert (problem is not None) is missing
+    if missing:
+        assert problem.startswith(f"I_MPI_PMI_LIBRARY: {library}: ")
+        assert "libpmi2.so of this SLURM" in problem
+
+
 @pytest.mark.parametrize(("environ", "tasks"), [(BATCH, 17), (HET, 17)])
 def test_a_single_process_in_an_allocation_for_many_is_refused(environ, tasks):
     problem = JobEnvironment(environ).launch_problem(1, has_mpi=False)

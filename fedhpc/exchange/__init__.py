@@ -6,6 +6,7 @@ from fedhpc.errors import UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
+from fedhpc.exchange.watchdog import bounded
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.stopping import StopRequest
 
@@ -18,9 +19,11 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
     """The network this process was started into: MPI under a launcher, else the serial twin.
 
     Raises:
-        UserError: the processes that were started together do not find each other.
+        UserError: the processes that were started together do not find each other, or cannot.
     """
     launched_as_rank = any(variable in os.environ for variable in LAUNCHER_VARIABLES)
+    if launched_as_rank and (problem := environment.pmi_problem()) and _loads_intel_mpi(timeout_s):
+        raise UserError(problem)
     exchange = MpiExchange(stop, timeout_s) if launched_as_rank else LocalExchange(stop, timeout_s)
     if problem := environment.launch_problem(exchange.size, launched_as_rank):
         raise UserError(problem)
@@ -34,6 +37,20 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
     if exchange.rank == 0:
         environment.mark("STARTED")
     return exchange if exchange.size > 1 else LocalExchange(stop, timeout_s)
+
+
+def _loads_intel_mpi(timeout_s: float) -> bool:
+    """Whether mpi4py's MPI library is Intel's. If it is, MPI is not initialized: that could end every rank."""
+    import mpi4py  # noqa: PLC0415 - a single process needs no MPI at all
+
+    mpi4py.rc(initialize=False, finalize=True)
+    from mpi4py import MPI  # noqa: PLC0415
+
+    if MPI.Get_library_version().startswith("Intel"):
+        return True
+    with bounded(timeout_s):
+        MPI.Init_thread()
+    return False
 
 
 __all__ = [
