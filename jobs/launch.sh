@@ -41,6 +41,7 @@ finish() { # STATUS MESSAGE
 }
 
 run_again() { # STATUS MESSAGE
+    trap '' TERM # which ends the job, and would end scontrol before it has its answer
     if [ "${FEDHPC_REQUEUE:-yes}" = no ]; then
         finish "$1" "$2; the next job of the chain goes on"
     elif ! patiently scontrol requeue "$job"; then
