@@ -4,7 +4,10 @@ import time
 import pytest
 
 from fedhpc import jobenv
+from fedhpc.errors import UserError
+from fedhpc.exchange import connect
 from fedhpc.jobenv import JobEnvironment, start_ticks
+from fedhpc.stopping import StopRequest
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "17", "SLURM_PROCID": "5", "SLURM_LOCALID": "3"}
@@ -147,6 +150,15 @@ def test_a_single_process_in_an_allocation_for_many_is_refused(environ, tasks):
 )
 def test_good_launches_pass(environ, size, has_mpi):
     assert JobEnvironment(environ).launch_problem(size, has_mpi) is None
+
+
+def test_the_job_script_learns_whether_the_ranks_have_found_each_other(tmp_path):
+    mark = tmp_path / "started"
+    with pytest.raises(UserError, match="an allocation of 17 tasks"):
+        connect(StopRequest(), JobEnvironment({**BATCH, "FEDHPC_STARTED": str(mark)}), 60)
+    assert not mark.exists()
+    connect(StopRequest(), JobEnvironment({"FEDHPC_STARTED": str(mark)}), 60)
+    assert mark.exists()
 
 
 def test_the_end_time_needs_no_question(squeue, monkeypatch):
