@@ -1,4 +1,4 @@
-"""A private SLURM of one node: munged, slurmctld and slurmd, all in one folder, ended by process id."""
+"""A private SLURM: munged, slurmctld and one slurmd for each node, all in one folder, ended by process id."""
 
 import os
 import pwd
@@ -18,16 +18,16 @@ KILL_WAIT_S = 10
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={socket},cred_expire=10
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -42,9 +42,9 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
 KillWait={kill_wait}
 MailProg=/bin/true
-NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=100000
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=100000\n"
 
 
 def missing_program():
@@ -53,10 +53,17 @@ def missing_program():
 
 
 class Cluster:
-    """Usable after :meth:`start`; :meth:`stop` ends it in whatever state it is."""
+    """Usable after :meth:`start`; :meth:`stop` ends it in whatever state it is.
 
-    def __init__(self, folder):
+    Args:
+        folder: an empty one.
+        cpus: of each node. The first is named like the host, so that mpirun starts the ranks there by itself, and those
+            of the other nodes by daemons, which srun starts.
+    """
+
+    def __init__(self, folder, cpus):
         self.folder = Path(folder)
+        self.cpus = cpus
         self.conf = self.folder / "slurm.conf"
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)},
@@ -66,27 +73,30 @@ class Cluster:
         self.daemons = []
 
     def start(self):
-        for name in ("state", "spool", "munge"):
+        host = socket.gethostname().partition(".")[0]
+        nodes = [host, *(f"node{number}" for number in range(2, len(self.cpus) + 1))]
+        for name in ("state", "munge", *(f"spool.{node}" for node in nodes)):
             (self.folder / name).mkdir(mode=0o755)
         key, munge_socket = self.folder / "munge/key", self.folder / "munge/socket"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        # Named like the host, so that mpirun starts the ranks by itself instead of by srun.
-        host = socket.gethostname().partition(".")[0]
         user = pwd.getpwuid(os.geteuid()).pw_name
-        ports = free_ports(2)
-        self.conf.write_text(
-            CONF.format(
-                host=host, user=user, ports=ports, socket=munge_socket, folder=self.folder, kill_wait=KILL_WAIT_S
-            )
+        controller, *ports = free_ports(1 + len(nodes))
+        conf = CONF.format(
+            host=host, user=user, port=controller, socket=munge_socket, folder=self.folder, kill_wait=KILL_WAIT_S
         )
+        for node, port, cpus in zip(nodes, ports, self.cpus, strict=True):
+            conf += NODE.format(name=node, host=host, port=port, cpus=cpus)
+        self.conf.write_text(conf)
         files = [f"--key-file={key}", f"--socket={munge_socket}"]
         files += [f"--{name}-file={self.folder / 'munge' / name}" for name in ("pid", "log", "seed")]
         self._spawn("munged", "--foreground", "--force", "--num-threads=2", *files)
         self._wait_until(munge_socket.is_socket)
         self._spawn("slurmctld", "-D", "-f", str(self.conf))
-        self._spawn("slurmd", "-D", "-N", host, "-f", str(self.conf))
-        self._wait_until(lambda: "idle" in self.run("sinfo", "--noheader", "--format=%T", check=False).stdout)
+        for node in nodes:
+            self._spawn("slurmd", "-D", "-N", node, "-f", str(self.conf))
+        idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+        self._wait_until(lambda: len(self.run(*idle, check=False).stdout.split()) == len(nodes))
 
     def stop(self):
         if self.daemons:
@@ -149,7 +159,7 @@ class Cluster:
         return found
 
     def _spawn(self, program, *arguments):
-        with (self.folder / f"{program}.out").open("w") as output:
+        with (self.folder / f"{program}.{len(self.daemons)}.out").open("w") as output:
             daemon = subprocess.Popen(
                 # It ends with this process, also when that is killed.
                 ["setpriv", "--pdeathsig", "TERM", shutil.which(program, path=PATH), *arguments],

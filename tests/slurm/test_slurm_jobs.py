@@ -25,14 +25,21 @@ RANKS_TAKE_TURNS = {
     "OPENBLAS_NUM_THREADS": 1,
 }
 """The cluster has fewer cores than it claims."""
-LAUNCH = f"""\
+UNEVEN = (4, 10, 6)
+"""CPUs of the nodes: SLURM gives 17 tasks to them as 4, 10 and 3."""
+LAUNCHER = f"""\
 #!/bin/bash
 case ${{SLURM_RESTART_COUNT:-0}} in
-0) ranks=17 ;; # whose start takes half a minute
+0) ranks=$2 ;; # 17, whose start takes half a minute
 2) ranks=3 ;;
 *) ranks=5 ;;
 esac
-exec {MPIRUN} -np $ranks "$@"
+exec {MPIRUN} -np $ranks "${{@:3}}"
+"""
+COMMAND = f"""\
+#!/bin/bash
+export {" ".join(f"{key}={value}" for key, value in RANKS_TAKE_TURNS.items())} PYTHONPATH={ROOT}
+exec {sys.executable} -m fedhpc "$@"
 """
 SEED = 42
 DEMO_S = 600
@@ -48,7 +55,7 @@ pytestmark = [
 def cluster():
     # Not in pytest's folder: the path of munge's socket may have 107 characters.
     folder = tempfile.mkdtemp(prefix="fedhpc-slurm-", dir="/tmp")
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, UNEVEN)
     try:
         cluster.start()
         yield cluster
@@ -104,16 +111,13 @@ def test_a_job_that_is_interrupted_again_and_again_ends_with_the_same_bits(clust
     requeue, signal = ["scontrol", "requeue"], ["scancel", "--signal=USR1", "--batch"]
     interruptions = [requeue, signal, dice.choice([requeue, signal])]
     dice.shuffle(interruptions)
-    run_dir = checkout / "disturbed"
-    (checkout / "launch").write_text(LAUNCH)
-    (checkout / "launch").chmod(0o755)
-    environment = {
-        **RANKS_TAKE_TURNS,
-        "LAUNCH": checkout / "launch",
-        "FEDHPC": f"{sys.executable} -m fedhpc",
-        "PYTHONPATH": ROOT,
-    }
-    number = cluster.submit(checkout, "jobs/demo.slurm", "jobs/demo.yaml", *demo("disturbed"), **environment)
+    run_dir, bin_dir = checkout / "disturbed", checkout / ".venv/bin"
+    bin_dir.mkdir(parents=True)
+    for name, script in (("mpirun", LAUNCHER), ("fedhpc", COMMAND)):
+        (bin_dir / name).write_text(script)
+        (bin_dir / name).chmod(0o755)
+    # Without the user's environment, and by the default launcher.
+    number = cluster.submit(checkout, "--export=NONE", "jobs/demo.slurm", "jobs/demo.yaml", *demo("disturbed"))
     output = checkout / f"{number}.out"
     for index, command in enumerate(interruptions):
         # In one of the rounds 1 to 14 of 20, after the run has come further than at the interruption before.
