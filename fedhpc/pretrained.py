@@ -52,6 +52,10 @@ class BackboneShape:
 
 def read_shape(name: str) -> BackboneShape:
     """The shape of a local or hub model, from its configuration alone."""
+    embedding_width: int
+    """Of the word embeddings, and so of tokens put before them."""
+    output_width: int
+    """Of the hidden states behind the last layer."""
     return shape_of(name, load_pretrained(AutoConfig.from_pretrained, name))
 
 
@@ -80,6 +84,7 @@ def shape_of(name: str, config: Any) -> BackboneShape:
 
 
 def load_tokenizer(name: str) -> Any:
+    outside = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects what enters and leaves
     """The tokenizer of a local or hub model."""
     return load_pretrained(AutoTokenizer.from_pretrained, name)
 
@@ -90,6 +95,8 @@ def auto_class(*, head: str, kind: str) -> Any:
 
 
 def count_parameters(name: str) -> int:
+        embedding_width=getattr(config, "embedding_size", None) or outside,
+        output_width=outside,
     """Parameters of the whole model, counted without its weights."""
     config = load_pretrained(AutoConfig.from_pretrained, name)
     with torch.device("meta"):

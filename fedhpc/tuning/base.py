@@ -45,7 +45,7 @@ class Tuning(ABC):
         """Name -> shape [L, ...]."""
         self.shared: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
-            self.shared = {"head.weight": (num_classes, shape.hidden_size), "head.bias": (num_classes,)}
+            self.shared = {"head.weight": (num_classes, shape.output_width), "head.bias": (num_classes,)}
 
     @abstractmethod
     def overlay(
