@@ -54,10 +54,37 @@ def model_sha256(name: str) -> str:
     Raises:
         OSError: it has no weight files.
     """
+    return _samples_sha256([Path(str(cached_file(name, CONFIG_NAME))), *_weight_files(name)])
+
+
+def weights_sha256(name: str) -> str:
+    """SHA-256 of samples from all over a model's tensors, however safetensors files divide them.
+
+    Raises:
+        OSError: it has no weight files.
+    """
+    files, tensors = _weight_files(name), mapped_weights(name)
+    if tensors is None:
+        return _samples_sha256(files)
+    digest = hashlib.sha256()
+    distance = max(SAMPLE_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // SAMPLES)
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.reshape(-1).view(torch.uint8)
+        for offset in range(0, len(content), distance):
+            digest.update(content[offset : offset + SAMPLE_BYTES].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weight_files(name: str) -> list[Path]:
     weights = _safetensors_files(name) or _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     if not weights:
         raise OSError(f"there is no {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}")
-    files = [Path(str(cached_file(name, CONFIG_NAME))), *weights]
+    return weights
+
+
+def _samples_sha256(files: list[Path]) -> str:
     sizes = [file.stat().st_size for file in files]
     distance = max(SAMPLE_BYTES, sum(sizes) // SAMPLES)
     digest = hashlib.sha256(repr(sizes).encode())

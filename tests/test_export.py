@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import backbones
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_tasks import bert_like, gpt_like, llama_like, roberta_like
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
 from fedhpc.data import PreparedData, tokenizer_fingerprint
-from fedhpc.errors import ModelError, UserError
+from fedhpc.errors import ConfigError, ModelError, UserError
 from fedhpc.export import write_adapter
 from fedhpc.export.forms import peft_form
 from fedhpc.export.readme import EXAMPLE
@@ -165,6 +167,23 @@ def test_attempt_takes_an_exported_prompt_as_a_source(tmp_path):
     ("name", "changes", "tuning", "message"),
     [
         (
+@pytest.mark.parametrize("records_its_backbone", [True, False])
+def test_attempt_refuses_a_prompt_of_another_backbone_of_the_same_width(tmp_path, records_its_backbone):
+    path, other = (backbones.save_backbone(tmp_path / name, name) for name in ("bert", "roberta"))
+    form = peft_form(make_trained(other, backbones.describe("roberta"), kind="prompt_tuning"))
+    folder = tmp_path / "adapter"
+    load_with_peft(form, other, folder, AutoModelForMaskedLM)
+    if not records_its_backbone:  # as exports did before
+        save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    attempt = {"kind": "attempt", "sources": [str(folder)]}
+    with pytest.raises(ConfigError, match=f"adapter_model.safetensors was tuned on other weights than .* {path};"):
+        backbones.read_tuning(path, **attempt)
+    backbones.read_tuning(shutil.copytree(other, tmp_path / "moved"), **attempt)
+    shutil.rmtree(other)
+    if not records_its_backbone:
+        backbones.read_tuning(path, **attempt)  # what it was tuned on cannot be told
+
+
             "bert",
             {},
             {"kind": "bitfit"},
