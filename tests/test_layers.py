@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FLOORS = [
     {"__init__", "errors", "files", "seeding", "stopping", "background", "arguments"},
-    {"config", "jobenv", "quick_start", "weights", "last_layer"},
+    {"config", "jobenv", "quick_start", "weights", "last_layer", "word_head"},
     {"lock", "tables", "config_file", "notices", "pretrained"},
     {"data", "tasks", "partition", "metrics", "updates"},
     {"methods", "messages", "answers", "attention", "exact_sum", "overlay"},
