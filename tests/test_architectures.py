@@ -125,11 +125,11 @@ TAKES = {
     "cohere2": EVERY - {"bitfit"},
 }
 ALIKE = ("xlm-roberta", "camembert", "gemma3, soft cap")
+"""As others that are tried, for the tests' time."""
+NAMES = [name for name in (*architectures.ENCODERS, *architectures.DECODERS) if name not in ALIKE]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in (*architectures.ENCODERS, *architectures.DECODERS) if name not in ALIKE]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_which_tunings_an_architecture_takes(tmp_path, name):
     path = str(architectures.save_architecture(tmp_path / "model", name, VOCABULARY))
     width = read_shape(path).embedding_width
@@ -149,7 +149,7 @@ CASES = [("one token", "prompt_tuning", FAR), ("several tokens", "prompt", NEAR)
 
 
 @pytest.mark.parametrize(("words", "tuning", "texts"), CASES, ids=[f"{words}-{tuning}" for words, tuning, _ in CASES])
-@pytest.mark.parametrize("name", [*architectures.ENCODERS, *architectures.DECODERS])
+@pytest.mark.parametrize("name", NAMES)
 def test_predict_gives_what_plain_transformers_and_peft_give(tmp_path, name, words, tuning, texts):
     """Texts of one token and up to beyond a sliding window of 20, or cut before it."""
     if words == "several tokens" and name in architectures.ENCODERS:
