@@ -81,6 +81,8 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examp
         num_key_value_heads=16,
         head_dim=64,
         hidden_size=1024,
+        embedding_width=1024,
+        output_width=1024,
         initializer_range=0.02,
         max_positions=512,
     )

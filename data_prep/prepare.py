@@ -176,13 +176,15 @@ def load_backbone(name: str) -> Backbone:
     """A model's tokenizer and what its configuration says, without its weights, or ModelError."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from fedhpc.pretrained import tokenizer_advice
+
     try:
         Path(name, "config.json").exists()  # of a folder that is closed to us, transformers says that it is empty
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers has no class of its own for a file that it does not understand
         looked = f"a folder {Path(name).absolute()} with config.json and tokenizer files, then the Hugging Face hub"
-        reason = str(error).strip().split("\n")[0]
+        reason = tokenizer_advice(name) or str(error).strip().split("\n")[0]
         raise ModelError(f"model {name!r} cannot be read; looked for {looked} ({reason})") from error
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"model {name!r} comes without a usable tokenizer: its folder needs a tokenizer.json")
@@ -205,7 +207,9 @@ def model_kind(config: Any) -> tuple[Kind, bool]:
     architectures = set(config.architectures or ())
     if architectures & set(CAUSAL.values()):
         return "decoder", True
-    has_head = not architectures or any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in architectures)
+    # ELECTRA is pre-trained to tell tokens that were replaced; only its generator predicts words.
+    with_head = {name for name in architectures if name.endswith(("ForMaskedLM", "ForPreTraining"))}
+    has_head = not architectures or bool(with_head - {"ElectraForPreTraining"})
     if config.model_type in MASKED:
         return "encoder", has_head
     if config.model_type in CAUSAL:

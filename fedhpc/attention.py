@@ -38,6 +38,8 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
         later: tuple[int, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if (later is not None or prompts is not None) and not hasattr(module, "layer_idx"):
+            raise AttributeError("its attention modules do not say which layer they are in")
         if later is not None and module.layer_idx >= later[0]:
             attention_mask = later[1]
         if memory is not None and memory.known is not None:

@@ -34,7 +34,7 @@ from fedhpc.identity import (
 )
 from fedhpc.jobenv import JobEnvironment
 from fedhpc.limits import check_lengths
-from fedhpc.models import Backbone
+from fedhpc.models import OTHER_WORDS, Backbone
 from fedhpc.notices import notices
 from fedhpc.partition import Partition, make_partition
 from fedhpc.pretrained import BackboneShape, config_values, default_values, load_pretrained, load_tokenizer, read_shape
@@ -337,7 +337,8 @@ def _check_attention(config: Config, data: PreparedData) -> None:
         return
     if any(len(ids) > 1 for ids in data.description.word_ids):
         raise ConfigError(
-            f"model.attention: {attention} cannot score class words of several tokens; use model.attention: sdpa"
+            f"model.attention: {attention} cannot score class words of several tokens; use model.attention: sdpa, or "
+            f"{OTHER_WORDS}"
         )
     if config.tuning.kind == "late_prompt":
-        raise ConfigError(f"model.attention: {attention} takes no tuning.kind: late_prompt; use sdpa")
+        raise ConfigError(f"model.attention: {attention} takes no tuning.kind: late_prompt; use model.attention: sdpa")

@@ -22,11 +22,23 @@ from fedhpc.data import Batch, Description
 from fedhpc.errors import ModelError, UserError
 from fedhpc.last_layer import LastLayer
 from fedhpc.overlay import Hooks, Overlay, SoftTokens, with_tokens
-from fedhpc.pretrained import POSITIONS_COUNT_TOKENS, BackboneShape, first_line, load_frozen, shape_of
+from fedhpc.pretrained import (
+    LINEAR_HEAD,
+    POSITIONS_COUNT_TOKENS,
+    BackboneShape,
+    first_line,
+    load_frozen,
+    shape_of,
+)
+from fedhpc.word_head import WordHead
 
 attention.register()
 
 NOTHING = Overlay()
+PROBE_TOKENS = 8
+ROUNDING = 3e-5
+"""Relative difference of two float32 results of the same sums in another order, after tens of layers."""
+OTHER_WORDS = f"choose words of one token each in a task file, or {LINEAR_HEAD}"
 LOSS_SCALE = 2.0**12
 """A power of two rounds nothing. Gradients of one example in a batch begin near 1e-3, and float16 ends at 6e-8."""
 
@@ -42,20 +54,16 @@ class Backbone(nn.Module):
         self.model = load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
-        if config.gradient_checkpointing:
-            # Transformers renamed it within version 5; the old name warns where the new one exists.
-            old = self.model.gradient_checkpointing_enable
-            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-        self.base: Any = self.model
-        self.word_head: nn.Module | None = None
-        if data.head == "verbalizer":
-            self.base, self.word_head = _split_head(self.model)
+        has_head = data.head == "verbalizer"
+        self.base: Any = self.model.base_model if has_head else self.model
+        self._head = WordHead(self.model) if has_head else None
         self._layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._hooks = Hooks(self._layers)
+        self._modes = LayerModes(self._layers)
+        if config.gradient_checkpointing:
+            self._recompute_layers(config.name)
         self._last_layer: LastLayer | None = None
         self._check(config, tuning)
-        if self.word_head is not None and not self.answers.needs_vocabulary:
-            _keep_words(self.model, self.answers.first_tokens)
 
     def hidden(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
         """The last layer's hidden states [b, s, H] of the texts, without those of soft tokens."""
@@ -73,7 +81,7 @@ class Backbone(nn.Module):
         log-probability of the word's tokens; all answers share one forward pass of the text.
         """
         if not self.answers.branch_tokens:
-            logits = self._logits(self._at_slots(batch, overlay))
+            logits = self._logits(self._at_slots(batch, overlay).unsqueeze(1)).squeeze(1)
             if not self.answers.needs_vocabulary:
                 return logits
             return logits.log_softmax(-1)[:, self.answers.first_tokens]
@@ -137,8 +145,19 @@ class Backbone(nn.Module):
         Args:
             dropout: whether there may be dropout; False for gradients that are measured, not stepped along.
         """
-        asked_for = self._has_dropout or self._recomputes if dropout else self._recomputes and not self._has_dropout
-        self.model.train(training and asked_for)
+        self._modes.drop_out = training and dropout and self._has_dropout
+        self.model.train(self._modes.drop_out)
+        self._modes.set(training and (self._modes.drop_out or self._recomputes))
+
+    def _recompute_layers(self, name: str) -> None:
+        refusal = f"model.gradient_checkpointing: model.name: {name}: a {self.base.config.model_type} model has none"
+        # Transformers renamed it within version 5; the old name warns where the new one exists.
+        old = self.model.gradient_checkpointing_enable
+        enable = getattr(self.model, "activation_checkpointing_enable", old)
+        with no_surprise(refusal):
+            enable({"use_reentrant": False, "context_fn": lambda: (self._modes, self._modes)})
+        if not self._layers:
+            raise ModelError(f"{refusal}: its layers cannot be told apart")
 
     def _at_slots(self, batch: Batch, overlay: Overlay) -> Tensor:
         """The last layer's hidden states at the answer slots [b, H]."""
@@ -199,8 +218,9 @@ class Backbone(nn.Module):
         return inputs, (tokens.layer, lambda hidden: put_first(hidden[:, count:]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        assert self.word_head is not None
-        return at_least_float32(self.word_head(hidden).to(self.torch_device))
+        """Logits [b, s, V] of hidden states [b, s, H], in float32; V: the class words, unless all words are needed."""
+        assert self._head is not None
+        return at_least_float32(self._head(hidden).to(self.torch_device))
 
     def _positions(self, ids: Tensor, mask: Tensor, first_position: int) -> Tensor:
         if self.base.config.model_type in POSITIONS_COUNT_TOKENS:
@@ -208,46 +228,77 @@ class Backbone(nn.Module):
             return (mask.cumsum(1) + first_position) * mask + padding
         return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
 
+    def probe(self) -> Batch:
+        """A text of a few tokens, all different, from all over the vocabulary."""
+        first = int(getattr(self.base.config, "pad_token_id", None) == 0)  # padding may have a position of its own
+        last = len(self.base.get_input_embeddings().weight) - 1
+        ids = torch.linspace(first, last, PROBE_TOKENS, device=self.torch_device).long()[None]
+        mask, slot = torch.ones_like(ids, dtype=torch.bool), torch.full_like(ids[:, 0], PROBE_TOKENS - 1)
+        return Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
+
     @torch.no_grad()
     def _check(self, config: ModelConfig, tuning: TuningConfig) -> None:
-        """Refuse what would give wrong numbers without an error; what a tuning needs, `Tuning.check` looks for."""
+        """Refuse what would not give the model's own numbers; what a tuning needs, `Tuning.check` looks for.
+
+        No logits of other words than the class words are computed from here on, unless they are needed.
+        """
         who = f"model.name: {config.name}: a {self.base.config.model_type} model"
-        no_padding = int(getattr(self.base.config, "pad_token_id", None) == 0)  # which has a position of its own
-        ids = torch.full((1, 2), no_padding, device=self.torch_device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[:, 0], labels=ids[:, 0], sizes=(1,))
+        batch = self.probe()
+        plain = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         with no_surprise(f"{who} cannot be used"):
-            ours = self.hidden(batch)
-            if self.word_head is not None:
-                ours = self._logits(ours)
-            theirs = self.model(input_ids=ids, attention_mask=mask)[0].to(ours)
-        if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05, equal_nan=True):
-            raise ModelError(
-                f"{who} numbers its positions as fedhpc does not know, or changes its logits behind its language-model "
-                "head; neither is supported"
-            )
-        if self.word_head is None:
+            hidden = self.base(**plain).last_hidden_state.to(self.torch_device)
+            known = self._same(self.hidden(batch), hidden)
+        if not known:
+            raise ModelError(f"{who} numbers its positions as fedhpc does not know, and cannot be used")
+        if self._head is None:
             return
+        with no_surprise(f"{who} cannot score class words; {LINEAR_HEAD}"):
+            logits = self.model(**plain).logits.to(self.torch_device)
+            if not self.answers.needs_vocabulary:
+                self._head.keep(self.answers.first_tokens)
+                logits = logits[..., self.answers.first_tokens]
+            known = self._same(self._logits(hidden), at_least_float32(logits))
+        if not known:
+            raise ModelError(f"{who} has logits that fedhpc does not know how to compute; {LINEAR_HEAD}")
         if self.answers.branch_tokens:
-            self._check_branches(who)
+            with no_surprise(f"{who} cannot score class words of several tokens; {OTHER_WORDS}"):
+                right = self._branches_are_right(batch)
+            if not right:
+                raise ModelError(
+                    f"{who} does not only look where the attention mask says, and so cannot score class words of "
+                    f"several tokens; {OTHER_WORDS}"
+                )
         if config.attention == "sdpa":
             self._narrow_last_layer(shape_of(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
 
-    def _check_branches(self, who: str) -> None:
-        """Refuse a model in which answers of several tokens see each other, or what is behind a short text."""
-        ids = torch.tensor([[0, 1], [1, 0]], device=self.torch_device)
-        mask = torch.tensor([[True, True], [True, False]], device=self.torch_device)
-        slots = mask.sum(1) - 1
-        both = self.word_scores(Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=(2,)))
-        short = Batch(input_ids=ids[1:, :1], attention_mask=mask[1:, :1], slots=slots[1:], labels=slots[1:], sizes=(1,))
-        given, self.answers = self.answers, Answers(self.answers.word_ids[::-1], full_vocabulary=True)
-        reversed_alone = self.word_scores(short).flip(1)
-        self.answers = given
-        if not torch.allclose(both[1:], reversed_alone, rtol=0.02, atol=0.02):
-            raise ModelError(
-                f"{who} does not only look where the attention mask says, and so cannot score class words of several "
-                "tokens; choose words of one token each"
-            )
+    def _branches_are_right(self, text: Batch) -> bool:
+        """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""
+        ids, lengths = text.input_ids.expand(2, -1), text.slots + torch.tensor([1, -2], device=self.torch_device)
+        mask = torch.arange(PROBE_TOKENS, device=self.torch_device) < lengths[:, None]
+        slots = lengths - 1
+        scores = self.word_scores(Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=(2,)))
+        longest = sorted(range(len(self.answers.word_ids)), key=lambda c: -len(self.answers.word_ids[c]))[:2]
+        for row, slot in enumerate(slots.tolist()):
+            for c in longest:
+                word = torch.tensor(self.answers.word_ids[c], device=self.torch_device)
+                alone = torch.cat([ids[row, : slot + 1], word])[None]
+                logits = self.model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits.to(self.torch_device)
+                logits = at_least_float32(logits)[0, slot:-1]
+                score = logits.log_softmax(-1).gather(1, word[:, None]).mean()
+                if not self._same(scores[row, c], score, size=logits):
+                    return False
+        return True
+
+    def _same(self, ours: Tensor, theirs: Tensor, *, size: Tensor | None = None) -> bool:
+        """Whether two results differ by rounding alone.
+
+        Args:
+            size: what the results were computed from, if that is larger than they are: it was rounded already.
+        """
+        size = theirs if size is None else size
+        tolerance = max(ROUNDING, 4 * torch.finfo(self.base.dtype).eps)
+        usual = float(size[size.isfinite()].double().square().mean().sqrt().nan_to_num())
+        return torch.allclose(ours.to(theirs), theirs, rtol=tolerance, atol=tolerance * usual, equal_nan=True)
 
     @torch.no_grad()
     def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:
@@ -265,10 +316,33 @@ class Backbone(nn.Module):
             wanted = [self._at_slots(batch, overlay) for overlay in overlays]
             self._last_layer = LastLayer(self._layers[-1])
             found = [self._at_slots(batch, overlay) for overlay in overlays]
-            same = torch.allclose(torch.cat(found), torch.cat(wanted), rtol=0.01, atol=0.01)
+            same = self._same(torch.cat(found), torch.cat(wanted))
         if self._last_layer and not same:
             self._last_layer.restore()
             self._last_layer = None
+
+
+class LayerModes:
+    """Train mode of the layers: for gradient checkpointing they must be in it when they are called.
+
+    In the context of this object, which gradient checkpointing enters whenever it computes a layer, they are in it only
+    if they are to drop out: some have dropout of their own.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self.drop_out = False
+
+    def set(self, training: bool) -> None:
+        """Of the layers themselves, not of what is in them."""
+        for layer in self._layers:
+            layer.training = training
+
+    def __enter__(self) -> None:
+        self.set(self.drop_out)
+
+    def __exit__(self, *_: object) -> None:
+        self.set(True)
 
 
 def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
@@ -284,29 +358,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def no_surprise(refusal: str) -> Iterator[None]:
+def no_surprise(refusal: str, advice: str = "") -> Iterator[None]:
     """ModelError in place of what a model raises that is not made as others are."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{refusal}: {first_line(error)}") from None
-
-
-def _split_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The model without its head, and its language-model head."""
-    heads = [module for name, module in model.named_children() if name != model.base_model_prefix]
-    if len(heads) != 1:
-        raise ModelError(f"model.name: {type(model).__name__} has no single language-model head; found {len(heads)}")
-    return model.base_model, heads[0]
-
-
-def _keep_words(model: Any, tokens: list[int]) -> None:
-    """Cut the head's output down to the class words' rows: no other logit is ever computed."""
-    output = model.get_output_embeddings()
-    # New parameters, not a new module: embeddings may share the weight, and others hold a reference to the module.
-    output.weight = nn.Parameter(output.weight[tokens], requires_grad=False)
-    if output.bias is not None:
-        output.bias = nn.Parameter(output.bias[tokens], requires_grad=False)
-    output.out_features = len(tokens)
+        raise ModelError(f"{refusal}: {first_line(error)}{advice}") from None

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
 )
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig
@@ -31,6 +31,16 @@ POSITIONS_COUNT_TOKENS = (
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 """Model types whose positions start at padding_idx + 1 and skip padding."""
+LINEAR_HEAD = "prepare the data with --head linear and set tuning.head: linear"
+KERNELS = {
+    "sdpa": ("_supports_sdpa", lambda: True),
+    "flash_attention_2": ("_supports_flash_attn", is_flash_attn_2_available),
+    "flash_attention_3": ("_supports_flash_attn", is_flash_attn_3_available),
+}
+"""Attention kernels: the flag of the model classes that can use one, and whether it can be used here."""
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+SENTENCEPIECE_START = b"\n"
+"""Of a protobuf file whose first field is text; a tiktoken file may have the same name, and begins with a letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,10 @@ class BackboneShape:
     num_key_value_heads: int
     head_dim: int
     hidden_size: int
+    embedding_width: int
+    """Of the word embeddings, and so of tokens put before them."""
+    output_width: int
+    """Of the hidden states behind the last layer."""
     initializer_range: float
     max_positions: int | None
     sliding_window: int | None = None
@@ -63,13 +77,19 @@ def read_shape(name: str) -> BackboneShape:
 
 def shape_of(name: str, config: Any) -> BackboneShape:
     """The shape that a configuration of transformers describes; ModelError where it describes none."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"model.name: {name} is a {config.model_type} model, an encoder-decoder; only encoders and decoders can be "
+            "tuned"
+        )
     absent = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not hasattr(config, key)]
     if absent:
         raise ModelError(
             f"model.name: {name} is a {config.model_type} model, whose configuration has no {', '.join(absent)}; a "
-            "text encoder or decoder is needed"
+            "text encoder or decoder with attention is needed"
         )
     heads = config.num_attention_heads
+    outside = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects what enters and leaves
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     if positions is not None and config.model_type in POSITIONS_COUNT_TOKENS:
         positions -= config.pad_token_id + 1
@@ -81,6 +101,8 @@ def shape_of(name: str, config: Any) -> BackboneShape:
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden_size=config.hidden_size,
+        embedding_width=getattr(config, "embedding_size", None) or outside,
+        output_width=outside,
         initializer_range=getattr(config, "initializer_range", 0.02),
         max_positions=positions,
         sliding_window=min(filter(None, windows), default=None),
@@ -104,7 +126,27 @@ def default_values(name: str) -> dict[str, Any]:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a local or hub model."""
-    return load_pretrained(AutoTokenizer.from_pretrained, name)
+    return load_pretrained(AutoTokenizer.from_pretrained, name, advice=tokenizer_advice)
+
+
+def tokenizer_advice(name: str) -> str:
+    """Why a tokenizer cannot be loaded, where it is packages that transformers does not name; else an empty text."""
+    absent = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
+    with suppress(OSError):
+        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SENTENCEPIECE_FILES]
+        if absent and any(file and Path(file).read_bytes()[:1] == SENTENCEPIECE_START for file in files):
+            return (
+                "its tokenizer is a SentencePiece file, which transformers converts with packages that are not "
+                "installed: pip install -e '.[sentencepiece]'"
+            )
+    return ""
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that this one is in
+        return False
 
 
 def auto_class(*, head: str, kind: str) -> Any:
@@ -131,6 +173,7 @@ def load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torc
             if "drop" in key and isinstance(value, float):
                 setattr(model_config, key, 0.0)
     loader = auto_class(head=head, kind=kind)
+    _check_kernel(config, model_config, loader)
     extra: dict[str, Any] = {}
     if config.device_map == "auto":
         if find_spec("accelerate") is None:
@@ -153,11 +196,39 @@ def load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torc
     return model if config.device_map == "auto" else model.to(torch_device)
 
 
+def _check_kernel(config: ModelConfig, model_config: Any, loader: Any) -> None:
+    """Refuse an attention kernel that transformers does not have for a model, or that cannot be used here."""
+    model_types = _model_types(loader, model_config)
+    has = [kernel for kernel, (flag, _) in KERNELS.items() if all(getattr(each, flag, False) for each in model_types)]
+    other = next((kernel for kernel in has if kernel != config.attention), None)
+    advice = f"use model.attention: {other}" if other else "choose another model"
+    if model_types and config.attention not in has:
+        needs = ", which needs its own package and a GPU" if other else ""
+        raise ModelError(
+            f"model.name: {config.name}: transformers has no {config.attention} attention for a "
+            f"{model_config.model_type} model; {advice}{needs}"
+        )
+    if not KERNELS[config.attention][1]():
+        raise ModelError(
+            f"model.attention: {config.attention} needs its own package and a GPU that it runs on; {advice}"
+        )
+    if config.attention != "sdpa" and config.dtype == "float32":
+        raise ModelError(f"model.attention: {config.attention} needs model.dtype: bfloat16 or float16")
+
+
+def _model_types(loader: Any, model_config: Any) -> tuple[Any, ...]:
+    """The classes that ``loader`` may make a model of; none where transformers itself has none."""
+    found = loader._model_mapping.get(type(model_config), ())
+    return found if isinstance(found, tuple) else (found,)
+
+
 def _with_weights(loader: Any, name: str, *, mapped: bool, config: Any, **kwargs: Any) -> tuple[Any, Any]:
     """A model and what is to be said of its weights; mapped into memory where they are stored as they are needed."""
-    model_type = loader._model_mapping.get(type(config), None)
-    if mapped and model_type and (weights := mapped_weights(name)):
-        return model_type.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **kwargs)
+    model_types = _model_types(loader, config)
+    if mapped and len(model_types) == 1 and (weights := mapped_weights(name)):
+        return model_types[0].from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
     return loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
 
 
@@ -166,7 +237,7 @@ def _check_weights(name: str, model: Any, info: Any, *, head: str) -> None:
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         headless = head == "verbalizer" and not any(key.startswith(model.base_model_prefix) for key in missing)
-        advice = "; it has no language-model head: use tuning.head: linear" if headless else ""
+        advice = f"; it has no language-model head: {LINEAR_HEAD}" if headless else ""
         raise ModelError(f"model.name: {name} lacks weights for {', '.join(missing[:3])}{advice}")
     layers = model.config.num_hidden_layers
     for key in sorted(info["unexpected_keys"]):
@@ -174,8 +245,13 @@ def _check_weights(name: str, model: Any, info: Any, *, head: str) -> None:
             raise ModelError(f"model.name: {name} has weights beyond the {layers} layers of its configuration: {key}")
 
 
-def load_pretrained(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+def load_pretrained(
+    load: Callable[..., Any], name: str, *, advice: Callable[[str], str] = lambda _name: "", **kwargs: Any
+) -> Any:
     """What ``load`` of transformers makes of a local or hub model.
+
+    Args:
+        advice: a better reason than the exception's for the same model, or an empty text.
 
     Raises:
         ModelError: with what was looked for and the reason.
@@ -190,7 +266,7 @@ def load_pretrained(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
         where = "the folder exists" if Path(name).exists() else f"no folder {os.path.abspath(name)}"
         raise ModelError(
             f"model.name: {name} cannot be loaded ({where}; otherwise it must be a hub id that is cached or "
-            f"reachable): {first_line(error)}"
+            f"reachable): {advice(name) or first_line(error)}"
         ) from None
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fedhpc.errors import ModelError
 from fedhpc.pretrained import auto_class, load_pretrained
 
+NOT_IN_LAYERS = "choose a tuning.kind that changes neither modules nor weights of layers, as prompt_tuning"
 Shape = tuple[int, ...]
 
 
@@ -38,7 +39,7 @@ class Structure:
                 return modules
         raise ModelError(
             f"{wanted_by}: model.name: {self.name} has none of the modules it needs; its layers have "
-            f"{', '.join(self.linears)}"
+            f"{', '.join(self.linears)}; choose another tuning.kind"
         )
 
 
@@ -54,10 +55,14 @@ def read_structure(name: str) -> Structure:
         model = AutoModel.from_config(config)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
     if not layers:
-        raise ModelError(f"model.name: {name}: a {config.model_type} model has no layers that can be told apart")
+        raise ModelError(
+            f"model.name: {name}: a {config.model_type} model has no layers that can be told apart; {NOT_IN_LAYERS}"
+        )
     kinds = [{path: tuple(p.shape) for path, p in layer.named_parameters()} for layer in layers.values()]
     if any(kind != kinds[0] for kind in kinds):
-        raise ModelError(f"model.name: {name}: a {config.model_type} model has layers of several kinds")
+        raise ModelError(
+            f"model.name: {name}: a {config.model_type} model has layers of several kinds; {NOT_IN_LAYERS}"
+        )
     return Structure(
         name=name,
         layers=tuple(layers),

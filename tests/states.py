@@ -13,6 +13,8 @@ SHAPE = BackboneShape(
     num_key_value_heads=1,
     head_dim=2,
     hidden_size=2,
+    embedding_width=2,
+    output_width=2,
     initializer_range=0.1,
     max_positions=None,
 )

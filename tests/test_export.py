@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import backbones
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_tasks import bert_like, gpt_like, llama_like, roberta_like
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
 from fedhpc.data import PreparedData, tokenizer_fingerprint
-from fedhpc.errors import ModelError, UserError
+from fedhpc.errors import ConfigError, ModelError, UserError
 from fedhpc.export import write_adapter
 from fedhpc.export.forms import peft_form
 from fedhpc.export.readme import EXAMPLE
@@ -29,9 +31,9 @@ from fedhpc.tuning.base import as_parameters
 PLAIN = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM}
 
 
-def make_trained(path, description, **tuning):
+def make_trained(path, description, dtype="float32", **tuning):
     """A run of a backbone whose every tuned parameter is random, and large enough to matter."""
-    config = backbones.make_config(path, tuning={"head": description.head, **tuning})
+    config = backbones.make_config(path, model={"dtype": dtype}, tuning={"head": description.head, **tuning})
     shape = read_shape(str(path))
     tuning = make_tuning(config.tuning, shape, num_classes=len(description.class_names))
     rng = torch.Generator().manual_seed(5)
@@ -112,12 +114,16 @@ def test_peft_gives_the_hidden_states_of_a_linear_head(tmp_path, name, tuning):
     assert torch.allclose(pooled @ weight.T + bias, ours, rtol=0, atol=1e-4)
 
 
+ODD_TEXT = "a [MASK] {b} <mask> c"
+"""With masks and a template's fields in it, which are not the template's."""
 READMES = {
     "encoder, pairs": ("bert", bert_like, "{a} ? <mask> , {b}", {}),
     "encoder, tokens first": ("bert", bert_like, "<mask> : {a}", {"kind": "prompt_tuning"}),
     "encoder, no offset": ("roberta", roberta_like, "{a} . It was <mask> .", {"position_offset": False}),
     "encoder, head": ("bert", bert_like, "{a}<sep>{b}", {"head": "linear"}),
     "decoder": ("gpt2", gpt_like, "{a} It was {word} .", {"kind": "lora"}),
+    "encoder, head, 16 bits": ("bert", bert_like, "{a}<sep>{b}", {"head": "linear", "dtype": "bfloat16"}),
+    "decoder, 16 bits": ("gpt2", gpt_like, "{a} It was {word} .", {"kind": "lora", "dtype": "bfloat16"}),
     "decoder, no offset": ("gpt2", gpt_like, "{a} It was {word} .", {"position_offset": False}),
     "decoder, long words": ("gpt2", gpt_like, "{a} It was {word} .", {"long": True}),
     "decoder, long words, no offset": ("gpt2", gpt_like, "{a} {word} .", {"long": True, "position_offset": False}),
@@ -144,9 +150,9 @@ def test_the_lines_of_the_readme_give_the_class_probabilities(tmp_path, monkeypa
     write_adapter(trained, folder)
     monkeypatch.chdir(folder)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet.replace(EXAMPLE, ODD_TEXT), "README.md", "exec"), {})
     found = ast.literal_eval(capfd.readouterr().out.splitlines()[-1])
-    row = dict.fromkeys(template_fields(template), EXAMPLE)
+    row = dict.fromkeys(template_fields(template), ODD_TEXT)
     (expected,) = class_probabilities(trained, [row])
     assert list(found) == description.class_names
     assert list(found.values()) == pytest.approx(expected.tolist(), abs=1e-4)
@@ -159,6 +165,23 @@ def test_attempt_takes_an_exported_prompt_as_a_source(tmp_path):
     load_with_peft(peft_form(trained), path, tmp_path / "adapter", AutoModelForMaskedLM)
     attempt = backbones.read_tuning(path, kind="attempt", sources=[str(tmp_path / "adapter")])
     assert torch.equal(attempt.sources[0], torch.from_numpy(trained.tensors["tokens"]))
+
+
+@pytest.mark.parametrize("records_its_backbone", [True, False])
+def test_attempt_refuses_a_prompt_of_another_backbone_of_the_same_width(tmp_path, records_its_backbone):
+    path, other = (backbones.save_backbone(tmp_path / name, name) for name in ("bert", "roberta"))
+    form = peft_form(make_trained(other, backbones.describe("roberta"), kind="prompt_tuning"))
+    folder = tmp_path / "adapter"
+    load_with_peft(form, other, folder, AutoModelForMaskedLM)
+    if not records_its_backbone:  # as exports did before
+        save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    attempt = {"kind": "attempt", "sources": [str(folder)]}
+    with pytest.raises(ConfigError, match=f"adapter_model.safetensors was tuned on other weights than .* {path};"):
+        backbones.read_tuning(path, **attempt)
+    backbones.read_tuning(shutil.copytree(other, tmp_path / "moved"), **attempt)
+    shutil.rmtree(other)
+    if not records_its_backbone:
+        backbones.read_tuning(path, **attempt)  # what it was tuned on cannot be told
 
 
 @pytest.mark.parametrize(

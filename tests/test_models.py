@@ -1,7 +1,10 @@
 import json
 import logging
+from types import SimpleNamespace
 
+import architectures
 import pytest
+import tiny
 import torch
 from backbones import (
     DECODERS,
@@ -28,14 +31,20 @@ from transformers import (
     AlbertForMaskedLM,
     AlbertModel,
     AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
     BertModel,
+    BloomConfig,
     Data2VecTextForMaskedLM,
+    DistilBertConfig,
+    ElectraConfig,
     FalconConfig,
     FalconForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
+    Gemma2Config,
     Lfm2Config,
     Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    ModernBertConfig,
     T5Config,
     XLMRobertaXLForMaskedLM,
     XmodForMaskedLM,
@@ -45,7 +54,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from fedhpc import pretrained
+from fedhpc.config import ModelConfig
 from fedhpc.errors import ModelError
+from fedhpc.last_layer import LastLayer
 from fedhpc.pretrained import count_parameters, load_tokenizer, read_shape
 
 FLAT_WORDS = [token for (token,) in WORDS]
@@ -54,7 +65,7 @@ FLAT_WORDS = [token for (token,) in WORDS]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbones")
-    return {name: save_backbone(folder, name) for name in (*ENCODERS, *DECODERS)}
+    return {name: save_backbone(folder, name) for name in (*ENCODERS, *DECODERS, "opt")}
 
 
 # References: transformers' own cache path for decoders, attention written out for encoders.
@@ -242,7 +253,7 @@ def count_attention(backbone):
     return calls
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-gqa"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-gqa", "opt"])  # OPT's layers have dropout of their own
 def test_gradient_checkpointing_recomputes_and_changes_nothing(folders, name):
     batch = make_batch(name)
     plain = load_backbone(folders[name], name)
@@ -264,6 +275,11 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(folders, name):
     calls.clear()
     assert torch.equal(loss_and_gradient(saving, batch, prompts, training=False)[1], gradient)
     assert calls == list(range(NUM_LAYERS))
+
+    dropping = load_backbone(folders[name], name, gradient_checkpointing=True, backbone_dropout=True)
+    calls = count_attention(dropping)
+    assert torch.equal(loss_and_gradient(dropping, batch, prompts, dropout=False)[1], gradient)
+    assert sorted(calls) == sorted([*range(NUM_LAYERS)] * 2)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -339,7 +355,7 @@ def test_shape_and_parameters_come_from_the_configuration_alone(folders):
     shapes = {name: read_shape(str(folder)) for name, folder in folders.items()}
     assert {name: (shape.num_layers, shape.num_heads, shape.key_width) for name, shape in shapes.items()} == {
         **dict.fromkeys(shapes, (NUM_LAYERS, 4, 16)),
-        **dict.fromkeys(("bert", "roberta", "gpt2", "llama"), (NUM_LAYERS, 4, 32)),
+        **dict.fromkeys(("bert", "roberta", "gpt2", "llama", "opt"), (NUM_LAYERS, 4, 32)),
         "qwen3": (NUM_LAYERS, 4, 32),
     }
     assert shapes["bert"].max_positions == 64
@@ -385,7 +401,10 @@ def test_truncated_weights_are_refused(tmp_path, left):
 
 def test_checkpoint_without_language_model_head_is_refused(folders, tmp_path):
     BertModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"lacks weights for cls\..*no language-model head: use tuning\.head: linear"):
+    with pytest.raises(
+        ModelError,
+        match=r"lacks weights for cls\..*no language-model head: .* --head linear and set tuning\.head: linear",
+    ):
         load_backbone(tmp_path, "bert")
 
 
@@ -424,20 +443,35 @@ def save_falcon(folder):
 
 def test_architectures_that_take_no_prompts_are_refused(tmp_path):
     falcon = load_backbone(save_falcon(tmp_path / "falcon"), "gpt2")
-    with pytest.raises(ModelError, match=r"tuning.kind: prompt: model.name: .*falcon takes no notice of it"):
+    with pytest.raises(
+        ModelError, match=r"tuning.kind: prompt: model.name: .*falcon takes no notice of it; choose another tuning.kind"
+    ):
         read_tuning(tmp_path / "falcon").check(falcon)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     AlbertModel(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(tmp_path / "albert")
     albert = load_backbone(tmp_path / "albert", "bert", head="linear")
-    with pytest.raises(ModelError, match=r"albert does not take it: .*layer_idx"):
+    with pytest.raises(
+        ModelError,
+        match=r"albert does not take it: its attention modules do not .* choose another tuning.kind",
+    ):
         read_tuning(tmp_path / "albert", head="linear").check(albert)
     AlbertForMaskedLM(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(
         tmp_path / "words"
     )
-    with pytest.raises(ModelError, match=r"words does not take it: .*layer_idx"):
+    with pytest.raises(ModelError, match="words does not take it: its attention modules"):
         read_tuning(tmp_path / "words").check(load_backbone(tmp_path / "words", "bert"))
-    with pytest.raises(ModelError, match="albert model has no layers that can be told apart"):
+    with pytest.raises(
+        ModelError,
+        match=r"albert model has no layers that can be told apart; choose a tuning.kind that changes neither",
+    ):
         read_tuning(tmp_path / "words", kind="lora")
+
+
+def test_gradient_checkpointing_that_a_model_does_not_have_is_refused(tmp_path):
+    architectures.save_architecture(tmp_path, "albert", VOCABULARY)
+    load_backbone(tmp_path, "bert", kind="prompt_tuning")
+    with pytest.raises(ModelError, match=r"model\.gradient_checkpointing: .* a albert model has none: "):
+        load_backbone(tmp_path, "bert", kind="prompt_tuning", gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize("kind", ["lora", "adapter", "full"])
@@ -468,20 +502,46 @@ def test_layers_that_ignore_prompts_are_named(folders, monkeypatch):
         read_tuning(folders["llama"]).check(load_backbone(folders["llama"], "llama"))
 
 
-def test_architectures_that_change_logits_behind_the_head_are_refused(tmp_path):
-    config = GraniteConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        logits_scaling=8.0,
-        initializer_range=0.2,
-    )
-    GraniteForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"a granite model .* changes its logits behind its language-model head"):
-        load_backbone(tmp_path, "llama")
+@pytest.mark.parametrize("cap", [3.0, 30.0, 100.0])
+def test_a_soft_cap_counts_however_far_the_logits_are_from_it(tmp_path, cap):
+    """Where it changes them by half, and where by less than a probe of the model would tell."""
+    path = architectures.save_architecture(tmp_path, "gemma3", VOCABULARY, final_logit_softcapping=cap)
+    batch, plain = make_batch("llama"), AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        scores = load_backbone(path, "llama").word_scores(batch)
+    torch.testing.assert_close(scores, at_slots(logits, batch)[:, FLAT_WORDS], rtol=1e-5, atol=1e-5)
+    plain.config.final_logit_softcapping = None
+    with torch.no_grad():
+        uncapped = at_slots(plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, batch)
+    assert (uncapped[:, FLAT_WORDS] - scores).abs().max() > 5e-4
+
+
+def test_logits_that_cannot_be_computed_from_hidden_states_are_refused(tmp_path, monkeypatch):
+    forward = LlamaForCausalLM.forward
+
+    def with_something_more(model, input_ids=None, **kwargs):
+        output = forward(model, input_ids, **kwargs)
+        output.logits = output.logits + (0 if input_ids is None else 1e-3)
+        return output
+
+    path = save_backbone(tmp_path, "llama")
+    load_backbone(path, "llama")
+    monkeypatch.setattr(LlamaForCausalLM, "forward", with_something_more)
+    with pytest.raises(ModelError, match=r"a llama model has logits that fedhpc does not know .* --head linear"):
+        load_backbone(path, "llama")
+    load_backbone(path, "llama", head="linear")
+
+
+def test_a_last_layer_at_the_slots_alone_that_is_almost_the_same_is_not_used(tmp_path, monkeypatch):
+    path, forward = save_backbone(tmp_path, "llama"), LastLayer._at_slots
+
+    def almost(layer, hidden, *args, slots=None, **kwargs):
+        return forward(layer, hidden, *args, slots=slots, **kwargs) + (0 if slots is None else 1e-3)
+
+    assert load_backbone(path, "llama")._last_layer is not None
+    monkeypatch.setattr(LastLayer, "_at_slots", almost)
+    assert load_backbone(path, "llama")._last_layer is None
 
 
 @pytest.mark.parametrize("head", ["verbalizer", "linear"])
@@ -503,10 +563,84 @@ def test_all_relatives_of_roberta_count_positions_as_it_does(tmp_path, model_cla
     load_backbone(tmp_path, "roberta")
 
 
-def test_configurations_of_other_kinds_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("config_class", "architecture", "has_head"),
+    [
+        (ElectraConfig, "ElectraForPreTraining", False),
+        (ElectraConfig, "ElectraForMaskedLM", True),
+        (BertConfig, "BertForPreTraining", True),
+        (DistilBertConfig, "DistilBertModel", False),
+        (ModernBertConfig, "ModernBertForMaskedLM", True),
+    ],
+)
+def test_prepare_tells_models_that_predict_words_from_others(config_class, architecture, has_head):
+    config = config_class(architectures=[architecture])
+    assert tiny.load_script("prepare").model_kind(config) == ("encoder", has_head)
+
+
+def test_encoder_decoders_are_refused(tmp_path):
     T5Config(d_model=32, num_layers=2, num_heads=4).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load_backbone(tmp_path, "gpt2")
+    with pytest.raises(ModelError, match="a t5 model, an encoder-decoder; only encoders and decoders can be tuned"):
+        read_shape(str(tmp_path))
+
+
+def kernels(**supported):
+    return type("ToyForCausalLM", (), {"_supports_sdpa": False, "_supports_flash_attn": False, **supported})
+
+
+@pytest.mark.parametrize(
+    ("attention", "model_type", "message"),
+    [
+        ("sdpa", kernels(), r"toy: transformers has no sdpa attention for a bloom model; choose another model$"),
+        (
+            "sdpa",
+            kernels(_supports_flash_attn=True),
+            r"use model\.attention: flash_attention_2, which needs its own package and a GPU$",
+        ),
+        ("flash_attention_2", kernels(_supports_sdpa=True), "no flash_attention_2 .* use model.attention: sdpa"),
+        (
+            "flash_attention_3",
+            kernels(_supports_sdpa=True, _supports_flash_attn=True),
+            r"model.attention: flash_attention_3 needs its own package and a GPU that it runs on; use .*: sdpa",
+        ),
+    ],
+    ids=["none", "another", "sdpa alone", "not installed"],
+)
+def test_refusals_of_attention_kernels_advise_what_there_is(attention, model_type, message):
+    loader, config = (
+        SimpleNamespace(_model_mapping={BloomConfig: model_type}),
+        ModelConfig(name="toy", attention=attention),
+    )
+    with pytest.raises(ModelError, match=message):
+        pretrained._check_kernel(config, BloomConfig(), loader)
+
+
+def test_a_model_without_sdpa_attention_is_refused_before_it_is_loaded(tmp_path):
+    Gemma2Config(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)  # no weights
+    with pytest.raises(
+        ModelError, match=r"no sdpa attention for a gemma2 model; use model\.attention: flash_attention_2"
+    ):
+        load_backbone(tmp_path, "llama")
+
+
+@pytest.mark.parametrize(
+    ("content", "installed", "advice"),
+    [
+        (b"\n\016\n\005<unk>\025\0\0\0\0\030\002", (), True),
+        (b"\n\016\n\005<unk>\025\0\0\0\0\030\002", ("sentencepiece",), True),
+        (b"\n\016\n\005<unk>\025\0\0\0\0\030\002", ("sentencepiece", "google.protobuf"), False),
+        (b"IQ== 0\n", (), False),  # tiktoken's, of the same name
+    ],
+    ids=["neither", "one of two", "both", "tiktoken"],
+)
+def test_a_sentencepiece_file_alone_names_the_extra_that_converts_it(tmp_path, monkeypatch, content, installed, advice):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr(pretrained, "_is_installed", lambda package: package in installed)
+    assert ("pip install -e '.[sentencepiece]'" in pretrained.tokenizer_advice(str(tmp_path))) == advice
+    if not installed and advice:
+        with pytest.raises(ModelError, match=r"cannot be loaded .*pip install -e '\.\[sentencepiece\]'$"):
+            load_tokenizer(str(tmp_path))
 
 
 def test_spreading_over_gpus_without_accelerate_names_the_extra(folders, monkeypatch):

@@ -1,7 +1,7 @@
 """How PEFT holds each tuning: its configuration and tensors.
 
-PEFT: https://huggingface.co/docs/peft/developer_guides/checkpoint. Shapes: L layers, T prompt tokens, D key width, H
-hidden size, r rank.
+PEFT: https://huggingface.co/docs/peft/developer_guides/checkpoint. Shapes: L layers, T prompt tokens, D key width, E
+width of the word embeddings, r rank.
 """
 
 import inspect
@@ -17,9 +17,11 @@ from safetensors.numpy import save
 from transformers.pytorch_utils import Conv1D
 
 from fedhpc.errors import ConfigError, ModelError
-from fedhpc.pretrained import POSITIONS_COUNT_TOKENS
+from fedhpc.pretrained import POSITIONS_COUNT_TOKENS, load_pretrained
 from fedhpc.structure import outline, read_structure
 from fedhpc.trained import Trained
+from fedhpc.tuning.attempt import BACKBONE_SHA256
+from fedhpc.weights import weights_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class PeftForm:
     """adapter_config.json."""
     tensors: dict[str, np.ndarray]
     """adapter_model.safetensors."""
+    backbone_sha256: str = ""
     first_position: int | None = None
     """Of a text, to be passed to the model; None: what it takes by itself."""
     output_offset: int = 0
@@ -41,7 +44,7 @@ class PeftForm:
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()}
         return {
             "adapter_config.json": (json.dumps(self.config, indent=2, sort_keys=True) + "\n").encode(),
-            "adapter_model.safetensors": save(tensors, {"format": "pt"}),
+            "adapter_model.safetensors": save(tensors, {"format": "pt", BACKBONE_SHA256: self.backbone_sha256}),
         }
 
 
@@ -64,7 +67,7 @@ def peft_form(trained: Trained) -> PeftForm:
         # PEFT has no task of masked words; FEATURE_EXTRACTION takes any model, and hands on what it puts out.
         "task_type": "CAUSAL_LM" if causal else "FEATURE_EXTRACTION",
     }
-    return replace(form, config={**general, **form.config})
+    return replace(form, config={**general, **form.config}, backbone_sha256=load_pretrained(weights_sha256, name))
 
 
 def _prefix(trained: Trained, model: Any) -> PeftForm:
@@ -108,7 +111,7 @@ def _check_prefix(trained: Trained, model: Any, num_tokens: int) -> None:
 
 
 def _prompt_tuning(trained: Trained, model: Any) -> PeftForm:
-    """Prompt tuning: `prompt_embeddings` [T, H], the tuning's `tokens`."""
+    """Prompt tuning: `prompt_embeddings` [T, E], the tuning's `tokens`."""
     tokens = trained.tensors["tokens"]
     num_tokens, width = tokens.shape
     return PeftForm(

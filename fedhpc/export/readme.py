@@ -1,6 +1,7 @@
 """The README.md of an adapter: what it is, and the lines that use it."""
 
 import json
+import re
 from collections.abc import Iterator
 
 from fedhpc.data import Description
@@ -11,6 +12,8 @@ from fedhpc.tokens import TextEncoder
 from fedhpc.trained import Trained
 
 EXAMPLE = "an example"
+FIELD = "\ue000{}\ue001"  # of a private use area: no template has these
+IN_TEXT = re.compile(FIELD.format("(.+?)"))
 TEXT = """# {task}: {peft_type} adapter for {base}
 
 Tuned with fedhpc: {whose} after {rounds} rounds, as `tuning.kind: {tuning}`. The lines below need `peft` and
@@ -20,8 +23,8 @@ Tuned with fedhpc: {whose} after {rounds} rounds, as `tuning.kind: {tuning}`. Th
 {snippet}
 ```
 
-The template is `{template}`. Texts are cut to {max_length} tokens, from the end of the longest field.
-Batches are padded on the right, with an `attention_mask`.
+The template is `{template}`. Texts are cut to {max_length} tokens, from the end of the longest field, in training and
+by `fedhpc predict`; the lines above cut nothing. Batches are padded on the right, with an `attention_mask`.
 """
 WITH_POSITIONS = """
 The prompts take no positions (`tuning.position_offset: false`), but PEFT counts them. Without `position_ids` as above,
@@ -54,7 +57,7 @@ def readme(trained: Trained, form: PeftForm, encoder: TextEncoder) -> str:
 
 
 def _snippet(trained: Trained, form: PeftForm, encoder: TextEncoder) -> Iterator[str]:
-    description = trained.job.data.description
+    description, dtype = trained.job.data.description, trained.job.config.model.dtype
     loader = auto_class(head=description.head, kind=description.kind).__name__
     fields = template_fields(description.template)
     yield "import torch"
@@ -65,13 +68,21 @@ def _snippet(trained: Trained, form: PeftForm, encoder: TextEncoder) -> Iterator
     yield ""
     yield f"base = {_quoted(form.config['base_model_name_or_path'])}"
     yield "tokenizer = AutoTokenizer.from_pretrained(base)"
-    yield f"model = {loader}.from_pretrained(base, dtype=torch.{trained.job.config.model.dtype})"
-    yield 'model = PeftModel.from_pretrained(model, ".").eval()'
-    yield f"text = {_quoted(encoder.text({field: f'{{{field}}}' for field in fields}))}"
-    yield from (f'text = text.replace("{{{field}}}", "{EXAMPLE}")' for field in fields)
-    yield 'ids = tokenizer(text, return_tensors="pt").input_ids'
+    yield f"model = {loader}.from_pretrained(base, dtype=torch.{dtype})"
+    same_type = "" if dtype == "float32" else ", autocast_adapter_dtype=False"  # PEFT computes in float32 with it
+    yield f'model = PeftModel.from_pretrained(model, "."{same_type}).eval()'
+    yield f"text = {{{', '.join(f'{_quoted(field)}: {_quoted(EXAMPLE)}' for field in fields)}}}"
+    whole = encoder.text({field: FIELD.format(field) for field in fields})
+    if (description.kind, description.head) == ("encoder", "verbalizer"):
+        before, after = _around_slot(whole, description.template, encoder.tokenizer.mask_token)
+        yield f"before = {_expression(before)}"
+        yield f'encoded = tokenizer(before + tokenizer.mask_token + {_expression(after)}, return_tensors="pt")'
+        yield "ids, slot = encoded.input_ids, encoded.char_to_token(len(before))"
+    else:
+        yield f'ids = tokenizer({_expression(whole)}, return_tensors="pt").input_ids'
     if encoder.num_trailing:
         yield f"ids = ids[:, : -{encoder.num_trailing}]"
+    yield f'assert ids.shape[1] <= {trained.max_length}, "the text is longer than those of the training"'
     yield from _scores(description, form)
     yield f"print(dict(zip({_quoted(description.class_names)}, scores.softmax(0).tolist())))"
 
@@ -81,8 +92,8 @@ def _scores(description: Description, form: PeftForm) -> Iterator[str]:
     if any(len(word) > 1 for word in description.word_ids):
         yield ""
         yield "def score(word):  # mean log-probability of its tokens behind the text"
-        yield "    tokens = torch.cat([ids, torch.tensor([word])], dim=1)"
-        yield f"    logits = {_call('tokens', form)}.logits[0, -1 - len(word) : -1].float()"
+        yield "    tokens = torch.cat([ids, torch.tensor([word])], dim=1)[:, :-1]"
+        yield f"    logits = {_call('tokens', form)}.logits[0, -len(word) :].float()"
         yield "    return logits.log_softmax(-1)[range(len(word)), word].mean()"
         yield ""
         yield "with torch.no_grad():"
@@ -93,16 +104,26 @@ def _scores(description: Description, form: PeftForm) -> Iterator[str]:
     if description.head == "linear":
         start = f"{form.output_offset}:" if form.output_offset else ""
         yield 'head = load_file("head.safetensors")'
-        yield f"hidden = output.last_hidden_state[0{', ' + start if start else ''}].mean(0).float()"
+        yield f"hidden = output.last_hidden_state[0{', ' + start if start else ''}].float().mean(0)"
         yield 'scores = head["weight"] @ hidden + head["bias"]'
         return
-    if description.kind == "decoder":
-        slot = "-1"
-    else:
-        offset = f" + {form.output_offset}" if form.output_offset else ""
-        slot = f"ids[0].tolist().index(tokenizer.mask_token_id){offset}"
+    offset = f" + {form.output_offset}" if form.output_offset else ""
+    slot = "-1" if description.kind == "decoder" else f"slot{offset}"
     words = ", ".join(description.class_words)
     yield f"scores = output.logits[0, {slot}, {[ids[0] for ids in description.word_ids]}].float()  # {words}"
+
+
+def _around_slot(whole: str, template: str, mask_token: str) -> tuple[str, str]:
+    """What stands before and behind the slot; the template may have the mask token's letters before it, too."""
+    parts, place = whole.split(mask_token), 1 + template.partition("<mask>")[0].count(mask_token)
+    return mask_token.join(parts[:place]), mask_token.join(parts[place:])
+
+
+def _expression(text: str) -> str:
+    """A text with fields in it as an expression of Python."""
+    parts = enumerate(IN_TEXT.split(text))
+    terms = [f"text[{_quoted(part)}].strip()" if index % 2 else _quoted(part) for index, part in parts]
+    return " + ".join(term for term in terms if term != '""') or '""'
 
 
 def _quoted(value: str | list[str]) -> str:

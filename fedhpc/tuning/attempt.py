@@ -3,17 +3,17 @@
 ATTEMPT: Parameter-Efficient Multi-task Tuning via Attentional Mixtures of Soft Prompts. Asai, Salehi, Peters,
 Hajishirzi. EMNLP 2022. https://arxiv.org/abs/2205.11961, section 3.2; the attention's layer norm has no parameters.
 
-Shapes: b examples, T tokens, H hidden size, m bottleneck, K source prompts.
+Shapes: b examples, T tokens, E width of the word embeddings, m bottleneck, K source prompts.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,21 +22,28 @@ from fedhpc.data import Batch
 from fedhpc.errors import ConfigError
 from fedhpc.models import Backbone
 from fedhpc.overlay import Overlay, each_device
-from fedhpc.pretrained import BackboneShape
+from fedhpc.pretrained import BackboneShape, load_pretrained
 from fedhpc.tuning.base import Params, Tuning
+from fedhpc.weights import weights_sha256
 
-ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE, ADAPTER_FILE, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+BACKBONE_SHA256 = "backbone_sha256"
+"""In an exported adapter file's metadata, of which PEFT takes no notice: `weights_sha256` of what it was tuned on."""
 
 
 class Attempt(Tuning):
-    """`tokens` [T, H], the task's own prompt; `attention.down` [m, H] and `attention.up` [H, m]."""
+    """`tokens` [T, E], the task's own prompt; `attention.down` [m, E] and `attention.up` [E, m]."""
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
-        prompt, width, m = (config.num_tokens, shape.hidden_size), shape.hidden_size, config.bottleneck
+        width, m = shape.embedding_width, config.bottleneck
+        prompt = (config.num_tokens, width)
         own = {"tokens": prompt, "attention.down": (m, width), "attention.up": (width, m)}
         self.shared = {**own, **self.shared}
-        self.sources = torch.stack([_read_prompt(Path(folder), prompt) for folder in config.sources])
+        sha256 = load_pretrained(weights_sha256, shape.name)
+        self.sources = torch.stack(
+            [_read_prompt(Path(folder), prompt, shape.name, sha256) for folder in config.sources]
+        )
         self.files = {"tuning.sources sha256": hashlib.sha256(self.sources.numpy().tobytes()).hexdigest()}
 
     def overlay(
@@ -49,32 +56,50 @@ class Attempt(Tuning):
         """See :class:`Tuning`."""
 
         def make(words: Tensor, in_text: Tensor) -> Tensor:
-            text = words.to(params[0]["tokens"]).masked_fill(~in_text.bool(), -math.inf).amax(1)  # [b, H]
+            text = words.to(params[0]["tokens"]).masked_fill(~in_text.bool(), -math.inf).amax(1)  # [b, E]
             return each_device(lambda place, x: self._mixture(params[place], x), text, batch.sizes)
 
         return self.soft_tokens(make)
 
     def _mixture(self, own: Params, text: Tensor) -> Tensor:
-        """P_instance [b, T, H] = P_target + sum_j a_j P_j, from the texts' embeddings, their largest values [b, H]."""
+        """P_instance [b, T, E] = P_target + sum_j a_j P_j, from the texts' embeddings, their largest values [b, E]."""
         target, width = own["tokens"], text.shape[-1]
-        prompts = torch.cat([self.sources.to(target), target[None]])  # [K + 1, T, H]
+        prompts = torch.cat([self.sources.to(target), target[None]])  # [K + 1, T, E]
         query = functional.linear(functional.silu(functional.linear(text, own["attention.down"])), own["attention.up"])
         query = functional.layer_norm(query, (width,))
         weights = torch.softmax(query @ prompts.amax(1).T / (width * math.e), dim=-1)  # [b, K + 1]
         return target + torch.einsum("bk,kth->bth", weights, prompts)
 
 
-def _read_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
-    """The prompt [T, H] of a PEFT prompt-tuning adapter."""
+def _read_prompt(folder: Path, shape: tuple[int, int], backbone: str, sha256: str) -> Tensor:
+    """The prompt [T, E] of a PEFT prompt-tuning adapter for a backbone, whose weights have this sum."""
     path = folder / ADAPTER_FILE
     try:
-        prompt = load_file(path).get("prompt_embeddings")
+        with safe_open(path, "pt") as file:
+            prompt = file.get_tensor(PROMPT) if PROMPT in file.keys() else None  # noqa: SIM118 - no mapping
+            tuned_on = (file.metadata() or {}).get(BACKBONE_SHA256) or _sha256_of_base(folder)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"tuning.sources: {path} cannot be read: {error}; a source is the folder that fedhpc export wrote for a "
             "run with tuning.kind: prompt_tuning"
         ) from None
     if prompt is None or tuple(prompt.shape) != shape:
-        found = "no prompt_embeddings" if prompt is None else f"a prompt of {tuple(prompt.shape)}"
-        raise ConfigError(f"tuning.sources: {path} has {found}; {shape} is needed (tuning.num_tokens, hidden size)")
+        found = f"no {PROMPT}" if prompt is None else f"a prompt of {tuple(prompt.shape)}"
+        raise ConfigError(
+            f"tuning.sources: {path} has {found}; {shape} is needed (tuning.num_tokens, width of the word embeddings)"
+        )
+    if tuned_on not in (None, sha256):
+        raise ConfigError(
+            f"tuning.sources: {path} was tuned on other weights than those of model.name: {backbone}; a source's run "
+            "needs the same model"
+        )
     return prompt.float()
+
+
+def _sha256_of_base(folder: Path) -> str | None:
+    """Of the model that an adapter without a sum names, if it is in a folder here."""
+    try:
+        base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
+        return weights_sha256(base) if Path(base).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

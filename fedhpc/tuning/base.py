@@ -21,7 +21,7 @@ from fedhpc.pretrained import BackboneShape
 from fedhpc.seeding import generator
 from fedhpc.updates import Layout, Vector
 
-PROBE_TOKENS = 8
+OTHER_KIND = "choose another tuning.kind (docs/configuration.md says which models take which)"
 Params = Mapping[str, Tensor]
 """A device's trainable tensors by name."""
 Rows = Mapping[str, Sequence[Tensor]]
@@ -45,7 +45,7 @@ class Tuning(ABC):
         """Name -> shape [L, ...]."""
         self.shared: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
-            self.shared = {"head.weight": (num_classes, shape.hidden_size), "head.bias": (num_classes,)}
+            self.shared = {"head.weight": (num_classes, shape.output_width), "head.bias": (num_classes,)}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -160,23 +160,22 @@ class Tuning(ABC):
             name: torch.randn(shape, generator=rng).mul_(0.1).to(backbone.torch_device).requires_grad_()
             for name, shape in self.shapes.items()
         }
-        vocabulary = len(backbone.base.get_input_embeddings().weight)
-        ids = torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=backbone.torch_device).long()[None]
-        mask, slot = torch.ones_like(ids, dtype=torch.bool), torch.full_like(ids[:, 0], PROBE_TOKENS - 1)
-        batch = Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
+        batch = backbone.probe()
         who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
-        with no_surprise(f"{who} does not take it"):
+        with no_surprise(f"{who} does not take it", f"; {OTHER_KIND}"):
             loss = self.losses(self.forward(backbone, [params], batch), batch.labels * 0).sum()
             if not loss.requires_grad:
-                raise ModelError(f"{who} takes no notice of it")
+                raise ModelError(f"{who} takes no notice of it; {OTHER_KIND}")
             gradients = torch.autograd.grad(LOSS_SCALE * loss, list(params.values()), allow_unused=True)
         for name, gradient in zip(params, gradients, strict=True):
             if name.endswith(self.without_effect):
                 continue
-            rows = gradient if name in self.per_layer and gradient is not None else [gradient]
-            if deaf := [row for row, part in enumerate(rows) if part is None or not part.any()]:
-                where = f"layers {deaf}" if name in self.per_layer else "any layer"
-                raise ModelError(f"{who} takes no notice of {name} in {where}")
+            by_layer = name in self.per_layer and gradient is not None
+            if deaf := [
+                row for row, part in enumerate(gradient if by_layer else [gradient]) if part is None or not part.any()
+            ]:
+                where = f"layers {deaf}" if by_layer else "any layer"
+                raise ModelError(f"{who} takes no notice of {name} in {where}; {OTHER_KIND}")
 
     def _rows(self, count: int) -> dict[str, tuple[int, ...]]:
         return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}

@@ -1,6 +1,6 @@
 """A network that makes soft tokens from a text's representation: one hidden layer, W_2 tanh(W_1 h + b_1) + b_2.
 
-Shapes: b examples, H hidden size, m bottleneck, T tokens.
+Shapes: b examples, m bottleneck, T tokens.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,22 @@ from torch.nn import functional
 
 from fedhpc.config import TuningConfig
 from fedhpc.overlay import each_device
-from fedhpc.pretrained import BackboneShape
 from fedhpc.tuning.base import Params
 
 
-def generator_shapes(config: TuningConfig, shape: BackboneShape) -> dict[str, tuple[int, ...]]:
-    """Its trainable tensors."""
-    width, m = shape.hidden_size, config.bottleneck
+def generator_shapes(config: TuningConfig, *, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    """Its trainable tensors, for representations and tokens of these widths."""
+    m = config.bottleneck
     return {
-        "generator.down": (m, width),
+        "generator.down": (m, inputs),
         "generator.down.bias": (m,),
-        "generator.up": (config.num_tokens * width, m),
-        "generator.up.bias": (config.num_tokens * width,),
+        "generator.up": (config.num_tokens * outputs, m),
+        "generator.up.bias": (config.num_tokens * outputs,),
     }
 
 
-def generate(params: Sequence[Params], representation: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Tokens [b, T, H] from representations [b, H], each device's by its own network."""
+def generate(params: Sequence[Params], representation: Tensor, sizes: Sequence[int], num_tokens: int) -> Tensor:
+    """Tokens [b, T, outputs] from representations [b, inputs], each device's by its own network."""
 
     def network(place: int, h: Tensor) -> Tensor:
         own = params[place]
@@ -36,4 +35,4 @@ def generate(params: Sequence[Params], representation: Tensor, sizes: Sequence[i
         )
         return functional.linear(inner, own["generator.up"], own["generator.up.bias"])
 
-    return each_device(network, representation, sizes).unflatten(1, (-1, representation.shape[1]))
+    return each_device(network, representation, sizes).unflatten(1, (num_tokens, -1))

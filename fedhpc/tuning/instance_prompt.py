@@ -23,7 +23,8 @@ class InstancePrompt(Tuning):
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
-        self.shared = {**generator_shapes(config, shape), **self.shared}
+        generator = generator_shapes(config, inputs=shape.output_width, outputs=shape.embedding_width)
+        self.shared = {**generator, **self.shared}
 
     def overlay(
         self,
@@ -37,6 +38,6 @@ class InstancePrompt(Tuning):
             representation = backbone.pooled(batch)
 
         def make(words: Tensor, in_text: Tensor) -> Tensor:
-            return generate(params, representation, batch.sizes)
+            return generate(params, representation, batch.sizes, self.config.num_tokens)
 
         return self.soft_tokens(make)

@@ -24,7 +24,8 @@ class LatePrompt(Tuning):
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
-        self.shared = {**generator_shapes(config, shape), **self.shared}
+        generator = generator_shapes(config, inputs=shape.hidden_size, outputs=shape.hidden_size)
+        self.shared = {**generator, **self.shared}
         self.layer = shape.num_layers // 2 if config.layer is None else config.layer
         if not 0 < self.layer < shape.num_layers:
             valid = f"valid: 1 to {shape.num_layers - 1}"
@@ -40,6 +41,6 @@ class LatePrompt(Tuning):
         """See :class:`Tuning`."""
 
         def make(hidden: Tensor, in_text: Tensor) -> Tensor:
-            return generate(params, mean_over_text(hidden, in_text), batch.sizes)
+            return generate(params, mean_over_text(hidden, in_text), batch.sizes, self.config.num_tokens)
 
         return self.soft_tokens(make, self.layer)

@@ -19,11 +19,11 @@ from fedhpc.tuning.base import Params, Tuning, rows_of_devices
 
 
 class PromptTuning(Tuning):
-    """`tokens` [T, H]."""
+    """`tokens` [T, E]; E: width of the word embeddings."""
 
     def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
-        self.shared = {"tokens": (config.num_tokens, shape.hidden_size), **self.shared}
+        self.shared = {"tokens": (config.num_tokens, shape.embedding_width), **self.shared}
 
     def overlay(
         self,

@@ -36,7 +36,10 @@ class FullTuning(Tuning):
         inside = {path: size for path, size in structure.in_layer.items() if path.endswith(self.only)}
         outside = {path: size for path, size in structure.outside.items() if path.endswith(self.only)}
         if not inside:
-            raise ModelError(f"tuning.kind: {config.kind}: model.name: {shape.name} has no biases in its layers")
+            raise ModelError(
+                f"tuning.kind: {config.kind}: model.name: {shape.name} has no biases in its layers; choose another "
+                "tuning.kind"
+            )
         self.prefixes = structure.layers
         self.per_layer = {f"layer.{path}": (shape.num_layers, *size) for path, size in inside.items()}
         self.shared = {**{f"model.{path}": size for path, size in outside.items()}, **self.shared}
