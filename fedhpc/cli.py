@@ -205,7 +205,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         return 0 if arguments.dry_run or not command else submit(command)
     if arguments.report:
         return conclude(experiment, failed_cells(experiment))
-    launch = arguments.launch or experiment.launch
+    launch = experiment.launch if arguments.launch is None else arguments.launch
     check_launch(launch)
     if arguments.dry_run:
         show(cell_list(experiment))
@@ -256,4 +256,4 @@ def check_out(name: str) -> None:
     try:
         check_target(Path(name))
     except OSError as error:
-        raise ConfigError(f"--out: {name} cannot be written: {error.filename}: {error.strerror}") from None
+        raise ConfigError(f"--out: {Path(name)} cannot be written: {error.strerror}") from None

@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,10 @@ class Lasting(io.FileIO):
         size = len(left)
         try:
             while left:
-                left = left[os.write(self.fileno(), left) :]
+                try:
+                    left = left[os.write(self.fileno(), left) :]
+                except BlockingIOError:  # another program that has this pipe or terminal has made it so
+                    select.select((), (self,), ())
         except OSError as error:
             if self.problem is None:
                 self.problem = OSError(error.errno, error.strerror, self.title)

@@ -87,7 +87,7 @@ def check_target(path: Path) -> None:
         return
     path = Path(os.path.realpath(path))
     if not path.parent.exists():
-        raise _error(errno.ENOENT, path.parent)
+        raise OSError(errno.ENOENT, f"there is no folder {path.parent}", str(path))
     check_folder(path.parent)
     _check_names(path.with_name(path.name + PARTIAL), path.parent)
 

@@ -93,10 +93,13 @@ class RunLock:
         environment: JobEnvironment,
         attend: Callable[[], None] = lambda: None,
         *,
+        key: str = "run_dir",
         beat_s: float = BEAT_S,
         watch_s: float = WATCH_S,
     ) -> None:
         self.path = Path(run_dir) / "lock"
+        self._key = key
+        """What names the folder, for the user."""
         self.notice: str | None = None
         """Whose lock was taken over, and why."""
         self.lost = False
@@ -129,7 +132,7 @@ class RunLock:
         except OSError as error:
             if error.errno not in USERS_FAULT:
                 raise
-            raise ConfigError(f"run_dir: {self.path} cannot be locked: {error.strerror}") from None
+            raise ConfigError(f"{self._key}: {self.path} cannot be locked: {error.strerror}") from None
         self._thread = threading.Thread(target=self._beat, args=[self._descriptor], daemon=True)
         self._thread.start()
 
@@ -188,7 +191,7 @@ class RunLock:
         with suppress(FileExistsError):
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
-            raise ConfigError(f"run_dir: {self.path} is in the way: it is not a plain file")
+            raise ConfigError(f"{self._key}: {self.path} is in the way: it is not a plain file")
         with suppress(FileNotFoundError):
             return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW), False
         return None
@@ -255,8 +258,8 @@ class RunLock:
 
     def _refusal(self, record: bytes, remedy: str = "") -> ConfigError:
         return ConfigError(
-            f"run_dir: {self.path.parent} is in use by {_name(record)}; only one run at a time may write there: wait "
-            f"for it, end it, or choose another run_dir{remedy}"
+            f"{self._key}: {self.path.parent} is in use by {_name(record)}; only one run at a time may write there: "
+            f"wait for it, end it, or choose another {self._key}{remedy}"
         )
 
     def _beat(self, descriptor: int) -> None:

@@ -69,6 +69,17 @@ def test_a_result_that_nobody_reads_ends_quietly_and_one_without_room_with_a_mes
     assert written("err") == "error: standard output: No space left on device\n"
 
 
+def test_a_slow_reader_of_a_pipe_that_does_not_wait_gets_everything(streams, tmp_path):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with subprocess.Popen("sleep 0.2; wc -c", shell=True, stdin=reading, stdout=subprocess.PIPE) as reader:
+        os.close(reading)
+        with os.fdopen(writing, "w") as out:
+            streams(out=out)
+            assert run_command(lambda: show("x" * 1_000_000) or 0) == 0
+        assert reader.communicate()[0].split() == [b"1000001"]
+
+
 def test_a_stream_that_is_closed_takes_everything(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)

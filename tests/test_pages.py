@@ -445,7 +445,9 @@ def test_a_configuration_that_cannot_be_read_is_refused(report, make_run):
         report(folder)
 
 
-@pytest.mark.parametrize(("out", "words"), [("page.csv", "must end in .html"), ("nowhere/page.html", "No such file")])
+@pytest.mark.parametrize(
+    ("out", "words"), [("page.csv", "must end in .html"), ("nowhere/page.html", "there is no folder")]
+)
 def test_a_page_that_cannot_be_written_is_refused(make_run, tmp_path, out, words):
     with pytest.raises(ReportError, match=words):
         write_report([read_run(make_run("a", [0.5]))], tmp_path / out)

@@ -248,7 +248,7 @@ def test_a_second_sweep_is_refused_while_the_first_runs(write, fedhpc):
     process.send_signal(signal.SIGUSR1)
     assert end(process)[0] == EXIT_STOPPED
     assert status == 2
-    assert f"{path.parent / 'out'} is in use by" in err
+    assert f"error: out: {path.parent / 'out'} is in use by" in err
 
 
 def test_a_stop_before_the_first_cell_is_one_too(write):
@@ -291,6 +291,7 @@ def test_a_name_that_is_too_long_for_a_file_system_is_cut_and_stays_unique(write
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        (["--launch", ""], "launch: '': there is no such command"),
         (["--launch", "mpirunn -np 3"], "launch: 'mpirunn -np 3': there is no such command"),
         (["--out", "x" * 256], f"out: {'x' * 256}"),
         (["--out", "/proc/sweep"], "out: /proc cannot be written"),
@@ -423,6 +424,11 @@ PROBLEMS = {
     "nothing left": ({"exclude": [{"seed": [1, 2, 3]}]}, ["exclude: leaves no cell of the grid"]),
     "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, set, grid, exclude"]),
     "no axis": ({"grid": {}}, ["grid: "]),
+    "no list": (
+        {"grid": {"seed": 1}},
+        ["1 problem(s)", "grid.seed: should be a list of values, or names", "; found 1"],
+    ),
+    "no name": ({"out": ["x"]}, ["out: should be a valid string, found ['x']"]),
     "an axis that is no part of a name": ({"grid": {"a/b": {"x": {"seed": 1}}}}, ["grid.'a/b': becomes a part"]),
     "no base": ({"base": None}, ["base: is required"]),
     "a base that is not there": ({"base": "nowhere.yaml"}, ["nowhere.yaml: cannot be read"]),
@@ -442,6 +448,13 @@ def test_a_faulty_experiment_is_refused_before_anything_runs(write, fedhpc, prob
     for message in messages:
         assert message in err
     assert not (path.parent / "out").exists()
+
+
+def test_a_configuration_is_no_experiment(world, fedhpc):
+    status, _, err = fedhpc("sweep", world)
+    assert status == 2
+    assert err.startswith(f"fedhpc: error: {world}: is no experiment: it has neither grid: nor out:")
+    assert err.count("\n") == 1
 
 
 def test_what_an_option_may_not_vary(write, fedhpc):

@@ -25,7 +25,7 @@ def export_peft(run_dir: str, out: str, *, device: int | None = None) -> str:
     folder = Path(out)
     with _refusing(out):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ConfigError(f"--out: {out} is there already; give a new or empty folder")
+            raise ConfigError(f"--out: {folder} is there already; give a new or empty folder")
         check_folder(folder)
     trained = load_trained(run_dir, device)
     with _refusing(out):

@@ -80,7 +80,7 @@ def _refusing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ReportError(f"--out {file}: cannot be written: {error.filename}: {error.strerror}") from None
+        raise ReportError(f"--out {file}: cannot be written: {error.strerror}") from None
 
 
 def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> str:

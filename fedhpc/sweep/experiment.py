@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedhpc.config import Config, PathName, PositiveFloat, Probability, Section, flatten
 from fedhpc.config_file import KEYS, check_values, read_values, read_yaml, suggestion
@@ -121,10 +122,14 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), out: str | None =
         ConfigError: with all that is wrong in any cell.
     """
     values = read_yaml(path)
+    if not {"out", "grid"} & values.keys():
+        raise ConfigError(
+            f"{path}: is no experiment: it has neither grid: nor out:; configurations are for `fedhpc run`"
+        )
     try:
         file = ExperimentFile.model_validate(values if out is None else {**values, "out": out})
     except ValidationError as error:
-        raise _refusal(path, (_describe(details["loc"], details["msg"]) for details in error.errors())) from None
+        raise _refusal(path, list(dict.fromkeys(_describe(details, values) for details in error.errors()))) from None
     axes = {name: _axis(name, given) for name, given in file.grid.items()}
     if problems := [*_axis_problems(file, axes), *_key_problems(file, axes, overrides)]:
         raise _refusal(path, problems)
@@ -163,8 +168,8 @@ def _label(value: Any) -> str:
 def _axis_problems(file: ExperimentFile, axes: Mapping[str, Axis]) -> Iterator[str]:
     for name in sorted(axes.keys() & set(FIGURES)):
         yield f"grid.{name}: is a column of results.csv already; choose another name"
-    for name in (name for name in axes if re.search(r"[/\x00-\x1f]", name)):
-        yield f"grid.{name!r}: becomes a part of folders' names; leave out '/' and control characters"
+    for name in (name for name in axes if not name or re.search(r"[/\x00-\x1f]", name)):
+        yield f"grid.{name!r}: becomes a part of folders' names; give one without '/' and control characters"
     for name, axis in axes.items():
         for label, count in Counter(label for label, _ in axis).items():
             if count > 1:
@@ -264,11 +269,18 @@ def _some(names: Sequence[str]) -> str:
     return "cell " + "; ".join(names[:CELLS_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _describe(location: tuple[int | str, ...], message: str) -> str:
-    if message.startswith("Extra inputs"):
+def _describe(details: ErrorDetails, values: Mapping[str, Any]) -> str:
+    key, message = ".".join(map(str, details["loc"])), details["msg"]
+    if details["type"] == "extra_forbidden":
         valid = [field.alias or name for name, field in ExperimentFile.model_fields.items()]
-        message = f"unknown key; valid here: {', '.join(valid)}"
-    return f"{'.'.join(map(str, location))}: {message}"
+        return f"{key}: unknown key; valid here: {', '.join(valid)}"
+    if details["type"] == "missing":
+        return f"{key}: is required"
+    if details["loc"][0] == "grid" and len(details["loc"]) > 1:
+        axis = details["loc"][1]
+        wanted = "a list of values, or names with what each sets: {NAME: {KEY: VALUE}}"
+        return f"grid.{axis}: should be {wanted}; found {values['grid'].get(axis)!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, found {details['input']!r}".replace("input should", "should")
 
 
 def _refusal(path: Path, problems: Iterator[str] | Sequence[str]) -> ConfigError:

@@ -56,7 +56,7 @@ def run_here(
     runner = Runner(experiment, launch, run, _say)
     if waiting:
         experiment.make_folder()
-        with runner.listening(), RunLock(experiment.out, JobEnvironment()):
+        with runner.listening(), RunLock(experiment.out, JobEnvironment(), key="out"):
             if launch is None:
                 prepare()
             runner.run(waiting, at_once)
