@@ -51,8 +51,8 @@ def summary(train: np.ndarray, validation: np.ndarray) -> str:
     )
 
 
-def picture(suffix: str, title: str, class_names: Sequence[str], train: np.ndarray) -> bytes:
-    """Stacked bars, as a file: sizes above, class mixes below, devices from the largest to the smallest."""
+def draw(suffix: str, title: str, class_names: Sequence[str], train: np.ndarray) -> bytes:
+    """A picture file of stacked bars: sizes above, class mixes below, devices from the largest to the smallest."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -116,7 +116,7 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.out:
         strength = f" alpha {arguments.alpha:g}" if arguments.partition == "dirichlet" else ""
         title = f"{data.description.task}: {arguments.partition}{strength}, seed {arguments.seed}"
-        write_target(Path(arguments.out), picture(Path(arguments.out).suffix, title, names, train))
+        write_target(Path(arguments.out), draw(Path(arguments.out).suffix, title, names, train))
         yield f"picture: {arguments.out}"
 
 
