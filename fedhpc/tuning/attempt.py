@@ -75,6 +75,7 @@ def _read_prompt(folder: Path, shape: tuple[int, int], backbone: str, sha256: st
     """The prompt [T, E] of a PEFT prompt-tuning adapter for a backbone, whose weights have this sum."""
     path = folder / ADAPTER_FILE
     try:
+        path.open("rb").close()  # of a file that is closed to us, safetensors says that there is none
         with safe_open(path, "pt") as file:
             prompt = file.get_tensor(PROMPT) if PROMPT in file.keys() else None  # noqa: SIM118 - no mapping
             tuned_on = (file.metadata() or {}).get(BACKBONE_SHA256) or _sha256_of_base(folder)
