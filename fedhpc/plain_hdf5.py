@@ -8,10 +8,11 @@ writes does none of that, so none of it is read.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5o, h5z
+from h5py import h5a, h5d, h5g, h5l, h5o, h5z
 
 from fedhpc.errors import CheckpointError, UserError
 
@@ -45,53 +46,57 @@ def open_state(data: bytes, name: str) -> Iterator[h5py.File]:
 
 def _check(file: h5py.File, num_bytes: int) -> None:
     """Hard links in a tree; datasets and attributes of numbers, or one text, that together fit into the file."""
-    waiting, seen, size = [(file["/"], 0)], {h5o.get_info(file["/"].id).addr}, 0
+    waiting: list[tuple[str, Any, bytes]] = [("", file.id, b"/")]
+    seen, size = set(), 0
     while waiting:
-        item, depth = waiting.pop()
-        size += sum(_attribute_bytes(item, place) for place in range(h5a.get_num_attrs(item.id)))
-        if isinstance(item, h5py.Dataset):
-            size += _dataset_bytes(item, num_bytes)
-        elif isinstance(item, h5py.Group):
-            for name in item:
-                if not isinstance(item.get(name, getlink=True), h5py.HardLink):
-                    raise ValueError(f"{item.name}: {name} is a link to another place")
-                inner = item[name]
-                address = h5o.get_info(inner.id).addr
-                if address in seen or depth == DEEPEST:
-                    raise ValueError(f"{inner.name} {'has a second name' if address in seen else 'is too deep'}")
-                seen.add(address)
-                waiting.append((inner, depth + 1))
+        path, group, name = waiting.pop()
+        item = h5o.open(group, name)
+        address = h5o.get_info(item).addr
+        if address in seen or path.count("/") > DEEPEST:
+            raise ValueError(f"{path} {'has a second name' if address in seen else 'is too deep'}")
+        seen.add(address)
+        size += sum(_attribute_bytes(item, place, path) for place in range(h5a.get_num_attrs(item)))
+        if isinstance(item, h5d.DatasetID):
+            size += _dataset_bytes(item, path, num_bytes)
+        elif isinstance(item, h5g.GroupID):
+            for inner in item:
+                inner_path = f"{path}/{inner.decode(errors='replace')}"
+                if item.links.get_info(inner).type != h5l.TYPE_HARD:
+                    raise ValueError(f"{inner_path} is a link to another place")
+                waiting.append((inner_path, item, inner))
         else:
-            raise ValueError(f"{item.name} is neither a group nor a dataset")
+            raise ValueError(f"{path} is neither a group nor a dataset")
         if size > num_bytes:
-            raise ValueError(f"{item.name}: by here it says that it holds {size} bytes, and the file has {num_bytes}")
+            raise ValueError(f"up to {path} it says that it holds {size} bytes, and the file has {num_bytes}")
 
 
-def _attribute_bytes(item: h5py.HLObject, place: int) -> int:
-    attribute = h5a.open(item.id, index=place)
+def _attribute_bytes(item: Any, place: int, path: str) -> int:
+    attribute = h5a.open(item, index=place)
     dtype, shape = attribute.dtype, attribute.shape
-    if h5py.check_string_dtype(dtype) is not None and shape == ():
+    if shape == () and h5py.check_string_dtype(dtype) is not None:
         return 0  # stored once, whole
-    return _bytes_of(dtype, shape, f"attribute {attribute.name.decode(errors='replace')} of {item.name}")
+    return _bytes_of(dtype, shape, f"attribute {attribute.name.decode(errors='replace')} of {path or '/'}")
 
 
-def _dataset_bytes(dataset: h5py.Dataset, num_bytes: int) -> int:
-    how = dataset.id.get_create_plist()  # before its shape, for which virtual data would open other files
+def _dataset_bytes(dataset: Any, path: str, num_bytes: int) -> int:
+    how = dataset.get_create_plist()  # before its shape, for which virtual data would open other files
     filters = {how.get_filter(place)[0] for place in range(how.get_nfilters())}
     if how.get_layout() not in LAYOUTS or how.get_external_count():
-        raise ValueError(f"{dataset.name} is stored in another place")
+        raise ValueError(f"{path} is stored in another place")
     if not filters <= {h5z.FILTER_FLETCHER32}:
-        raise ValueError(f"{dataset.name} is compressed or filtered")
-    size = _bytes_of(dataset.dtype, dataset.shape, dataset.name)
-    if dataset.chunks is not None:
-        chunk = prod(dataset.chunks) * dataset.dtype.itemsize
-        num_chunks = prod(-(-length // part) for length, part in zip(dataset.shape, dataset.chunks, strict=True))
+        raise ValueError(f"{path} is compressed or filtered")
+    dtype, shape = dataset.dtype, dataset.shape
+    size = _bytes_of(dtype, shape, path)
+    if how.get_layout() == h5d.CHUNKED:
+        parts = how.get_chunk()
+        chunk = prod(parts) * dtype.itemsize
+        num_chunks = prod(-(-length // part) for length, part in zip(shape, parts, strict=True))
         if chunk > num_bytes or num_chunks > 1 + size // LEAST_CHUNK_BYTES:
-            raise ValueError(f"{dataset.name} of {size} bytes is stored in {num_chunks} chunks of {chunk} bytes")
+            raise ValueError(f"{path} of {size} bytes is stored in {num_chunks} chunks of {chunk} bytes")
     return size
 
 
-def _bytes_of(dtype: np.dtype, shape: tuple[int, ...] | None, name: str) -> int:
+def _bytes_of(dtype: np.dtype, shape: tuple[int, ...] | None, what: str) -> int:
     if dtype.kind not in "biuf" or dtype.itemsize > 8 or shape is None:
-        raise ValueError(f"{name} has type {dtype} and shape {shape}; numbers of at most 8 bytes are valid")
+        raise ValueError(f"{what} has type {dtype} and shape {shape}; numbers of at most 8 bytes are valid")
     return prod(shape) * dtype.itemsize

@@ -142,6 +142,11 @@ def test_files_that_are_not_what_they_should_be(prepared):
     np.save(prepared / "train.slots.npy", np.array([None]), allow_pickle=True)
     with pytest.raises(DataError, match=r"not a readable \.npy file"):
         data.split("train")
+    np.save(prepared / "train.slots.npy", np.zeros(3))
+    content = (prepared / "train.slots.npy").read_bytes()
+    (prepared / "train.slots.npy").write_bytes(content.replace(b"{'descr'", b"{('descr"))
+    with pytest.raises(DataError, match=r"not a readable \.npy file"):
+        data.split("train")
     np.save(prepared / "train.slots.npy", np.zeros(2, np.int32))
     with pytest.raises(DataError, match="do not fit together"):
         data.split("train")
