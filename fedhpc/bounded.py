@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import NoReturn
 from fedhpc.errors import CheckpointError, UserError
 
 SAID, REFUSED, FAILED = b"s", b"r", b"f"
+WAIT = 5
+"""So many times its processor time a child may take, on a busy machine or a slow file system."""
 
 
 def bounded(work: Callable[[], str], name: str, *, seconds: int, memory: int) -> str:
@@ -30,8 +33,11 @@ def bounded(work: Callable[[], str], name: str, *, seconds: int, memory: int) ->
         os.close(reading)
         _live_for(work, name, writing, seconds, memory)
     os.close(writing)
+    deadline = threading.Timer(WAIT * seconds, os.kill, (child, signal.SIGKILL))
+    deadline.start()
     with open(reading, "rb") as stream:
         outcome, text = stream.read(1), stream.read().decode(errors="surrogateescape")
+    deadline.cancel()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if outcome == SAID:
         return text
@@ -39,7 +45,8 @@ def bounded(work: Callable[[], str], name: str, *, seconds: int, memory: int) ->
         raise CheckpointError(text)
     if outcome == FAILED:
         raise RuntimeError(text)
-    took = f"took more than {seconds} s" if status == -signal.SIGXCPU else "crashed the HDF5 library"
+    is_late = status in (-signal.SIGXCPU, -signal.SIGKILL)
+    took = f"took more than {seconds} s" if is_late else "crashed the HDF5 library"
     raise CheckpointError(f"{name}: cannot be read as a checkpoint: it is damaged: reading it {took}")
 
 
