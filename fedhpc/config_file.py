@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError
-from fedhpc.yaml_files import YAML_ERRORS, read, read_value
+from fedhpc.yaml_files import YAML_ERRORS, read, read_value, text_of
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it is no such file.
     """
     try:
-        values = read(path.read_text(encoding="utf-8"))
+        values = read(text_of(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file: {error}") from None
     except YAML_ERRORS as error:

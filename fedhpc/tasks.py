@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedhpc.errors import ConfigError
-from fedhpc.yaml_files import YAML_ERRORS, read_texts
+from fedhpc.yaml_files import YAML_ERRORS, read_texts, text_of
 
 Kind = Literal["encoder", "decoder"]
 Head = Literal["verbalizer", "linear"]
@@ -172,7 +172,7 @@ def load_task(name_or_path: str | Path) -> Task:
     if not path.is_file():
         raise ConfigError(f"task {name!r} is neither a task file nor one of {', '.join(TASKS)}{_nearest(name, TASKS)}")
     try:
-        content = read_texts(path.read_text(encoding="utf-8"))
+        content = read_texts(text_of(path))
     except YAML_ERRORS as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(content, dict):

@@ -6,6 +6,7 @@ https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +23,8 @@ _NOT_TEXT = {
     "merge": r"<<\Z",
 }
 """Type -> the plain scalars that are of it; the first that matches counts."""
+LARGEST = 1 << 24
+"""Bytes of a file that may be one of these; some devices never end."""
 _QUOTED = re.compile(r'"(\\.|[^"\\])*"|\'[^\']*\'')
 _COMMENT = re.compile(r"(^|\s)#")
 
@@ -52,6 +55,20 @@ for _type, _scalars in _NOT_TEXT.items():
         _class.add_implicit_resolver(_TAG + _type, re.compile(_scalars), None)
 # PyYAML's own would read a leading zero as octal.
 _Loader.add_constructor(f"{_TAG}int", lambda _, node: int(node.value))
+
+
+def text_of(path: Path) -> str:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8, or far too large.
+    """
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST >> 20} MiB")
+    return content.decode()
 
 
 def read(text: str) -> Any:

@@ -1,6 +1,7 @@
 """Every kind of tuning computes what its paper says, on encoders and decoders: against PEFT, or against plain
 transformers models with the same numbers in them."""
 
+import os
 import copy
 
 import numpy as np
@@ -305,6 +306,9 @@ def test_late_prompt_refuses_layers_that_are_not_in_the_middle(world):
 def test_attempt_names_a_source_that_does_not_fit(world, tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_tuning(world / "bert", kind="attempt", sources=[str(tmp_path / "nowhere")])
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="cannot be read: it is no plain file"):
+        read_tuning(world / "bert", kind="attempt", sources=[str(tmp_path)])
     with pytest.raises(
         ConfigError, match=rf"a prompt of \({NUM_TOKENS}, {HIDDEN_SIZE}\); \(9, {HIDDEN_SIZE}\) is needed"
     ):

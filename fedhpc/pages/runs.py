@@ -18,7 +18,7 @@ from fedhpc.checkpoint_files import CheckpointFiles
 from fedhpc.config import Config, flatten
 from fedhpc.errors import CheckpointError
 from fedhpc.report import RunFiles
-from fedhpc.yaml_files import YAML_ERRORS
+from fedhpc.yaml_files import YAML_ERRORS, text_of
 
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
@@ -146,7 +146,7 @@ def read_run(path: Path, *, rounds: int | None = None, budget_bytes: float | Non
         found = "holds no config.yaml" if path.is_dir() else "is no folder"
         raise CheckpointError(f"{path} {found}; give run directories of fedhpc run")
     try:
-        values = yaml.load(files.config.read_text(encoding="utf-8"), _LOADER)
+        values = yaml.load(text_of(files.config), _LOADER)
     except (OSError, *YAML_ERRORS) as error:
         raise CheckpointError(f"{files.config}: cannot be read: {error}") from None
     if not isinstance(values, dict):

@@ -75,6 +75,8 @@ def _read_prompt(folder: Path, shape: tuple[int, int], backbone: str, sha256: st
     """The prompt [T, E] of a PEFT prompt-tuning adapter for a backbone, whose weights have this sum."""
     path = folder / ADAPTER_FILE
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no plain file")
         path.open("rb").close()  # of a file that is closed to us, safetensors says that there is none
         with safe_open(path, "pt") as file:
             prompt = file.get_tensor(PROMPT) if PROMPT in file.keys() else None  # noqa: SIM118 - no mapping
