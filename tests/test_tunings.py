@@ -1,8 +1,8 @@
 """Every kind of tuning computes what its paper says, on encoders and decoders: against PEFT, or against plain
 transformers models with the same numbers in them."""
 
-import os
 import copy
+import os
 
 import numpy as np
 import pytest
