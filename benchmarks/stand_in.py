@@ -87,7 +87,7 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examp
         max_positions=512,
     )
     tuning = make_tuning(TuningConfig(num_tokens=20), shape, num_classes=2)
-    description = SimpleNamespace(class_names=["no", "yes"], metric="accuracy")
+    description = SimpleNamespace(task="stand-in", max_length=128, class_names=["no", "yes"], metric="accuracy")
     data = SimpleNamespace(description=description, split=lambda name: [])
     train = [np.arange(count) for count in examples or [EXAMPLES] * num_devices]
     partition = SimpleNamespace(train=train, validation=[np.arange(1)] * num_devices)

@@ -129,7 +129,7 @@ FLASH_LATE = {
     ("changes", "message"),
     [
         ({"tuning__num_tokens": 60}, "has 64 positions, but 73 are needed: texts have up to 13 tokens, prompts 60"),
-        (FLASH_LATE, "model.attention: flash_attention_2 takes no tuning.kind: late_prompt; use sdpa"),
+        (FLASH_LATE, "model.attention: flash_attention_2 takes no tuning.kind: late_prompt; use model.attention: sdpa"),
     ],
 )
 def test_plan_refuses_what_a_run_would(fedhpc, run_config, changes, message):
