@@ -146,8 +146,8 @@ class SelectionConfig(Section):
     """Similarity of two examples' hidden states in a layer's score."""
     batch_size: Annotated[int, Field(ge=2)] = 8
     """Examples that each device scores the layers on."""
-    auto_by: Literal["eigengap", "density"] = "eigengap"
-    """How `ratio: auto` reads the Hessian's spectrum: the paper's eigengap, or the released code's density."""
+    auto_by: Literal["density", "eigengap"] = "density"
+    """How `ratio: auto` reads the Hessian's spectrum: the released code's density, or the paper's eigengap."""
     warmup_rounds: Positive = 10
     """Rounds with all layers exchanged before `ratio: auto` decides."""
 
@@ -417,10 +417,12 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of everything that determines the run's numbers.
 
-        Left out: where files are, how often to save or evaluate, what to do about faults, and the number of rounds
-        unless a schedule depends on it. Those may change when a run is resumed.
+        Left out: where files are, how often to save or evaluate, what to do about faults, what only another setting
+        would use, and the number of rounds unless a schedule depends on it. Those may change when a run is resumed.
         """
         free = [*WITHOUT_EFFECT]
+        if not self.selection.is_automatic:
+            free += ["selection.auto_by", "selection.warmup_rounds"]
         if self.device.schedule == "constant" and self.curriculum.order == "random":
             free.append("federation.rounds")
         steps = {RELEASED_STEPS: "pile up"} if self.server.name == "released" else {}

@@ -78,8 +78,10 @@ class Job:
         if OLD_MODEL in saved:
             sums = {OLD_DATA: self.data.description.sha256, OLD_MODEL: load_pretrained(model_sha256, name)}
             ours = self._settings | sums
-        defaults = default_settings() | {f"{MODEL}{key}": brief(value) for key, value in default_values(name).items()}
-        return differences(saved, ours, "in the checkpoint", defaults)
+        settings = default_settings()
+        theirs = {key: value for key, value in saved.items() if key in ours or key not in settings}
+        defaults = settings | {f"{MODEL}{key}": brief(value) for key, value in default_values(name).items()}
+        return differences(theirs, ours, "in the checkpoint", defaults)
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Measurements:
             rng = generator(self.config.seed, purpose="hessian", round_index=command.round, device=device)
             batch = self.train.batch(examples).to(self.backbone.torch_device)
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
-            record["ratio"] = lossless_ratio(
+            found = lossless_ratio(
                 self.backbone,
                 self.tuning,
                 tensors,
@@ -87,6 +87,8 @@ class Measurements:
                 rng=rng,
                 beat=partial(self.beat, f"estimating the lossless ratio on device {device}"),
             )
+            for name, value in vars(found).items():
+                record[name] = value
         return records
 
     def step_seconds(

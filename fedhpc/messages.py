@@ -160,8 +160,9 @@ def score_record(num_layers: int) -> RecordType:
 
 
 def ratio_record() -> RecordType:
-    """A device's lossless ratio."""
-    return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("ratio", "<f8")]))
+    """A device's lossless ratio, and what it follows from."""
+    found = [(name, "<f8") for name in ("ratio", "mass", "gap", "lipschitz")]
+    return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), *found]))
 
 
 def probe_record() -> RecordType:

@@ -53,6 +53,21 @@ def global_scores(scores: NDArray[np.float64], num_examples: NDArray[np.int64]) 
     return total
 
 
+def global_ratio(ratios: NDArray[np.float64], num_examples: NDArray[np.int64], by: str) -> float:
+    """The devices' lossless ratios as one: `eigengap` weighs them by their examples, `density` (released) does not."""
+    return float(np.average(ratios, weights=num_examples if by == "eigengap" else None))
+
+
+def describe_ratio(by: str, record: np.void) -> str:
+    """What a device has found, in words."""
+    if by == "density":
+        why = f"mass above 0 {record['mass']:.3f}"
+    else:
+        width = "" if record["gap"] > 4 * record["lipschitz"] else ", the widest, is not"
+        why = f"gap {record['gap']:.3g}{width} above 4 Lip = {4 * record['lipschitz']:.3g}"
+    return f"device {record['device']}: {record['ratio']:.3f} ({why})"
+
+
 def num_selected(ratio: float, num_layers: int) -> int:
     """How many of L layers a ratio selects: the whole part of ratio * L."""
     count = int(ratio * num_layers + 1e-9)

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedhpc.metrics import score
 from fedhpc.packing import choose_pack, largest_pack
 from fedhpc.report import Progress, RunFiles, human_bytes, log
 from fedhpc.saving import CheckpointWriter
-from fedhpc.selection import SCORED, choose_layers, global_scores, undecided_layers
+from fedhpc.selection import SCORED, choose_layers, describe_ratio, global_ratio, global_scores, undecided_layers
 from fedhpc.soundness import check_finite, sift, warn_of_growth
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
@@ -319,10 +320,21 @@ class Server:
         counts = self._shares(devices)
         records = self.exchange.request(command, messages.ratio_record(), counts)
         records = records[np.argsort(records["device"])]
-        ratio = float(global_scores(records["ratio"][:, None], records["num_examples"])[0])
+        by = self.config.selection.auto_by
+        ratio = global_ratio(records["ratio"], records["num_examples"], by)
         layers = self._choose(max(ratio, 1 / self.num_layers), state.scores)
         tensors = self.tuning.merge(state.server.params, state.unseen_local, state.layers)
-        log.info("lossless ratio %.3f (%s): exchanging layers %s", ratio, self.config.selection.auto_by, list(layers))
+        log.info("lossless ratio by %s, %s", by, "; ".join(map(partial(describe_ratio, by), records)))
+        log.info(
+            "lossless ratio %.3f (%s; %.3f to %.3f, standard deviation %.3f over %d devices): exchanging layers %s",
+            ratio,
+            by,
+            records["ratio"].min(),
+            records["ratio"].max(),
+            records["ratio"].std(),
+            len(records),
+            list(layers),
+        )
         kept = self.tuning.kept_elements(layers)
         self.saving.control.restrict(kept)
         state = replace(

@@ -1,11 +1,12 @@
 """How many layers lose nothing: a device's ratio from the spectrum of its loss's Hessian with respect to the prompts.
 
 FedPepTAO, https://arxiv.org/abs/2310.15080, section 4.1. Hessian-vector products, Lanczos with full
-re-orthogonalisation; `eigengap` is the paper's rule, `density` the released code's.
+re-orthogonalisation; `eigengap` is the paper's rule, `density` the released code's (get_ratio.py, _get_ratio).
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -21,17 +22,32 @@ from fedhpc.tuning.base import as_parameters
 LANCZOS_STEPS = 50
 BREAKDOWN = 1e-10
 """A Lanczos residual below this share of the largest coefficient means that an invariant subspace is found."""
-LIPSCHITZ_PROBES = 4
+POWER_STEPS = 10
+"""Of the power iterations behind a Lipschitz constant: its order is wanted, not its digits."""
 LIPSCHITZ_RADIUS = 0.1
-"""Length of a probe's displacement, as a share of the length of the parameters."""
+"""Length of a displacement, as a share of the length of the parameters."""
+GRID_POINTS = 10_000
+GRID_MARGIN = 0.01
 DENSITY_VARIANCE = 1e-5
+FIRST_STEP = 0.1
 FLAT_MASS = 0.005
 FLAT_VALUES = 4
-FIRST_STEPS = 20
-"""The density rule's first step is this part of the way from 0 to the largest eigenvalue."""
-MOST_STEPS = 1000
 
 Flat = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lossless:
+    """What a device finds in the spectrum."""
+
+    ratio: float
+    """Share of the layers that it would exchange: in (0, 1], or 0 where `density` finds no positive curvature."""
+    mass: float = math.nan
+    """By `density`: share of the spectrum above 0."""
+    gap: float = math.nan
+    """By `eigengap`: the first gap that is wide enough, or the widest."""
+    lipschitz: float = math.nan
+    """By `eigengap`: Lip; a gap is wide enough above 4 Lip."""
 
 
 def lossless_ratio(
@@ -43,9 +59,8 @@ def lossless_ratio(
     by: str,
     rng: np.random.Generator,
     beat: Callable[[], None],
-) -> float:
-    """Share of the layers that a device would exchange, from one batch: in (0, 1], or 0 where `density` finds no
-    positive curvature.
+) -> Lossless:
+    """How many of the layers a device would exchange, from one batch.
 
     Args:
         by: the rule, `eigengap` or `density`.
@@ -55,10 +70,10 @@ def lossless_ratio(
         FloatingPointError: a gradient or product that is not finite.
     """
     loss = BatchLoss(backbone, tuning, tensors, batch, beat)
-    start = rng.standard_normal(loss.size)
-    lipschitz = lipschitz_constant(loss, rng) if by == "eigengap" else 0.0
-    values, weights = lanczos(loss.hessian_product, start, steps=min(LANCZOS_STEPS, loss.size))
-    return density_ratio(values, weights) if by == "density" else eigengap_ratio(values, lipschitz)
+    values, weights = lanczos(loss.hessian_product, rng.standard_normal(loss.size), steps=min(LANCZOS_STEPS, loss.size))
+    if by == "density":
+        return density_ratio(values, weights)
+    return eigengap_ratio(values, weights, lipschitz_constant(loss, rng))
 
 
 class BatchLoss:
@@ -78,29 +93,36 @@ class BatchLoss:
         self.size = sum(parameter.numel() for parameter in self.moved)
         self.norm = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in self.moved))
 
-    def gradient(self, displacement: Flat) -> Flat:
-        """grad F(P + d)."""
-        self.beat()
+    def hessian_product(self, vector: Flat) -> Flat:
+        """H(P) v, by differentiating the gradient's product with v."""
+        return self._product(self._gradients, self.moved, vector)
+
+    def hessian_at(self, displacement: Flat) -> Callable[[Flat], Flat]:
+        """The same at P + d."""
         at = [
             (parameter.detach() + move).requires_grad_()
             for parameter, move in zip(self.moved, self._tensors(displacement), strict=True)
         ]
-        return self._flat(self.backbone.gradients(self._loss_at(at), at))
+        gradients = self._gradients_at(at)
+        return lambda vector: self._product(gradients, at, vector)
 
-    def hessian_product(self, vector: Flat) -> Flat:
-        """H(P) v, by differentiating the gradient's product with v."""
+    def _product(self, gradients: list[torch.Tensor], at: list[torch.Tensor], vector: Flat) -> Flat:
         self.beat()
         product = torch.stack(
-            [(gradient * v).sum() for gradient, v in zip(self._gradients, self._tensors(vector), strict=True)]
+            [(gradient * v).sum() for gradient, v in zip(gradients, self._tensors(vector), strict=True)]
         ).sum()
-        return self._flat(self.backbone.gradients(product, self.moved, retain_graph=True))
+        return self._flat(self.backbone.gradients(product, at, retain_graph=True))
 
     @cached_property
     def _gradients(self) -> list[torch.Tensor]:
         """grad F(P) with its graph, for all products."""
+        return self._gradients_at(self.moved)
+
+    def _gradients_at(self, at: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.beat()
         # The fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            return self.backbone.gradients(self._loss_at(self.moved), self.moved, create_graph=True)
+            return self.backbone.gradients(self._loss_at(at), at, create_graph=True)
 
     def _loss_at(self, at: list[torch.Tensor]) -> torch.Tensor:
         params = {**self.params, **dict(zip(self.tuning.per_layer, at, strict=True))}
@@ -145,47 +167,67 @@ def lanczos(product: Callable[[Flat], Flat], start: Flat, *, steps: int) -> tupl
 
 
 def lipschitz_constant(loss: BatchLoss, rng: np.random.Generator) -> float:
-    """Lip of B(d) = H(P) d - grad F(P + d), estimated as the largest |B(d) - B(0)| / |d| over random displacements."""
+    """Lip of B(d) = H(P) d - grad F(P + d): the largest |H(P + d) - H(P)| found for displacements d of one length.
+
+    Of a supremum that random directions miss by orders of magnitude: d goes along the top eigenvector of H(P), both
+    ways, and then along that of the largest difference so far.
+    """
     length = LIPSCHITZ_RADIUS * loss.norm
-    directions = [rng.standard_normal(loss.size) for _ in range(LIPSCHITZ_PROBES)]
-    displacements = [direction * (length / np.linalg.norm(direction)) for direction in directions]
-    # Gradients first: from the first product on there is its graph in memory, too.
-    at_zero = loss.gradient(np.zeros(loss.size))
-    gradients = [loss.gradient(displacement) for displacement in displacements]
-    changes = [
-        loss.hessian_product(displacement) - gradient + at_zero
-        for displacement, gradient in zip(displacements, gradients, strict=True)
-    ]
-    return max(float(np.linalg.norm(change)) for change in changes) / length
+
+    def difference(direction: Flat) -> tuple[float, Flat]:
+        there = loss.hessian_at(length * direction)
+        return top_eigenpair(lambda v: there(v) - loss.hessian_product(v), rng.standard_normal(loss.size))
+
+    _, top = top_eigenpair(loss.hessian_product, rng.standard_normal(loss.size))
+    found = [difference(top), difference(-top)]
+    found.append(difference(max(found, key=lambda pair: pair[0])[1]))
+    return max(size for size, _ in found)
 
 
-def eigengap_ratio(values: Flat, lipschitz: float) -> float:
-    """m / (number of eigenvalues) for the first m with lambda_{m+1} - lambda_m > 4 Lip; 1 where no gap is so wide."""
-    wide = np.flatnonzero(np.diff(values) > 4 * lipschitz)
-    return float((wide[0] + 1) / len(values)) if len(wide) else 1.0
+def top_eigenpair(product: Callable[[Flat], Flat], start: Flat) -> tuple[float, Flat]:
+    """The largest absolute eigenvalue of a symmetric operator, from below, and its vector of length 1."""
+    vector, size = start / np.linalg.norm(start), 0.0
+    for _ in range(POWER_STEPS):
+        image = product(vector)
+        size = float(np.linalg.norm(image))
+        if size == 0:
+            break
+        vector = image / size
+    return size, vector
 
 
-def density_ratio(values: Flat, weights: Flat) -> float:
+def eigengap_ratio(values: Flat, weights: Flat, lipschitz: float) -> Lossless:
+    """m / d for the first m with lambda_{m+1} - lambda_m > 4 Lip; 1 where no gap is so wide.
+
+    The weights up to a gap between Ritz values estimate the share of the d eigenvalues that lie below it.
+    """
+    gaps = np.diff(values)
+    wide = np.flatnonzero(gaps > 4 * lipschitz)
+    ratio = float(weights[: wide[0] + 1].sum()) if len(wide) else 1.0
+    gap = gaps[wide[0]] if len(wide) else gaps.max(initial=0.0)
+    return Lossless(ratio=ratio, gap=float(gap), lipschitz=lipschitz)
+
+
+def density_ratio(values: Flat, weights: Flat) -> Lossless:
     """Mass of the smoothed spectral density above a threshold that rises from 0 until the mass is flat.
 
-    Flat: four successive values within 0.005. The step is halved whenever the mass falls below half of its start.
+    Flat: four successive masses within 0.005 of their neighbours. If before that a mass falls below half of that at 0,
+    the threshold rises from 0 again with half the step. The density is a sum of Gaussians on a grid.
     """
-    sigma = math.sqrt(DENSITY_VARIANCE * max(1.0, float(values[-1] - values[0])))
+    low, high = float(values[0]) - GRID_MARGIN, float(values[-1]) + GRID_MARGIN
+    grid, width = np.linspace(low, high, GRID_POINTS, retstep=True)
+    variance = max(DENSITY_VARIANCE * max(1.0, high - low), width**2)  # nothing between two points of the grid is lost
+    density = sum(w * np.exp(-((grid - value) ** 2) / (2 * variance)) for value, w in zip(values, weights, strict=True))
+    below = np.concatenate([[0.0], np.cumsum(density[:-1])]) / density.sum()
 
     def mass_above(threshold: float) -> float:
-        above = [0.5 * math.erfc((threshold - value) / (sigma * math.sqrt(2))) for value in values]
-        return float(np.dot(weights, above))
+        return max(0.0, 1 - float(below[np.searchsorted(grid[1:], threshold, side="right")]))
 
-    threshold, step = 0.0, max(float(values[-1]), sigma) / FIRST_STEPS
-    masses = [mass_above(threshold)]
-    for _ in range(MOST_STEPS):
+    step, masses = FIRST_STEP, [mass_above(0.0)]
+    while True:
         recent = masses[-FLAT_VALUES:]
-        if len(recent) == FLAT_VALUES and max(recent) - min(recent) <= FLAT_MASS:
-            break
-        mass = mass_above(threshold + step)
-        if mass < masses[0] / 2:
-            step /= 2
-            continue
-        threshold += step
-        masses.append(mass)
-    return masses[-1]
+        if len(recent) == FLAT_VALUES and np.abs(np.diff(recent)).max() < FLAT_MASS:
+            return Lossless(ratio=recent[-1], mass=masses[0])
+        masses.append(mass_above(step * len(masses)))
+        if masses[-1] < masses[0] / 2:
+            step, masses = step / 2, masses[:1]

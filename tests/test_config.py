@@ -163,7 +163,7 @@ def test_keys_of_another_tuning_are_noticed(write):
         ("curriculum.end=0.5", "curriculum.order=fisher", "curriculum.order: random"),
         ("sparse.momentum=0.5", "sparse.fraction=0.5", "sparse.fraction: 1"),
         ("selection.batch_size=3", "selection.strategy=score", "selection.strategy: first"),
-        ("selection.auto_by=density", "selection.ratio=auto", "selection.ratio: 0.5"),
+        ("selection.auto_by=eigengap", "selection.ratio=auto", "selection.ratio: 0.5"),
         ("selection.warmup_rounds=3", "selection.ratio=auto", "selection.ratio: 0.5"),
     ],
 )
