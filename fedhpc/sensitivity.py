@@ -6,6 +6,7 @@ are exchanged.
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedhpc.data import Batch
 from fedhpc.models import Backbone
@@ -17,7 +18,9 @@ PERTURBATION = 0.01
 
 
 def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.ndarray], batch: Batch) -> np.ndarray:
-    """Of each layer |moved output - output| / |output|, Frobenius norms over one batch; [L].
+    """Of each layer |moved output - output| / |output|, Frobenius norms over the texts of one batch; [L].
+
+    Padding counts nowhere: what a layer puts out there belongs to no text.
 
     Args:
         tensors: all trainable tensors, which the loss gradient is taken with.
@@ -29,7 +32,8 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
     with backbone.watched_embeddings() as embeddings:
         loss = tuning.losses(tuning.forward(backbone, [params], batch), batch.labels).mean()
         (gradient,) = backbone.gradients(loss, embeddings[-1:])
-    gradient, text = (part[:, : batch.input_ids.shape[1]] for part in (gradient, embeddings[-1].detach()))  # no answers
+    num_positions = batch.input_ids.shape[1]  # without those of answers
+    gradient, text = (of_text(part[:, :num_positions], batch) for part in (gradient, embeddings[-1].detach()))
     scale = PERTURBATION * text.norm() / gradient.norm()
     if not torch.isfinite(scale):
         raise FloatingPointError(
@@ -39,5 +43,10 @@ def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.
     before = backbone.layer_outputs(batch)
     with backbone.watched_embeddings(moved=(scale * gradient).to(embeddings[-1])):
         after = backbone.layer_outputs(batch)
-    moves = [float((b - a).float().norm() / a.float().norm()) for a, b in zip(before, after, strict=True)]
-    return np.array(moves)
+    pairs = ((of_text(a.float(), batch), of_text(b.float(), batch)) for a, b in zip(before, after, strict=True))
+    return np.array([float((b - a).norm() / a.norm()) for a, b in pairs])
+
+
+def of_text(states: Tensor, batch: Batch) -> Tensor:
+    """States [b, s, H] with zeros at padding."""
+    return states.masked_fill(~batch.attention_mask.to(states.device, torch.bool).unsqueeze(-1), 0)

@@ -65,6 +65,9 @@ class Sparse:
     """In a device's first round the diagonal Fisher information of its own layers is measured; from then on only the
     neurons, rows of the tensors, that had most of it are trained there.
 
+    Its diagonal is approximated by a running mean of squares of each batch's mean gradient, before clipping. The
+    empirical Fisher information has the mean of the examples' own squares; that would take a backward pass for each.
+
     FibecFed, https://arxiv.org/abs/2410.00131.
     """
 

@@ -69,13 +69,14 @@ def test_sensitivity_is_how_far_layers_follow_a_move_along_the_loss_gradient(fol
     def run(embeddings):
         return plain(inputs_embeds=embeddings, attention_mask=batch.attention_mask, output_hidden_states=True)
 
+    in_text = batch.attention_mask[..., None]
     logits = run(words).logits[torch.arange(3), batch.slots][:, [7, 41, 90]]  # LoRA starts with no change
     (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, batch.labels), words)
-    move = PERTURBATION * words.norm() * gradient / gradient.norm()
+    move = PERTURBATION * (words * in_text).norm() * gradient / gradient.norm()
     # The last hidden state of transformers is behind the final norm, so the comparison ends a layer before.
     states = [run(embeddings).hidden_states[1:NUM_LAYERS] for embeddings in (words, words + move)]
-    expected = [((b - a).norm() / a.norm()).item() for a, b in zip(*states, strict=True)]
-    np.testing.assert_allclose(found[: NUM_LAYERS - 1], expected, rtol=1e-3)
+    expected = [((b - a) * in_text).norm() / (a * in_text).norm() for a, b in zip(*states, strict=True)]
+    np.testing.assert_allclose(found[: NUM_LAYERS - 1], torch.stack(expected).detach(), rtol=1e-3)
 
 
 def test_sensitivity_without_a_loss_gradient_is_an_error(folder, backbone):
