@@ -307,6 +307,8 @@ class EvaluateConfig(Section):
 
     every: Positive = 5
     """Rounds between evaluations; the last round is always evaluated."""
+    examples: Positive | None = None
+    """Of the evaluation split, drawn once for each class in proportion; the last round is evaluated on all of it."""
     batch_size: Positive = 32
 
 

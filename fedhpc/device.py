@@ -18,7 +18,7 @@ from fedhpc.curriculum import Batches, easy_first
 from fedhpc.data import PreparedData
 from fedhpc.encoding import make_encoding
 from fedhpc.errors import CheckpointError, Halt
-from fedhpc.evaluate import class_scores, evaluation_batches
+from fedhpc.evaluate import class_scores, evaluation_batches, evaluation_examples
 from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import Exchange, MpiExchange
 from fedhpc.federation import (
@@ -321,23 +321,26 @@ class Worker:
     def evaluate(self, command: Command) -> np.ndarray:
         """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
         record = messages.evaluation_record(self.num_classes, len(self.partition.validation)).zeros(1)
-        size = self.config.evaluate.batch_size
+        labels, size = self.validation.labels, self.config.evaluate.batch_size
+        is_last = command.round == self.config.federation.rounds
+        chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
         # Interleaved batches give every worker short and long texts alike.
-        everything = evaluation_batches(self.validation, np.arange(len(self.validation)), size)
+        everything = evaluation_batches(self.validation, chosen, size)
         shared = np.full(len(self.validation), ELSEWHERE, np.int64)
         self._predict(command, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
         personal = shared
         if self.unseen.local.size:
             personal = np.full_like(shared, ELSEWHERE)
-            shares = {device: self.partition.validation[device] for device in self.homes.devices_of(self.index)}
+            of_device = self.partition.validation
+            shares = {d: np.intersect1d(of_device[d], chosen) for d in self.homes.devices_of(self.index)}
             batches = {d: evaluation_batches(self.validation, own, size) for d, own in shares.items() if len(own)}
             trained = batches.keys() & self.states.keys()
             for device in trained:
                 self._predict(command, self.states[device], batches.pop(device), personal)
             self._predict(command, self.unseen, chain.from_iterable(batches.values()), personal)
         record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
-        is_right = personal == self.validation.labels
-        record["correct"] = [np.count_nonzero(is_right[examples]) for examples in self.partition.validation]
+        for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
+            record[name] = [np.count_nonzero(counts[examples]) for examples in self.partition.validation]
         return record
 
     def save(self, command: Command) -> np.ndarray:

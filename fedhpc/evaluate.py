@@ -9,8 +9,24 @@ from torch import Tensor
 
 from fedhpc.data import Split
 from fedhpc.models import Backbone
+from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import as_parameters
+
+
+def evaluation_examples(labels: NDArray[np.integer], count: int | None, seed: int) -> NDArray[np.int64]:
+    """So many examples of a split, ascending, of each class its share; all for None or where there are no more.
+
+    The shares are rounded down; those that lost most by it have one more, the lower class first among equals.
+    """
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    shares = np.bincount(labels) * count / len(labels)
+    sizes = shares.astype(np.int64)
+    sizes[np.argsort(sizes - shares, kind="stable")[: count - sizes.sum()]] += 1
+    order = generator(seed, purpose="evaluation examples").permutation(len(labels))
+    of_class = (order[labels[order] == number] for number in range(len(sizes)))
+    return np.sort(np.concatenate([own[:size] for own, size in zip(of_class, sizes, strict=True)]))
 
 
 def evaluation_batches(split: Split, examples: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:

@@ -171,10 +171,17 @@ def probe_record() -> RecordType:
 
 
 def evaluation_record(num_classes: int, num_devices: int) -> RecordType:
-    """A worker's part of sums: confusion matrices (rows true, columns predicted), each device's right answers."""
+    """A worker's part of sums: confusion matrices (rows true, columns predicted), right answers of each device."""
     matrix = (num_classes, num_classes)
     return RecordType(
-        np.dtype([("personal", "<i8", matrix), ("global", "<i8", matrix), ("correct", "<i4", (num_devices,))])
+        np.dtype(
+            [
+                ("personal", "<i8", matrix),
+                ("global", "<i8", matrix),
+                ("correct", "<i4", (num_devices,)),
+                ("evaluated", "<i4", (num_devices,)),
+            ]
+        )
     )
 
 

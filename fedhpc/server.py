@@ -352,18 +352,18 @@ class Server:
         """Personalised and global metrics of the current prompts."""
         start = time.perf_counter()
         record = messages.evaluation_record(len(self.description.class_names), len(self.partition.validation))
-        command = Command(op=Op.EVALUATE, layers=state.layers, payload=state.server.params)
+        command = Command(op=Op.EVALUATE, round=state.server.round, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record, [1] * self.num_workers)
         personal = score(records["personal"].sum(axis=0), self.description.metric)
         overall = score(records["global"].sum(axis=0), self.description.metric)
         seconds["evaluate"] = time.perf_counter() - start
-        correct = records["correct"].sum(axis=0).tolist()
-        shares = map(len, self.partition.validation)
-        devices = [round(right / size, 6) if size else None for right, size in zip(correct, shares, strict=True)]
+        correct, evaluated = (records[name].sum(axis=0).tolist() for name in ("correct", "evaluated"))
+        devices = [round(right / size, 6) if size else None for right, size in zip(correct, evaluated, strict=True)]
         return {
             **personal,
             **{f"{name}_global": value for name, value in overall.items()},
             "device_accuracy": devices,
+            "evaluated": sum(evaluated),
         }
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:

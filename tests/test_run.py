@@ -22,6 +22,7 @@ from fedhpc.checkpoint_files import CONTROL, LOCAL, Position, device_of, read_su
 from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from fedhpc.evaluate import evaluation_examples
 from fedhpc.report import RunFiles
 
 
@@ -79,6 +80,38 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
     majority = 18 / 48  # `mixed` in the validation split
     assert records[-1]["accuracy"] > majority + 0.2
+
+
+def test_some_examples_are_evaluated_on_and_all_of_them_in_the_last_round(fedhpc, run_config):
+    changes = {"federation__rounds": 3, "device__learning_rate": 0.3}
+    whole, some = run_config("whole", **changes), run_config("some", **changes, evaluate={"every": 1, "examples": 12})
+    assert [fedhpc("run", config)[0] for config in (whole, some)] == [0, 0]
+    assert [record["evaluated"] for record in metrics(whole)] == [48, 48, 48]
+    assert [record["evaluated"] for record in metrics(some)] == [12, 12, 48]
+    assert final_prompts(some) == final_prompts(whole)
+    for key in ("accuracy", "accuracy_global", "device_accuracy"):
+        assert metrics(some)[-1][key] == metrics(whole)[-1][key]
+    for key in ("accuracy", "accuracy_global"):  # twelfths
+        assert metrics(some)[0][key] * 12 == pytest.approx(round(metrics(some)[0][key] * 12))
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "sizes"),
+    [
+        # 10, 6 and 4 of 20: shares of 5 are 2.5, 1.5 and 1; the first of equals has one more.
+        ([0] * 10 + [1] * 6 + [2] * 4, 5, [3, 1, 1]),
+        ([0] * 10 + [1] * 6 + [2] * 4, 7, [4, 2, 1]),  # 3.5, 2.1, 1.4
+        ([0, 1, 1, 3], 4, [1, 2, 0, 1]),
+        ([0, 1], 9, [1, 1]),
+    ],
+)
+def test_the_examples_to_evaluate_on_have_the_classes_of_all(labels, count, sizes):
+    labels = np.array(labels)
+    chosen = evaluation_examples(labels, count, 1)
+    assert np.bincount(labels[chosen], minlength=len(sizes)).tolist() == sizes
+    assert np.array_equal(chosen, np.unique(chosen))
+    assert np.array_equal(chosen, evaluation_examples(labels, count, 1))
+    assert np.array_equal(evaluation_examples(labels, None, 1), np.arange(len(labels)))
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
