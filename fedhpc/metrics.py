@@ -15,13 +15,17 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> 
 
 
 def score(counts: np.ndarray, metric: str) -> dict[str, float]:
-    """Accuracy, and by ``metric`` also ``matthews`` or ``f1``; a zero denominator gives 0, as scikit-learn does."""
+    """Accuracy, and by ``metric`` also ``matthews``, or ``f1`` and their mean ``accuracy_f1``, as papers have it.
+
+    A zero denominator gives 0, as scikit-learn does.
+    """
     scores = {"accuracy": _ratio(np.trace(counts), counts.sum())}
     if metric == "matthews":
         scores["matthews"] = _matthews(counts)
     elif metric == "accuracy_f1":
         true_positives = counts[-1, -1]
         scores["f1"] = _ratio(2 * true_positives, counts[-1].sum() + counts[:, -1].sum())
+        scores["accuracy_f1"] = (scores["accuracy"] + scores["f1"]) / 2
     return scores
 
 

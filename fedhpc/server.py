@@ -288,6 +288,7 @@ class Server:
             "bytes_up": traffic.bytes_up,
             # Of a round that was interrupted, traffic knows only the rest.
             "seconds": {**traffic.seconds, "local": local, "idle": local - float(np.mean(busy))},
+            "slowest_device_seconds": float(headers["seconds"].max(initial=0.0)),
             "rejected": rejected,
         }
         return uploads, metrics

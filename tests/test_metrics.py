@@ -22,7 +22,9 @@ def test_binary_scores_by_hand():
     counts = np.array([[50, 10], [5, 35]])
     assert score(counts, "accuracy") == {"accuracy": 0.85}
     # 2 * 35 / (2 * 35 + 10 + 5)
-    assert score(counts, "accuracy_f1") == pytest.approx({"accuracy": 0.85, "f1": 70 / 85})
+    assert score(counts, "accuracy_f1") == pytest.approx(
+        {"accuracy": 0.85, "f1": 70 / 85, "accuracy_f1": (0.85 + 70 / 85) / 2}
+    )
     # (tp tn - fp fn) / sqrt((tp+fp)(tp+fn)(tn+fp)(tn+fn))
     expected = (35 * 50 - 10 * 5) / (45 * 40 * 60 * 55) ** 0.5
     assert score(counts, "matthews") == pytest.approx({"accuracy": 0.85, "matthews": expected})

@@ -207,6 +207,21 @@ def test_the_target_is_95_percent_of_the_best_unless_given(report, two_methods):
     assert "cost to reach accuracy 0.855" in report(*two_methods).tables  # 0.95 * 0.9
 
 
+def test_the_best_round_stands_beside_the_last_and_the_papers_clock_beside_the_wall(report, make_run):
+    # Evaluated after rounds 2, 4, 6; every other line is of a round without evaluation.
+    extra = {"slowest_device_seconds": 30.0, "accuracy_global": 0.25}
+    page = report(
+        make_run("a", [0.5, 0.9, 0.7], rounds=6, extra=extra), make_run("b", [0.5, 0.6, 0.8], rounds=6, seed=2)
+    )
+    assert page.tables["best round"] == [
+        ["configuration", "accuracy", "accuracy, global", "after round"],
+        ["kind=prompt, method=fedavg", "0.850 ± 0.071", "0.525 ± 0.389", "4.0 ± 2.8"],
+    ]
+    heading, row = page.tables["cost of the whole run"]
+    # Three rounds of 30 s; the other run does not know.
+    assert row[heading.index("time of slowest devices (s)")] == "90.0 (1 of 2)"
+
+
 def test_tables_are_also_csv_and_latex(report, two_methods, make_run, tmp_path):
     report(*two_methods)
     averaged, better = csv.DictReader((tmp_path / "page.csv").open())
@@ -220,7 +235,7 @@ def test_tables_are_also_csv_and_latex(report, two_methods, make_run, tmp_path):
     report(*two_methods, make_run("third", [0.8, 0.89], seed=9, server__method="fedpeptao"))
     latex = (tmp_path / "page.tex").read_text()
     assert r"method=fedpeptao & 3 & \textbf{0.870 $\pm$ 0.020} &" in latex
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 5
 
 
 def test_the_page_needs_no_network_and_is_well_formed(report, two_methods):

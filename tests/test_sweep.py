@@ -503,13 +503,13 @@ def test_a_budget_of_bytes_cuts_the_curve(write):
     cell.run_dir.mkdir(parents=True)
     for index, accuracy in enumerate([None, 0.625, None, 0.5, 0.875, 1.0]):  # run with more rounds before
         RunFiles(cell.run_dir).append_metrics(record(index, accuracy))
-    figures = ("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds")
+    figures = ("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds", "best_accuracy")
 
     def found(budget):
         return tuple(results(cell, budget)[name] for name in figures)
 
-    assert found(None) == (5, 0.875, 0.75, 0.75, 500, 2.5)
-    assert found(400) == (4, 0.5, 0.375, 0.5, 400, 2.0)
-    assert found(399) == (3, 0.625, 0.5, 0.5, 300, 1.5)
-    assert found(100) == (1, None, None, None, 100, 0.5)
-    assert found(99) == (0, None, None, None, 0, 0)
+    assert found(None) == (5, 0.875, 0.75, 0.75, 500, 2.5, 0.875)
+    assert found(400) == (4, 0.5, 0.375, 0.5, 400, 2.0, 0.625)
+    assert found(399) == (3, 0.625, 0.5, 0.5, 300, 1.5, 0.625)
+    assert found(100) == (1, None, None, None, 100, 0.5, None)
+    assert found(99) == (0, None, None, None, 0, 0, None)

@@ -165,10 +165,13 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     """All single numbers of a run that the tables show; NaN where one is not known."""
     own = run.metrics[-1]
     numbers = {key: final(run, key) for name in run.metrics for key in (name, name + GLOBAL)}
+    numbers |= {f"best_{key}": _best(run.column(key)) for key in list(numbers)}
+    evaluated = run.column(own + GLOBAL)
+    numbers["best_round"] = run.rounds[np.nanargmax(evaluated)] if np.isfinite(evaluated).any() else math.nan
     numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, own, within=goal.budget)
     numbers["loss"] = final(run, "loss")
     reached = np.flatnonzero(run.column(own) >= (math.inf if goal.target is None else goal.target))
-    for name in ("rounds", "steps", "bytes", "seconds"):
+    for name in ("rounds", "steps", "bytes", "seconds", "published_seconds"):
         values: Floats = getattr(run, name)
         is_known = bool(values.any())  # a single process moves no bytes
         numbers[name] = float(values[-1]) if is_known else math.nan
@@ -177,6 +180,11 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     for phase in PHASES:
         numbers[f"seconds_{phase}"] = float(np.nanmean(run.phase(phase))) if run.records else math.nan
     return numbers
+
+
+def _best(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.max()) if known.size else math.nan
 
 
 def _spread(run: Run) -> dict[str, float]:

@@ -120,6 +120,11 @@ class Run:
         return np.cumsum(np.nan_to_num(self.phase("round")))
 
     @cached_property
+    def published_seconds(self) -> Floats:
+        """Sum of every round's slowest device's local seconds up to the end of every record, as papers count time."""
+        return np.cumsum(np.nan_to_num(self.column("slowest_device_seconds")))
+
+    @cached_property
     def device_accuracy(self) -> Floats:
         """Of the devices that have examples to be evaluated on, at the latest evaluation; empty if unknown."""
         lists = [record["device_accuracy"] for record in self.records if record.get("device_accuracy")]

@@ -156,7 +156,12 @@ def _text(found: Stat | None, unit: Unit, runs: int) -> str:
     return unit.text(found.mean) + deviation + (f" ({found.runs} of {runs})" if found.runs < runs else "")
 
 
-SCORE_KINDS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "f1": "F1"}
+SCORE_KINDS = {
+    "accuracy": "accuracy",
+    "matthews": "Matthews correlation",
+    "f1": "F1",
+    "accuracy_f1": "mean of accuracy and F1",
+}
 
 
 def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]:
@@ -172,18 +177,30 @@ def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]
     return columns
 
 
+def best_columns(metric: str) -> list[Column]:
+    """The best evaluation of the task's own metric, personalised and global, and when the global one was."""
+    words = SCORE_KINDS.get(metric, metric)
+    return [
+        Column(heading=words, key=f"best_{metric}", quantity="score", best="highest"),
+        Column(heading=f"{words}, global", key=f"best_{metric}_global", quantity="score", best="highest"),
+        Column(heading="after round", key="best_round", quantity="rounds"),
+    ]
+
+
 LOSS = Column(heading="training loss", key="loss", quantity="score")
 COST = (
     Column(heading="rounds", key="rounds", quantity="rounds"),
     Column(heading="local steps", key="steps", quantity="steps"),
     Column(heading="bytes", key="bytes", quantity="bytes"),
     Column(heading="time", key="seconds", quantity="seconds"),
+    Column(heading="time of slowest devices", key="published_seconds", quantity="seconds"),
 )
 TO_TARGET = (
     Column(heading="rounds", key="rounds_to_target", quantity="rounds", best="lowest"),
     Column(heading="local steps", key="steps_to_target", quantity="steps", best="lowest"),
     Column(heading="bytes", key="bytes_to_target", quantity="bytes", best="lowest"),
     Column(heading="time", key="seconds_to_target", quantity="seconds", best="lowest"),
+    Column(heading="time of slowest devices", key="published_seconds_to_target", quantity="seconds", best="lowest"),
 )
 SPREAD = (
     Column(heading="mean of devices", key="device_mean", quantity="score", best="highest"),

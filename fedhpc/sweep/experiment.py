@@ -22,7 +22,10 @@ from fedhpc.errors import ConfigError
 
 Settings = dict[str, Any]
 """Dotted key -> value. The key `base` stands for the configuration file that the others change."""
-FIGURES = ("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds")
+FIGURES = (
+    *("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds"),
+    *("best_accuracy", "slowest_device_seconds"),
+)
 """Columns of results.csv behind the axes."""
 LONGEST_NAME = 255 - len(".log")
 """Bytes of a cell's name: a folder and a log have it."""
