@@ -64,13 +64,80 @@ def test_published_settings(path):
     assert (device.epochs, device.batch_size, device.learning_rate, device.weight_decay) == (2, 8, 4e-2, 0.1)
     assert (server.method, server.variant, server.learning_rate, server.momentum) == (
         "fedpeptao",
-        "released",
+        "paper",
         0.05,
         0.9,
     )
     assert (config.selection.strategy, config.selection.ratio) == ("score", 0.5)
     long = model == "roberta-large" and path.stem in ("rte", "qnli", "boolq")
     assert config.data.max_length == (ROBERTA_POSITIONS - config.tuning.num_tokens if long else 128)
+
+
+# The settings of the released code's examples: tokens, longest text, examples in a step of training and evaluation.
+RELEASED = {
+    "roberta-large": ("FacebookAI/roberta-large", 20, ROBERTA_POSITIONS - 20, 8, 8),
+    "gpt2-large": ("openai-community/gpt2-large", 5, 256, 8, 8),
+    "open-llama-3b": ("openlm-research/open_llama_3b", 5, 128, 1, 2),
+    "open-llama-7b": ("openlm-research/open_llama_7b", 5, 128, 1, 2),
+}
+RELEASED_LAYERS = {
+    "roberta-large/rte": [9, 8, 11, 7, 10, 17, 18, 15, 16, 22, 12, 21],
+    "gpt2-large/mrpc": [2, 1, 3, 34, 33, 32, 31, 29, 30, 28, 0, 27, 4, 26, 25, 24, 23, 22],
+    "open-llama-7b/mrpc": [*range(8, 24)],
+}
+
+
+@pytest.mark.parametrize("path", sorted((JOBS / "published").rglob("*.yaml")), ids=name)
+def test_the_settings_of_the_released_code(path):
+    found = flatten(load_config(path).model_dump())
+    model, num_tokens, max_length, batch_size, evaluated = RELEASED[path.parent.name]
+    layers = RELEASED_LAYERS.get(f"{path.parent.name}/{path.stem}")
+    where = f"published/{path.parent.name}/{'own' if path.stem == 'base' else path.stem}"
+    expected = {
+        **flatten(Config.model_validate({"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}).model_dump()),
+        "run_dir": f"runs/{where}",
+        "model.name": model,
+        "model.dtype": "bfloat16" if "llama" in model else "float32",
+        "model.backbone_dropout": True,
+        "data.task": None if path.stem == "base" else path.stem,
+        "data.path": f"prepared/{where}",
+        "data.max_length": max_length,
+        "federation.num_devices": 100,
+        "federation.sample_rate": 0.1,
+        "federation.rounds": 100,
+        "federation.partition": "dirichlet",
+        "federation.alpha": 1.0,
+        "tuning.num_tokens": num_tokens,
+        "tuning.dropout": 0.1,
+        "tuning.loss": "vocabulary",
+        "selection.ratio": "auto" if layers is None else 0.5,
+        "selection.strategy": "score" if layers is None else "explicit",
+        "selection.layers": layers,
+        "selection.auto_by": "density",
+        "selection.warmup_rounds": 10,
+        "device.epochs": 2,
+        "device.batch_size": batch_size,
+        "device.learning_rate": 0.04,
+        "device.schedule": "linear",
+        "device.weight_decay": 0.1,
+        "device.max_grad_norm": 1.0,
+        "device.reset_moments": False,
+        "server.method": "fedpeptao",
+        "server.variant": "released",
+        "server.learning_rate": 0.05,
+        "server.momentum": 0.9,
+        "evaluate.every": 1,
+        "evaluate.batch_size": evaluated,
+        "seed": 42,
+    }
+    assert found == expected
+    header = path.read_text() if path.stem == "base" else (path.parent / "base.yaml").read_text()
+    assert "Not as there: " in header
+
+
+def test_every_example_of_the_released_code_is_there():
+    files = {f"{path.parent.name}/{path.stem}" for path in (JOBS / "published").rglob("*.yaml")}
+    assert files == {*RELEASED_LAYERS, *(f"{model}/base" for model in RELEASED)}
 
 
 def test_the_other_variant_brings_its_own_server_settings():
