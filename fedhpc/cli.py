@@ -13,7 +13,15 @@ from pathlib import Path
 from fedhpc.arguments import make_parser
 from fedhpc.config_file import load_config
 from fedhpc.console import run_command, show
-from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, UserError, users_fault
+from fedhpc.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    ConfigError,
+    UserError,
+    users_fault,
+)
 from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
 from fedhpc.files import check_target, write_target
 from fedhpc.jobenv import JobEnvironment
@@ -243,12 +251,15 @@ def faults_end_every_rank(exchange: Exchange, but_for: type[Exception] | tuple[(
         raise
     except BaseException as error:
         try:
-            where = "" if isinstance(error, UserError) else f"\n{traceback.format_exc().rstrip()}"
+            is_known = isinstance(error, UserError | KeyboardInterrupt)
+            where = "" if is_known else f"\n{traceback.format_exc().rstrip()}"
             log.critical("%s: %s; ending all ranks%s", type(error).__name__, error, where)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:  # even where there is nothing left to log to
-            exchange.abort(EXIT_USER_ERROR if isinstance(error, FloatingPointError | UserError) else EXIT_FAILURE)
+            is_users = isinstance(error, FloatingPointError | UserError)
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            exchange.abort(EXIT_USER_ERROR if is_users else EXIT_INTERRUPTED if is_interrupt else EXIT_FAILURE)
 
 
 def check_out(name: str) -> None:

@@ -89,9 +89,10 @@ def _apply_override(values: dict[str, Any], text: str) -> str | None:
         return f"--set {text}: must have the form key.sub=value"
     *sections, leaf = key.strip().split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        inner = values.get(section, {})
+        if not isinstance(inner, dict):
             return f"--set {text}: {section} is not a section"
+        values[section] = values = dict(inner)  # an alias may have made two sections one
     try:
         values[leaf] = read_value(raw)
     except YAML_ERRORS as error:

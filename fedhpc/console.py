@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from fedhpc.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, users_fault
+from fedhpc.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, users_fault
 
 ESCAPED = "fedhpc.escaped"
 """What to do with characters that an encoding does not have: write them as JSON does, so that JSON stays JSON."""
@@ -28,8 +28,10 @@ codecs.register_error(ESCAPED, _escape)
 class Lasting(io.FileIO):
     """An open file for words that nothing may depend on: what cannot be written is dropped."""
 
-    def __init__(self, descriptor: int, title: str) -> None:
-        super().__init__(descriptor, "w", closefd=False)
+    def __init__(self, stream: TextIO, title: str) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self.stream = stream
+        """Keeps the file open: another one would get its number, and the words."""
         self.title = title
         self.problem: OSError | None = None
         """Why something was dropped for the first time."""
@@ -94,6 +96,8 @@ def run_command(command: Callable[[], int], prefix: str = "") -> int:
             return command()
         except BrokenPipeError:  # the reader of a result, `head` for example, has seen enough
             return EXIT_FAILURE
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
         except (UserError, OSError) as error:
             if (fault := users_fault(error)) is None:
                 raise
@@ -103,10 +107,10 @@ def run_command(command: Callable[[], int], prefix: str = "") -> int:
 
 def _lasting(stream: TextIO | None, title: str) -> TextIO:
     if stream is None:  # closed by whoever started this process
-        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - to the end of the process
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - `Lasting` keeps it
     try:
         stream.flush()
-        file = Lasting(stream.fileno(), title)
+        file = Lasting(stream, title)
     except (OSError, ValueError):  # in memory
         return stream
     return io.TextIOWrapper(file, encoding=stream.encoding, errors=ESCAPED, line_buffering=True)

@@ -325,5 +325,5 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     names = ("bos", "eos", "unk", "sep", "cls", "mask")
     special = [getattr(tokenizer, f"{name}_token_id", None) for name in names]
-    content = [sorted(tokenizer.get_vocab().items()), special, list(tokenizer(_PROBE)["input_ids"])]
+    content = [sorted(tokenizer.get_vocab().items()), special, list(tokenizer(_PROBE, verbose=False)["input_ids"])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

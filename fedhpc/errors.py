@@ -11,6 +11,8 @@ EXIT_USER_ERROR = 2
 """Also of a run that diverged: another one would, too."""
 EXIT_STOPPED = 75
 """Stopped on request with a valid checkpoint: EX_TEMPFAIL of sysexits.h, run again to continue."""
+EXIT_INTERRUPTED = 130
+"""By Ctrl-C, as shells count it."""
 USERS_FAULT = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),

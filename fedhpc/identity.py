@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedhpc.config import WITHOUT_EFFECT, Config, flatten
+from fedhpc.config import RELEASED_STEPS, WITHOUT_EFFECT, Config, flatten
 
 Identity = dict[str, Any]
 """What it is about -> text or number."""
@@ -13,10 +13,14 @@ DATA, MODEL = "prepared data: ", "backbone: "
 """Beginnings of keys."""
 OLD_DATA, OLD_MODEL = "data", "model.name sha256"
 """Keys of identities that know data and backbone by one checksum each."""
+OLD_RELEASED = (
+    "was written when server.variant: released computed what server.variant: paper computes now; choose another run_dir"
+)
+"""Said of a checkpoint."""
 NOT_SET = "<not set>"
 OF_DATA = ("head", "kind", "tokenizer_sha256", "pad_id", "max_length", "template", "class_names", "word_ids", "metric")
 OF_NO_ACCOUNT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
-"""Of a backbone's config.json: fedhpc decides these by itself, or nothing depends on them."""
+"""Of a backbone's configuration: fedhpc decides these by itself, or nothing depends on them."""
 LONGEST = 100
 """Characters of a value that is kept as it is; of a longer one there is a checksum."""
 
@@ -38,7 +42,7 @@ def model_identity(config: Mapping[str, Any], weights_sha256: str) -> Identity:
     """Of a backbone, wherever its files are.
 
     Args:
-        config: the content of its config.json.
+        config: its configuration as transformers reads it: what a config.json leaves out has its value, too.
     """
     found = {key: brief(value) for key, value in config.items() if key not in OF_NO_ACCOUNT}
     return {f"{MODEL}{key}": value for key, value in {**found, "weights": checksum(weights_sha256)}.items()}
@@ -69,10 +73,24 @@ def differences(
     ]
 
 
+def is_old_released(saved: Mapping[str, Any]) -> bool:
+    """Whether a run was made when `server.variant: released` computed what `paper` computes now."""
+    return saved.get("server.variant") == "released" and RELEASED_STEPS not in saved
+
+
 def brief(value: Any) -> str:
     """A value as an identity holds it."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    text = value if isinstance(value, str) else json.dumps(_whole(value), sort_keys=True, default=str)
     return text if len(text) <= LONGEST else checksum(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _whole(value: Any) -> Any:
+    """The value with 10000 for 10000.0, which are one number to Python and to a reader of JSON."""
+    if isinstance(value, dict):
+        return {str(key): _whole(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def checksum(sha256: str) -> str:

@@ -26,10 +26,11 @@ from fedhpc.identity import (
     MODEL,
     OLD_DATA,
     OLD_MODEL,
-    brief,
+    OLD_RELEASED,
     data_identity,
     default_settings,
     differences,
+    is_old_released,
     model_identity,
 )
 from fedhpc.jobenv import JobEnvironment
@@ -37,7 +38,7 @@ from fedhpc.limits import check_lengths
 from fedhpc.models import OTHER_WORDS, Backbone
 from fedhpc.notices import notices
 from fedhpc.partition import Partition, make_partition
-from fedhpc.pretrained import BackboneShape, config_values, default_values, load_pretrained, load_tokenizer, read_shape
+from fedhpc.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.report import log
 from fedhpc.selection import check_selection
 from fedhpc.state_file import RunState
@@ -74,14 +75,15 @@ class Job:
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """In what the run that wrote a checkpoint differs, a line each; see :attr:`identity`."""
-        name, ours = self.config.model.name, self.identity
+        ours, settings = self.identity, default_settings()
         if OLD_MODEL in saved:
-            sums = {OLD_DATA: self.data.description.sha256, OLD_MODEL: load_pretrained(model_sha256, name)}
-            ours = self._settings | sums
-        settings = default_settings()
+            model = load_pretrained(model_sha256, self.config.model.name)
+            ours = self._settings | {OLD_DATA: self.data.description.sha256, OLD_MODEL: model}
         theirs = {key: value for key, value in saved.items() if key in ours or key not in settings}
-        defaults = settings | {f"{MODEL}{key}": brief(value) for key, value in default_values(name).items()}
-        return differences(theirs, ours, "in the checkpoint", defaults)
+        # What one version of transformers knows of a backbone and another does not cannot be compared.
+        unknown = {key for key in theirs.keys() ^ ours.keys() if key.startswith(MODEL)}
+        theirs, ours = ({key: side[key] for key in side.keys() - unknown} for side in (theirs, ours))
+        return differences(theirs, ours, "in the checkpoint", settings)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -217,12 +219,15 @@ def load_state(
     resume: str,
     beat: Callable[[], None] = lambda: None,
     needs: Callable[[str], bool] = lambda name: True,
+    *,
+    to_train: bool = True,
 ) -> RunState | None:
     """The state to go on from, or None for a new run.
 
     Args:
         beat: called while a checkpoint is read.
         needs: whether a file of a checkpoint has to be whole.
+        to_train: False where only what was tuned is wanted, by whatever server step.
 
     Raises:
         CheckpointError: resuming is required but impossible.
@@ -239,11 +244,10 @@ def load_state(
         return None
 
     def check(saved: dict[str, Any]) -> None:
-        if saved.get("server.variant") == "released" and RELEASED_STEPS not in saved:
-            raise ConfigError(
-                f"{checkpoints.folder} was written when server.variant: released computed what server.variant: paper "
-                "computes now; choose another run_dir"
-            )
+        if is_old_released(saved):
+            if to_train:
+                raise ConfigError(f"{checkpoints.folder} {OLD_RELEASED}")
+            saved = {**saved, RELEASED_STEPS: job.identity.get(RELEASED_STEPS)}
         if differing := job.differences(saved):
             raise ConfigError(
                 f"{checkpoints.folder} was written with another configuration; change it back, or choose another "

@@ -201,7 +201,8 @@ class Backbone(nn.Module):
         num_answer_tokens = ids.shape[1] - batch.input_ids.shape[1]
         in_text = functional.pad(batch.attention_mask, (0, num_answer_tokens)).unsqueeze(-1)
         first = ids.new_ones(len(ids), count)
-        inputs["position_ids"] = torch.cat([self._positions(first, first, 0), inputs["position_ids"]], dim=1)
+        no_words = torch.full_like(first, -1)
+        inputs["position_ids"] = torch.cat([self._positions(no_words, first, 0), inputs["position_ids"]], dim=1)
 
         def put_first(text: Tensor) -> Tensor:
             return torch.cat([tokens.make(text, in_text).to(text), text], dim=1)
@@ -225,7 +226,8 @@ class Backbone(nn.Module):
     def _positions(self, ids: Tensor, mask: Tensor, first_position: int) -> Tensor:
         if self.base.config.model_type in POSITIONS_COUNT_TOKENS:
             padding = self.base.config.pad_token_id
-            return (mask.cumsum(1) + first_position) * mask + padding
+            counted = mask * (ids != padding)  # a text may hold the padding token as a word
+            return (counted.cumsum(1) + first_position) * counted + padding
         return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
 
     def probe(self) -> Batch:

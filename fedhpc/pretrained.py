@@ -1,6 +1,5 @@
 """What transformers has stored of a model: its configuration, tokenizer and weights."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -111,17 +110,8 @@ def shape_of(name: str, config: Any) -> BackboneShape:
 
 
 def config_values(name: str) -> dict[str, Any]:
-    """What a local or hub model's config.json holds; ModelError where it cannot be read."""
-
-    def read(model: str) -> Any:
-        return json.loads(Path(str(cached_file(model, CONFIG_NAME))).read_text(encoding="utf-8"))
-
-    return dict(load_pretrained(read, name))
-
-
-def default_values(name: str) -> dict[str, Any]:
-    """What counts where a local or hub model's config.json leaves something out."""
-    return dict(type(load_pretrained(AutoConfig.from_pretrained, name))().to_dict())
+    """A local or hub model's configuration, with the values of what its config.json leaves out."""
+    return dict(load_pretrained(AutoConfig.from_pretrained, name).to_dict())
 
 
 def load_tokenizer(name: str) -> Any:

@@ -66,15 +66,22 @@ class RunFiles:
         return {record["round"] for record in self.read_metrics()}
 
 
+LARGEST_NUMBER = sys.float_info.max
+"""JSON's integers may be larger."""
+
+
 def is_record(value: Any) -> bool:
     """Whether this is a round's line of the metrics, as far as it is computed with."""
     if not isinstance(value, dict) or not isinstance(value.get("round"), int) or "accuracy" not in value:
         return False
-    seconds = value.get("seconds", {})
+    seconds, devices = value.get("seconds", {}), value.get("device_accuracy") or []
+    if not isinstance(seconds, dict) or not isinstance(devices, list):
+        return False
+    if (value["accuracy"] is None) != (value.get("accuracy_global") is None):
+        return False
     numbers = [value["accuracy"] or 0, value.get("accuracy_global") or 0, value.get("bytes"), value.get("loss", 0)]
-    return isinstance(seconds, dict) and all(
-        isinstance(number, int | float) for number in (*numbers, *seconds.values())
-    )
+    numbers += [value["round"], value.get("steps", 0), *seconds.values(), *(share or 0 for share in devices)]
+    return all(isinstance(number, int | float) and abs(number) <= LARGEST_NUMBER for number in numbers)
 
 
 def start_log(rank: int, size: int, host: str) -> None:

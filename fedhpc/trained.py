@@ -57,7 +57,7 @@ def load_trained(run_dir: str, device: int | None = None) -> Trained:
     needed = {SERVER_FILE} if device is None else {SERVER_FILE, f"{LOCAL}/{device:06d}"}
 
     def load() -> tuple[RunState, Vector]:
-        state = load_state(job, "auto", needs=lambda name: stem_of(name) in needed)
+        state = load_state(job, "auto", needs=lambda name: stem_of(name) in needed, to_train=False)
         if state is None:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint yet; `fedhpc run` writes one every checkpoint.every rounds"

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-"""PyYAML lets impossible numbers through as ValueError, deep nesting as RecursionError."""
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""PyYAML lets impossible numbers and tags through as what Python raises, deep nesting as RecursionError."""
 
 _TAG = "tag:yaml.org,2002:"
 _NOT_TEXT = {
@@ -31,6 +31,8 @@ _COMMENT = re.compile(r"(^|\s)#")
 
 class _EachKeyOnce(yaml.constructor.BaseConstructor):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep)  # which says what it is
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != f"{_TAG}merge"]
         if repeated := [key for index, key in enumerate(keys) if key in keys[:index]]:
             raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} stands twice", node.start_mark)
@@ -54,7 +56,7 @@ for _type, _scalars in _NOT_TEXT.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _type, re.compile(_scalars), None)
 # PyYAML's own would read a leading zero as octal.
-_Loader.add_constructor(f"{_TAG}int", lambda _, node: int(node.value))
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
 
 
 def text_of(path: Path) -> str:
@@ -77,7 +79,21 @@ def read(text: str) -> Any:
     Raises:
         YAML_ERRORS: it is none, or a key stands twice.
     """
-    return yaml.load(text, _Loader)
+    content = yaml.load(text, _Loader)
+    _refuse_circles(content, set(), set())
+    return content
+
+
+def _refuse_circles(value: Any, around: set[int], done: set[int]) -> None:
+    """ValueError for what contains itself, which aliases can make."""
+    if not isinstance(value, dict | list) or id(value) in done:
+        return
+    if id(value) in around:
+        raise ValueError("an alias stands within what it names")
+    inner = value.values() if isinstance(value, dict) else value
+    for part in inner:
+        _refuse_circles(part, around | {id(value)}, done)
+    done.add(id(value))
 
 
 def read_texts(text: str) -> Any:

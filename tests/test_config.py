@@ -222,6 +222,32 @@ def test_a_dotted_key_in_a_file_is_shown_where_it_belongs(write):
     )
 
 
+def test_an_override_changes_one_section_where_an_alias_made_two_of_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "evaluate: &rare {every: 7}\ncheckpoint: *rare\n")
+    config = load_config(path, ["evaluate.every=5"])
+    assert (config.evaluate.every, config.checkpoint.every) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("seed: &s [*s]", "an alias stands within what it names"),
+        ("federation: &f {alpha: *f}", "an alias stands within what it names"),
+        ("seed: !!timestamp abc", "is not valid YAML"),
+        ("seed: !!bool abc", "is not valid YAML"),
+        ("seed: !!float ''", "is not valid YAML"),
+        ("seed: !!int [a]", "expected a scalar node"),
+        ("seed: !!set [a]", "expected a mapping node"),
+        ("tuning: !!map 5", "expected a mapping node"),
+    ],
+)
+def test_odd_yaml_is_refused_in_words(tmp_path, line, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{yaml.safe_dump(MINIMAL)}{line}\n")
+    assert words in problems(path)
+
+
 def test_yaml_may_merge(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "device: {<<: {epochs: 3, batch_size: 4}, batch_size: 2}\n")

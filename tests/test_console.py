@@ -80,6 +80,34 @@ def test_a_slow_reader_of_a_pipe_that_does_not_wait_gets_everything(streams, tmp
         assert reader.communicate()[0].split() == [b"1000001"]
 
 
+WITHOUT_OUTPUT = """
+import sys
+from fedhpc.console import run_command
+
+def command():
+    with open(sys.argv[1], "w") as file:  # gets the lowest number that is free
+        print("word", flush=True)
+        file.write("data")
+    return 0
+
+sys.exit(run_command(command))
+"""
+
+
+def test_words_for_a_closed_stream_go_into_no_other_file(tmp_path):
+    script, file = tmp_path / "script.py", tmp_path / "file"
+    script.write_text(WITHOUT_OUTPUT)
+    subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", sys.executable, script, file], check=True)
+    assert file.read_text() == "data"
+
+
+def test_an_interrupt_by_hand_ends_as_shells_expect():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 130
+
+
 def test_a_stream_that_is_closed_takes_everything(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)

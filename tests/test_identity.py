@@ -44,6 +44,8 @@ def test_files_that_say_the_same_are_the_same(world, go_on, tmp_path):
     rewrite_config(model, transformers_version="4.57.0", torch_dtype="float32", attention_dropout=0.0)
     values = json.loads((model / "config.json").read_text())
     assert values.pop("mlp_bias") is False
+    assert values.pop("head_dim") == values["hidden_size"] // values["num_attention_heads"]
+    values["rope_theta"] = int(values.pop("rope_parameters")["rope_theta"])
     (model / "config.json").write_text(json.dumps(values))
     tensors = load_file(model / "model.safetensors")
     shards = {name: f"{index % 2}.safetensors" for index, name in enumerate(tensors)}

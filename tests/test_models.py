@@ -156,6 +156,17 @@ def test_scores_and_gradients_with_prompts_equal_the_reference(folders, name, le
     assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
 
 
+def test_a_text_that_holds_the_padding_token_is_read_as_by_the_plain_model(folders):
+    """RoBERTa numbers positions past it."""
+    backbone, plain = load_backbone(folders["roberta"], "roberta"), load_plain(folders["roberta"], "roberta")
+    batch = make_batch("roberta", (9, 7))
+    batch.input_ids[:, 2] = plain.config.pad_token_id
+    with torch.no_grad():
+        logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        scores = backbone.word_scores(batch)
+    torch.testing.assert_close(scores.double(), at_slots(logits, batch)[:, FLAT_WORDS], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama-gqa"])
 def test_prompts_and_positions_matter(folders, name):
     batch, backbone = make_batch(name), load_backbone(folders[name], name)

@@ -335,6 +335,12 @@ def test_tasks_are_not_merged_by_a_name_that_is_not_theirs(report, make_run):
     assert {"sst2/prepared", "cola/prepared"} <= {row[1] for row in page.tables["Runs"][1:]}
 
 
+def test_runs_from_before_their_task_was_written_down_go_with_those_on_the_same_data(report, make_run):
+    page = report(make_run("a", [0.5, 0.9], seed=1, data__task=None), make_run("b", [0.5, 0.7], seed=2))
+    assert [row[1] for row in page.tables["Runs"][1:]] == ["moods", "moods"]
+    assert page.tables["final results"][1][1] == "2"
+
+
 def test_tasks_of_one_name_and_two_metrics_are_two(report, make_run):
     runs = [
         make_run("a", [0.5, 0.9]),

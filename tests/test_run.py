@@ -23,6 +23,7 @@ from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate import evaluation_examples
+from fedhpc.pages import read_run
 from fedhpc.report import RunFiles
 
 
@@ -431,6 +432,16 @@ def test_a_run_does_not_go_on_as_the_released_code_where_that_name_meant_the_pap
     status, _, err = fedhpc("run", config, "--set", "federation.rounds=2")
     assert status == 2
     assert "server.variant: released computed what server.variant: paper computes now; choose another run_dir" in err
+    # What it has tuned is as good as before, and its numbers are those of `paper`.
+    assert fedhpc("predict", run_dir(config), "--text", "the place was dull")[0] == 0
+    assert read_run(run_dir(config)).config["server.variant"] == "paper"
+    experiment = config.with_name("experiment.yaml")
+    values = {"base": str(config), "out": str(run_dir(config).parent), "grid": {"cell": {"run": {}}}}
+    experiment.write_text(json.dumps(values))
+    run_dir(config).rename(run_dir(config).with_name("cell=run"))
+    status, _, err = fedhpc("sweep", experiment, "--dry-run")
+    assert status == 2
+    assert "computed what server.variant: paper computes now" in err
 
 
 def test_a_run_does_not_go_on_with_other_source_prompts(fedhpc, run_config, tmp_path):

@@ -69,11 +69,17 @@ class Group:
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
     """Task -> groups, in the order in which they were first met; tasks of one name and several metrics are several."""
     runs = list(runs)
-    own = Counter(task for task, _ in {(run.task, run.metrics[-1]) for run in runs if run.is_evaluated})
+    known = {run.config.get("data.path"): run.task for run in runs if run.config.get("data.task")}
+    names = {
+        id(run): run.task if run.config.get("data.task") else known.get(run.config.get("data.path"), run.task)
+        for run in runs
+    }
+    own = Counter(task for task, _ in {(names[id(run)], run.metrics[-1]) for run in runs if run.is_evaluated})
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if not key.startswith(FREE)}
-        task = run.task if own[run.task] < 2 else f"{run.task} ({run.metrics[-1]})"
+        name = names[id(run)]
+        task = name if own[name] < 2 else f"{name} ({run.metrics[-1]})"
         found.setdefault(task, {}).setdefault(repr(sorted(same.items())), []).append(run)
     tasks = {task: list(parts.values()) for task, parts in found.items()}
     differing = _differing([[members[0].config for members in parts] for parts in tasks.values()])

@@ -1,5 +1,6 @@
 """Run directories as a report reads them: configuration, metrics, layers of the newest checkpoint."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from fedhpc.checkpoint_files import CheckpointFiles
 from fedhpc.config import Config, flatten
 from fedhpc.errors import CheckpointError
+from fedhpc.identity import is_old_released
 from fedhpc.report import RunFiles
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 
@@ -159,6 +161,9 @@ def read_run(path: Path, *, rounds: int | None = None, budget_bytes: float | Non
     with suppress(ValidationError):  # keys that came later than the run have their defaults
         values = Config.model_validate(values).model_dump()
     config = flatten(values) | ({} if rounds is None else {"federation.rounds": rounds})
+    if config.get("server.variant") == "released":
+        saved = CheckpointFiles(path).newest_readable(lambda file: json.loads(file.attrs["config"]))
+        config |= {"server.variant": "paper"} if saved is not None and is_old_released(saved) else {}
     recorded = files.read_metrics()
     records = counted(recorded, rounds, budget_bytes)
     return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))

@@ -61,13 +61,13 @@ def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     Empty where nothing was evaluated. All but seconds are the same from every run.
     """
     rounds = counted(RunFiles(cell.run_dir).read_metrics(), cell.config.federation.rounds, budget_bytes)
-    evaluated = [record for record in rounds if record["accuracy_global"] is not None]
+    evaluated = [record for record in rounds if record.get("accuracy_global") is not None]
     last = evaluated[-1] if evaluated else {}
     best, best_global = (
         max((record[key] for record in evaluated), default=None) for key in ("accuracy", "accuracy_global")
     )
     moved = sum(record["bytes"] for record in rounds)
-    seconds = round(sum(record["seconds"]["round"] for record in rounds), 3)
+    seconds = round(sum(record.get("seconds", {}).get("round", 0.0) for record in rounds), 3)
     slowest = round(sum(record.get("slowest_device_seconds", 0.0) for record in rounds), 3)
     figures = (len(rounds), last.get("accuracy"), last.get("accuracy_global"), best_global, moved, seconds)
     return dict(zip(FIGURES, (*figures, best, slowest), strict=True))

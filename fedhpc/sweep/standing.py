@@ -10,7 +10,7 @@ from fedhpc.checkpoint_files import CheckpointFiles
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in, naming
-from fedhpc.identity import DATA, OLD_DATA, OLD_MODEL, data_identity, differences
+from fedhpc.identity import DATA, OLD_DATA, OLD_MODEL, OLD_RELEASED, data_identity, differences, is_old_released
 from fedhpc.report import RunFiles
 from fedhpc.sweep.experiment import Cell, Experiment
 
@@ -127,16 +127,18 @@ def _foreign(cell: Cell) -> str | None:
     except ConfigError as error:
         return str(error)
     differing = differences(theirs, cell.config.identity(), "there")
-    with suppress(OSError, KeyError, ValueError):  # no checkpoint yet, or data that are not here any more
+    with suppress(OSError, KeyError, TypeError, ValueError):  # no checkpoint yet, or data that are not here any more
         differing += _data_differences(cell)
     return f"{cell.run_dir}: {'; '.join(differing)}" if differing else None
 
 
 def _data_differences(cell: Cell) -> list[str]:
-    """In what the data of a run, as its newest checkpoint has them, differ from those in `data.path`."""
+    """In what a run, as its newest checkpoint has it, differs from one on the data in `data.path` now."""
     saved = CheckpointFiles(cell.run_dir).newest_readable(lambda file: json.loads(file.attrs["config"]))
     if saved is None:
         return []
+    if is_old_released(saved):
+        return [f"it {OLD_RELEASED}"]
     found = json.loads((Path(cell.config.data.path) / "description.json").read_text(encoding="utf-8"))
     if OLD_MODEL in saved:
         return differences({OLD_DATA: saved[OLD_DATA]}, {OLD_DATA: found["sha256"]}, "there")
