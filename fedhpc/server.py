@@ -142,7 +142,8 @@ class Server:
             start = time.perf_counter()
             self.state = state = self.saving.save(state)
             seconds["checkpoint"] = time.perf_counter() - start
-        seconds["round"] = sum(seconds.values()) - seconds["idle"]
+        within_local = seconds["idle"] + seconds.get("slowest_device", 0.0)
+        seconds["round"] = sum(seconds.values()) - within_local
         record = {**record, "seconds": seconds}
         self.files.append_metrics(record)
         progress.update(record)
@@ -287,8 +288,12 @@ class Server:
             "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up,
             # Of a round that was interrupted, traffic knows only the rest.
-            "seconds": {**traffic.seconds, "local": local, "idle": local - float(np.mean(busy))},
-            "slowest_device_seconds": float(headers["seconds"].max(initial=0.0)),
+            "seconds": {
+                **traffic.seconds,
+                "local": local,
+                "idle": local - float(np.mean(busy)),
+                "slowest_device": float(headers["seconds"].max(initial=0.0)),
+            },
             "rejected": rejected,
         }
         return uploads, metrics

@@ -209,7 +209,7 @@ def test_the_target_is_95_percent_of_the_best_unless_given(report, two_methods):
 
 def test_the_best_round_stands_beside_the_last_and_the_papers_clock_beside_the_wall(report, make_run):
     # Evaluated after rounds 2, 4, 6; every other line is of a round without evaluation.
-    extra = {"slowest_device_seconds": 30.0, "accuracy_global": 0.25}
+    extra = {"seconds": {"local": 40.0, "idle": 5.0, "slowest_device": 30.0, "round": 50.0}, "accuracy_global": 0.25}
     page = report(
         make_run("a", [0.5, 0.9, 0.7], rounds=6, extra=extra), make_run("b", [0.5, 0.6, 0.8], rounds=6, seed=2)
     )

@@ -177,7 +177,7 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, own, within=goal.budget)
     numbers["loss"] = final(run, "loss")
     reached = np.flatnonzero(run.column(own) >= (math.inf if goal.target is None else goal.target))
-    for name in ("rounds", "steps", "bytes", "seconds", "published_seconds"):
+    for name in ("rounds", "steps", "bytes", "seconds", "seconds_slowest_device"):
         values: Floats = getattr(run, name)
         is_known = bool(values.any())  # a single process moves no bytes
         numbers[name] = float(values[-1]) if is_known else math.nan

@@ -122,9 +122,9 @@ class Run:
         return np.cumsum(np.nan_to_num(self.phase("round")))
 
     @cached_property
-    def published_seconds(self) -> Floats:
+    def seconds_slowest_device(self) -> Floats:
         """Sum of every round's slowest device's local seconds up to the end of every record, as papers count time."""
-        return np.cumsum(np.nan_to_num(self.column("slowest_device_seconds")))
+        return np.cumsum(np.nan_to_num(self.phase("slowest_device")))
 
     @cached_property
     def device_accuracy(self) -> Floats:

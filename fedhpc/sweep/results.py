@@ -68,6 +68,6 @@ def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     )
     moved = sum(record["bytes"] for record in rounds)
     seconds = round(sum(record.get("seconds", {}).get("round", 0.0) for record in rounds), 3)
-    slowest = round(sum(record.get("slowest_device_seconds", 0.0) for record in rounds), 3)
+    slowest = round(sum(record.get("seconds", {}).get("slowest_device", 0.0) for record in rounds), 3)
     figures = (len(rounds), last.get("accuracy"), last.get("accuracy_global"), best_global, moved, seconds)
     return dict(zip(FIGURES, (*figures, best, slowest), strict=True))
