@@ -141,9 +141,7 @@ def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -
     columns = [*tables.metric_columns(metrics, goal.budget), tables.LOSS]
     notes = ["mean ± standard deviation over seeds; best in bold"]
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
-    notes = [
-        "of all evaluations, each of these numbers by itself, as papers report it; final results are harder to come by"
-    ]
+    notes = ["of all evaluations, each number by itself, as papers report it"]
     yield tables.group_table("best round", groups, summaries, tables.best_columns(metrics[-1]), notes=notes)
     yield tables.group_table("cost of the whole run", groups, summaries, tables.COST)
     if goal.target is not None:
