@@ -55,7 +55,8 @@ def global_scores(scores: NDArray[np.float64], num_examples: NDArray[np.int64]) 
 
 def global_ratio(ratios: NDArray[np.float64], num_examples: NDArray[np.int64], by: str) -> float:
     """The devices' lossless ratios as one: `eigengap` weighs them by their examples, `density` (released) does not."""
-    return float(np.average(ratios, weights=num_examples if by == "eigengap" else None))
+    weights = num_examples if by == "eigengap" else np.ones_like(num_examples)
+    return float(global_scores(ratios[:, None], weights)[0])
 
 
 def describe_ratio(by: str, record: np.void) -> str:
@@ -66,6 +67,20 @@ def describe_ratio(by: str, record: np.void) -> str:
         width = "" if record["gap"] > 4 * record["lipschitz"] else ", the widest, is not"
         why = f"gap {record['gap']:.3g}{width} above 4 Lip = {4 * record['lipschitz']:.3g}"
     return f"device {record['device']}: {record['ratio']:.3f} ({why})"
+
+
+def describe_spread(by: str, ratios: NDArray[np.float64]) -> str:
+    """What all devices have found, in words."""
+    spread = f"{ratios.min():.3f} to {ratios.max():.3f}, standard deviation {ratios.std():.3f}"
+    return f"{by}; {spread} over {len(ratios)} devices"
+
+
+def describe_tie(config: SelectionConfig, alike: Sequence[int], scores: NDArray[np.float64]) -> str:
+    """What scores that do not decide mean, in words; see :func:`undecided_layers`."""
+    return (
+        f"selection.strategy: {config.strategy} does not tell layers {alike} apart, their score is "
+        f"{scores[alike[0]]:.6g}; those with the lower index are exchanged first"
+    )
 
 
 def num_selected(ratio: float, num_layers: int) -> int:

@@ -28,7 +28,16 @@ from fedhpc.metrics import score
 from fedhpc.packing import choose_pack, largest_pack
 from fedhpc.report import Progress, RunFiles, human_bytes, log
 from fedhpc.saving import CheckpointWriter
-from fedhpc.selection import SCORED, choose_layers, describe_ratio, global_ratio, global_scores, undecided_layers
+from fedhpc.selection import (
+    SCORED,
+    choose_layers,
+    describe_ratio,
+    describe_spread,
+    describe_tie,
+    global_ratio,
+    global_scores,
+    undecided_layers,
+)
 from fedhpc.soundness import check_finite, sift, warn_of_growth
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
@@ -275,6 +284,8 @@ class Server:
             device_learning_rate=learning_rate(self.config, t),
             sums=self._sums(headers) if encoding.num_sums else None,
         )
+        slowest = float(headers["seconds"].max(initial=0.0))
+        seconds = {"local": local, "idle": local - float(np.mean(busy)), "slowest_device": slowest}
         metrics = {
             "round": t,
             "devices": devices,
@@ -288,12 +299,7 @@ class Server:
             "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up,
             # Of a round that was interrupted, traffic knows only the rest.
-            "seconds": {
-                **traffic.seconds,
-                "local": local,
-                "idle": local - float(np.mean(busy)),
-                "slowest_device": float(headers["seconds"].max(initial=0.0)),
-            },
+            "seconds": {**traffic.seconds, **seconds},
             "rejected": rejected,
         }
         return uploads, metrics
@@ -331,16 +337,8 @@ class Server:
         layers = self._choose(max(ratio, 1 / self.num_layers), state.scores)
         tensors = self.tuning.merge(state.server.params, state.unseen_local, state.layers)
         log.info("lossless ratio by %s, %s", by, "; ".join(map(partial(describe_ratio, by), records)))
-        log.info(
-            "lossless ratio %.3f (%s; %.3f to %.3f, standard deviation %.3f over %d devices): exchanging layers %s",
-            ratio,
-            by,
-            records["ratio"].min(),
-            records["ratio"].max(),
-            records["ratio"].std(),
-            len(records),
-            list(layers),
-        )
+        words = describe_spread(by, records["ratio"])
+        log.info("lossless ratio %.3f (%s): exchanging layers %s", ratio, words, list(layers))
         kept = self.tuning.kept_elements(layers)
         self.saving.control.restrict(kept)
         state = replace(
@@ -374,18 +372,11 @@ class Server:
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
         selection, num_layers = self.config.selection, self.num_layers
-        layers = choose_layers(selection, ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
-        if scores is not None and (
-            alike := undecided_layers(selection, ratio=ratio, num_layers=num_layers, scores=scores)
-        ):
-            log.warning(
-                "selection.strategy: %s does not tell layers %s apart, their score is %.6g; those with the lower index "
-                "are exchanged first",
-                selection.strategy,
-                alike,
-                scores[alike[0]],
-            )
-        return layers
+        if scores is not None:
+            alike = undecided_layers(selection, ratio=ratio, num_layers=num_layers, scores=scores)
+            if alike:
+                log.warning("%s", describe_tie(selection, alike, scores))
+        return choose_layers(selection, ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
 
     def _log_start(self, state: RunState, *, resumed: bool) -> None:
         done, rounds = state.server.round, self.config.federation.rounds
