@@ -75,6 +75,7 @@ def _report(commands: Any) -> None:
         metavar="X",
         help="accuracy to be reached, or what the task has in its place; 95 %% of the task's best unless given",
     )
+    _add_set(command, "the simulated clock's, instead of the runs' own: simulation.up_mbit=10; repeatable")
 
 
 def _export(commands: Any) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from fedhpc.arguments import make_parser
-from fedhpc.config_file import load_config
+from fedhpc.config_file import load_config, read_clock
 from fedhpc.console import run_command, show
 from fedhpc.errors import (
     EXIT_FAILURE,
@@ -152,10 +152,11 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """`fedhpc report`: a page about runs, and its tables."""
+    clock = read_clock(arguments.set)
     with quick_start():
         from fedhpc.pages import read_run, write_report
 
-        runs = [read_run(Path(path)) for path in dict.fromkeys(map(os.path.realpath, arguments.run_dirs))]
+        runs = [read_run(Path(path), clock=clock) for path in dict.fromkeys(map(os.path.realpath, arguments.run_dirs))]
         write_report(runs, arguments.out, arguments.target)
     print(f"page: {arguments.out}; tables: {arguments.out.with_suffix('.csv')}, {arguments.out.with_suffix('.tex')}")
     return 0

@@ -28,6 +28,8 @@ WITHOUT_EFFECT = (
 )
 """Keys, and beginnings of keys, that do not determine a run's numbers; those of the data say where they are and what is
 expected of them, and their content counts by itself."""
+CLOCK = ("down_mbit", "up_mbit", "latency_s", "step_seconds", "slowness")
+"""Keys of the simulation that tell the time alone, unless a deadline depends on it."""
 
 
 class Section(BaseModel):
@@ -291,6 +293,39 @@ class ExchangeConfig(Section):
     """`continue`, under an MPI with ULFM: the surviving ranks go on from the last checkpoint."""
 
 
+class SimulationConfig(Section):
+    """Devices on links of their own: a clock beside the measured one, and devices that are absent from rounds."""
+
+    down_mbit: PositiveFloat | None = None
+    """Megabits a second to a device; not counted unless given."""
+    up_mbit: PositiveFloat | None = None
+    """Megabits a second from a device; not counted unless given."""
+    latency_s: NonNegativeFloat = 0.0
+    """Of each way."""
+    step_seconds: PositiveFloat | Literal["measured"] = "measured"
+    """A local step on the usual device; the median that was measured in the round unless given."""
+    slowness: NonNegativeFloat = 0.0
+    """sigma: device i takes lognormal(0, sigma) times as long for a step, the same in every round."""
+    drop_out: Probability = 0.0
+    """Probability that a sampled device does not take part in a round."""
+    deadline_s: PositiveFloat | None = None
+    """A sampled device whose round would take longer does not take part in it."""
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether there is any time to simulate."""
+        return self != SimulationConfig(drop_out=self.drop_out)
+
+    @model_validator(mode="after")
+    def _deadline_is_certain(self) -> "SimulationConfig":
+        if self.deadline_s is not None and self.step_seconds == "measured":
+            raise ValueError(
+                "simulation.deadline_s needs simulation.step_seconds as a number: who is late must not depend on how "
+                "fast a machine is today"
+            )
+        return self
+
+
 class CheckpointConfig(Section):
     """When the state is saved."""
 
@@ -327,6 +362,7 @@ class Config(Section):
     device: DeviceConfig = DeviceConfig()
     server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
     exchange: ExchangeConfig = ExchangeConfig()
+    simulation: SimulationConfig = SimulationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     trace: bool = False
@@ -423,6 +459,8 @@ class Config(Section):
         would use, and the number of rounds unless a schedule depends on it. Those may change when a run is resumed.
         """
         free = [*WITHOUT_EFFECT]
+        if self.simulation.deadline_s is None:
+            free += [f"simulation.{key}" for key in CLOCK]
         if not self.selection.is_automatic:
             free += ["selection.auto_by", "selection.warmup_rounds"]
         if self.device.schedule == "constant" and self.curriculum.order == "random":

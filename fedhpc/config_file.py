@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedhpc.config import Config
+from fedhpc.config import CLOCK, Config, flatten
 from fedhpc.errors import ConfigError
 from fedhpc.yaml_files import YAML_ERRORS, read, read_value, text_of
 
@@ -34,6 +34,22 @@ def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple
     except ValidationError as error:
         return None, problems + _describe(error.errors())
     return (None, problems) if problems else (config, [])
+
+
+def read_clock(overrides: Sequence[str]) -> dict[str, Any]:
+    """`simulation.KEY=VALUE` as keys and values of the simulated clock, which a finished run may have anew.
+
+    Raises:
+        ConfigError: with all that is wrong, one line each; among it keys that decide more than the time.
+    """
+    values: dict[str, Any] = {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}
+    config, problems = check_values(values, overrides)
+    given = [text.partition("=")[0].strip() for text in overrides]
+    free = [f"simulation.{key}" for key in CLOCK]
+    problems += [f"--set {key}: of finished runs only {', '.join(free)} can be set" for key in given if key not in free]
+    if config is None or problems:
+        raise ConfigError("\n  ".join([f"--set: {len(problems)} problem(s)", *problems]))
+    return {key.partition(".")[2]: flatten(config.model_dump())[key] for key in given}
 
 
 def read_values(path: str | Path, chain: tuple[str, ...] = ()) -> dict[str, Any]:

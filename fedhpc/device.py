@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain, compress, islice
+from itertools import compress, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,7 @@ from fedhpc.federation import (
     Packs,
     batches_per_epoch,
     local_steps,
-    make_packs,
     population,
-    round_steps,
     sample_devices,
 )
 from fedhpc.local_update import (
@@ -46,7 +44,9 @@ from fedhpc.methods import make_method
 from fedhpc.metrics import confusion
 from fedhpc.models import Backbone
 from fedhpc.partition import Partition
+from fedhpc.rounds import plan_round
 from fedhpc.seeding import generator
+from fedhpc.simulation import Load
 from fedhpc.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.tuning import Tuning
 from fedhpc.updates import Fault, Vector, distance, fault_of
@@ -149,8 +149,8 @@ class Worker:
         return records[:, : messages.UPLOAD_HEADER_FLOATS]
 
     def _packs(self, command: Command) -> Packs:
-        steps = round_steps(self.config, self.partition, command.round)
-        return make_packs(self.config, command.round, steps, command.pack)
+        load = Load.of(self.tuning.exchanged(command.layers).size, self.method, self.encoding)
+        return plan_round(self.config, self.partition, command.round, load).packs(command.pack)
 
     def _terms(self, records: np.ndarray, command: Command, *, num_terms: int) -> Terms:
         """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
@@ -331,17 +331,21 @@ class Worker:
         personal = shared
         if self.unseen.local.size:
             personal = np.full_like(shared, ELSEWHERE)
-            of_device = self.partition.validation
-            shares = {d: np.intersect1d(of_device[d], chosen) for d in self.homes.devices_of(self.index)}
-            batches = {d: evaluation_batches(self.validation, own, size) for d, own in shares.items() if len(own)}
-            trained = batches.keys() & self.states.keys()
-            for device in trained:
-                self._predict(command, self.states[device], batches.pop(device), personal)
-            self._predict(command, self.unseen, chain.from_iterable(batches.values()), personal)
+            of_device, sampled = self.partition.validation, self._sampled_before(command.round)
+            for device in set(range(len(of_device))) - sampled:  # it has what the server has
+                personal[of_device[device]] = shared[of_device[device]]
+            for device in sampled.intersection(self.homes.devices_of(self.index)):
+                if len(own := np.intersect1d(of_device[device], chosen)):
+                    batches = evaluation_batches(self.validation, own, size)
+                    self._predict(command, self.states.get(device, self.unseen), batches, personal)
         record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
         for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
             record[name] = [np.count_nonzero(counts[examples]) for examples in self.partition.validation]
         return record
+
+    def _sampled_before(self, round_index: int) -> set[int]:
+        """Devices that may have a state of their own in round t."""
+        return {device for t in range(round_index) for device in sample_devices(self.config, t)}
 
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""

@@ -50,24 +50,22 @@ def population(config: Config, partition: Partition) -> Population:
     )
 
 
-def count_packs(config: Config, pack: int) -> int:
-    """Packs of a round."""
-    return max(1, config.federation.devices_per_round // pack)
+def count_packs(num_devices: int, pack: int) -> int:
+    """Packs of a round in which so many devices take part."""
+    return max(1, num_devices // pack) if num_devices else 0
 
 
-def make_packs(config: Config, round_index: int, steps: Sequence[int], pack: int) -> Packs:
-    """A round's devices in packs of at least ``pack``, with about the same number of steps in each.
+def make_packs(devices: Sequence[int], steps: Sequence[int], pack: int) -> Packs:
+    """Devices in packs of at least ``pack``, with about the same number of steps in each.
 
     The rule does not know the ranks: what is computed together must not depend on their number.
 
     Args:
-        config: the run's configuration.
-        round_index: t.
+        devices: that take part in the round.
         steps: K_i of every device.
         pack: N of `device.pack`.
     """
-    devices = sample_devices(config, round_index)
-    packs: Packs = [[] for _ in range(count_packs(config, pack))]
+    packs: Packs = [[] for _ in range(count_packs(len(devices), pack))]
     loads = [0] * len(packs)
     for device in sorted(devices, key=lambda device: (-steps[device], device)):
         lightest = loads.index(min(loads))
@@ -127,7 +125,7 @@ class Placement:
         usual = sum(known) / len(known) if known else 1.0
         costs = [sum(steps[d] * self._seconds_per_step.get(d, usual) for d in pack) for pack in packs]
         loads = [0.0] * self.homes.num_workers
-        bound = max(sum(costs) / len(loads), *costs)
+        bound = max([sum(costs) / len(loads), *costs])
         """No placement ends sooner."""
         workers = [0] * len(packs)
         for index in sorted(range(len(packs)), key=lambda index: -costs[index]):

@@ -202,7 +202,7 @@ def log_notices(job: Job, num_workers: int) -> None:
             job.config.federation.num_devices,
         )
     pack, sampled = job.config.device.pack, job.config.federation.devices_per_round
-    num_packs = 0 if pack == "auto" else count_packs(job.config, pack)
+    num_packs = 0 if pack == "auto" else count_packs(sampled, pack)
     if pack not in (1, "auto") and num_packs < min(num_workers, sampled):
         log.warning(
             "device.pack: %d makes %d pack(s) of a round's %d devices: %d of %d device ranks have nothing to train",

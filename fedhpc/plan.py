@@ -81,7 +81,7 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     config, method = job.config, _method(job)
     encoding = make_encoding(config, method)
     devices = config.federation.devices_per_round
-    packs = count_packs(config, _pack(job))
+    packs = count_packs(config.federation.devices_per_round, _pack(job))
     uploads, headers = devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize
     up = ("up, uploads", uploads, method.num_uploaded * encoding.dtype.itemsize / 4, headers)
     if encoding.num_sums:
@@ -115,7 +115,7 @@ def _memory(job: Job, ranks: int, total: int) -> Iterator[str]:
     per_layer = tokens * (ACTIVATION_FACTOR * shape.hidden_size + ATTENTION_FACTOR * shape.num_heads * longest) * scale
     kept_layers = 1 if config.model.gradient_checkpointing else shape.num_layers
     in_layers = sum(map(math.prod, job.tuning.per_layer.values()))
-    in_a_pack = -(-sampled // count_packs(config, _pack(job)))
+    in_a_pack = -(-sampled // count_packs(config.federation.devices_per_round, _pack(job)))
     device = {
         "program": PROCESS_BYTES,
         f"backbone, {config.model.dtype}": DTYPE_BYTES[config.model.dtype] * total,

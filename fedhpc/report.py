@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -79,9 +79,23 @@ def is_record(value: Any) -> bool:
         return False
     if (value["accuracy"] is None) != (value.get("accuracy_global") is None):
         return False
-    numbers = [value["accuracy"] or 0, value.get("accuracy_global") or 0, value.get("bytes"), value.get("loss", 0)]
+    numbers = [value["accuracy"] or 0, value.get("accuracy_global") or 0, value.get("bytes"), value.get("loss") or 0]
     numbers += [value["round"], value.get("steps", 0), *seconds.values(), *(share or 0 for share in devices)]
-    return all(isinstance(number, int | float) and abs(number) <= LARGEST_NUMBER for number in numbers)
+    return _are_numbers(numbers) and ("device_steps" not in value or _is_timed(value))
+
+
+def _is_timed(record: Mapping[str, Any]) -> bool:
+    """Whether a line can be computed with by a simulated clock."""
+    lists = [record.get(key) for key in ("devices", "device_steps", "device_bytes", "absent")]
+    devices, steps, sizes, absent = (found if isinstance(found, list) else [] for found in lists)
+    if len(devices) != len(steps) or len(sizes) != 2 or not all(isinstance(entry, dict) for entry in absent):
+        return False
+    numbers = [*devices, *steps, *sizes, *(entry.get("device") for entry in absent)]
+    return _are_numbers([*numbers, *(record.get("seconds", {}).get(key) for key in ("step", "server"))])
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and abs(value) <= LARGEST_NUMBER for value in values)
 
 
 def start_log(rank: int, size: int, host: str) -> None:
@@ -168,7 +182,8 @@ class Progress:
         """Show the round whose metrics these are."""
         done = record["round"] + 1
         self._note(record)
-        facts = {"accuracy": self.accuracy, "loss": f"{record['loss']:.3f}", "moved": human_bytes(self.bytes)}
+        loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
+        facts = {"accuracy": self.accuracy, "loss": loss, "moved": human_bytes(self.bytes)}
         if self.bar is not None:
             self.bar.set_postfix(facts, refresh=False)
             self.bar.update()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fedhpc import messages
 from fedhpc.checkpoint import Checkpoints
@@ -17,16 +17,16 @@ from fedhpc.encoding import make_encoding
 from fedhpc.errors import Halt, RanksLost
 from fedhpc.exact_sum import SumSize
 from fedhpc.exchange import Exchange
-from fedhpc.federation import Packs, Placement, make_packs, population, round_steps, sample_devices
+from fedhpc.federation import Placement, population, sample_devices
 from fedhpc.files import write_whole
 from fedhpc.job import Job
-from fedhpc.local_update import learning_rate
 from fedhpc.lock import RunLock
 from fedhpc.messages import Command, Op
-from fedhpc.methods import make_method
+from fedhpc.methods import ServerState, make_method
 from fedhpc.metrics import score
 from fedhpc.packing import choose_pack, largest_pack
 from fedhpc.report import Progress, RunFiles, human_bytes, log
+from fedhpc.rounds import WITHIN_LOCAL, Round, plan_round
 from fedhpc.saving import CheckpointWriter
 from fedhpc.selection import (
     SCORED,
@@ -38,6 +38,7 @@ from fedhpc.selection import (
     global_scores,
     undecided_layers,
 )
+from fedhpc.simulation import Load, round_seconds
 from fedhpc.soundness import check_finite, sift, warn_of_growth
 from fedhpc.state_file import RunState
 from fedhpc.trace import write_trace
@@ -110,18 +111,22 @@ class Server:
             if not state.selected and t == self.config.selection.warmup_rounds:
                 state = self.narrow(state)
             # 2. Sample devices, broadcast P^t, let them update locally, gather their P_i.
-            uploads, record = self.train(state, t)
-            # 3. Server update: P^{t+1}.
-            before, state = state, self.update(state, uploads, record)
-            if self.config.trace:
-                write_trace(
-                    Path(self.config.run_dir),
-                    t,
-                    self.tuning.exchanged(state.layers),
-                    broadcast=before.server.params,
-                    uploads=uploads,
-                    result=state.server.params,
-                )
+            this = self.next_round(state)
+            if this.present:
+                uploads, record = self.train(state, this)
+                # 3. Server update: P^{t+1}.
+                before, state = state, self.update(state, uploads, record)
+                if self.config.trace:
+                    write_trace(
+                        Path(self.config.run_dir),
+                        t,
+                        self.tuning.exchanged(state.layers),
+                        broadcast=before.server.params,
+                        uploads=uploads,
+                        result=state.server.params,
+                    )
+            else:
+                state = self.skip(state, this)
             # 4. Evaluate and checkpoint, when due; metrics.
             state = self.finish_round(state, progress)
         progress.close()
@@ -151,9 +156,10 @@ class Server:
             start = time.perf_counter()
             self.state = state = self.saving.save(state)
             seconds["checkpoint"] = time.perf_counter() - start
-        within_local = seconds["idle"] + seconds.get("slowest_device", 0.0)
-        seconds["round"] = sum(seconds.values()) - within_local
+        seconds["round"] = sum(value for name, value in seconds.items() if name not in WITHIN_LOCAL)
         record = {**record, "seconds": seconds}
+        if (simulated := round_seconds(config.simulation, config.seed, record)) is not None:
+            seconds["simulated"] = simulated
         self.files.append_metrics(record)
         progress.update(record)
         return state
@@ -205,10 +211,15 @@ class Server:
         """Tell every worker where a checkpoint left off."""
         self.saving.go_on_from(state)
         self._announce_layers(state)
-        t = state.server.round
-        _, workers = self.place(state)
+        this = self.next_round(state)
+        workers = self.placement.place(this.packs(state.pack), this.steps)
         command = Command(
-            op=Op.RESTORE, round=t, generation=state.part, layers=state.layers, pack=state.pack, workers=workers
+            op=Op.RESTORE,
+            round=this.index,
+            generation=state.part,
+            layers=state.layers,
+            pack=state.pack,
+            workers=workers,
         )
         self._command(command)
         return state
@@ -239,16 +250,15 @@ class Server:
         )
         return pack
 
-    def place(self, state: RunState) -> tuple[Packs, NDArray[np.int32]]:
-        """The packs of the round after the state's, and their workers."""
-        steps = round_steps(self.config, self.partition, state.server.round)
-        packs = make_packs(self.config, state.server.round, steps, state.pack)
-        return packs, self.placement.place(packs, steps)
+    def next_round(self, state: RunState) -> Round:
+        """The round after the state's."""
+        load = Load.of(state.server.params.size, self.method, self.encoding)
+        return plan_round(self.config, self.partition, state.server.round, load)
 
-    def train(self, state: RunState, t: int) -> tuple[RoundUploads, dict[str, Any]]:
+    def train(self, state: RunState, this: Round) -> tuple[RoundUploads, dict[str, Any]]:
         """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
-        devices = sample_devices(self.config, t)
-        packs, workers = self.place(state)
+        t, devices, packs = this.index, this.present, this.packs(state.pack)
+        workers = self.placement.place(packs, this.steps)
         counts = self._count(workers, [len(pack) for pack in packs])
         start, encoding = state.server.params, self.encoding
         sent = [state.server.vectors[name] for name in self.method.sends]
@@ -281,28 +291,35 @@ class Server:
             num_steps=headers["num_steps"],
             params=[] if encoding.num_sums else [encoding.decode(payloads[row][: start.size], start) for row in order],
             gradients=[payloads[row][start.size :] for row in order] if self.method.uploads_gradient else (),
-            device_learning_rate=learning_rate(self.config, t),
+            device_learning_rate=this.learning_rate,
             sums=self._sums(headers) if encoding.num_sums else None,
         )
-        slowest = float(headers["seconds"].max(initial=0.0))
-        seconds = {"local": local, "idle": local - float(np.mean(busy)), "slowest_device": slowest}
-        metrics = {
-            "round": t,
-            "devices": devices,
+        record = this.record()
+        record["seconds"] |= {
+            **traffic.seconds,  # of a round that was interrupted, as the bytes below, only the rest
+            "local": local,
+            "idle": local - float(np.mean(busy)),
+            "slowest_device": float(headers["seconds"].max(initial=0.0)),
+            "step": float(np.median(headers["seconds"] / headers["num_steps"])),
+        }
+        return uploads, record | {
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
             "loss": float(uploads.weights @ headers["loss"]),
-            "accuracy": None,
-            "accuracy_global": None,
-            "device_learning_rate": uploads.device_learning_rate,
-            "bytes": len(devices) * (payload.nbytes + start.size * self.method.num_uploaded * encoding.dtype.itemsize),
             "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up,
-            # Of a round that was interrupted, traffic knows only the rest.
-            "seconds": {**traffic.seconds, **seconds},
             "rejected": rejected,
         }
-        return uploads, metrics
+
+    def skip(self, state: RunState, this: Round) -> RunState:
+        """A round in which no device takes part: all stays as it was."""
+        self.state = state
+        if self.exchange.stop:
+            raise Halt
+        who = ", ".join(f"{device} {reason}" for device, reason in this.absent.items())
+        log.warning("round %d skipped, nobody takes part: %s", this.index, who)
+        record = this.record() | {"server_learning_rate": self._server_learning_rate(state.server)}
+        return replace(state, server=replace(state.server, round=this.index + 1), record=record, part=0)
 
     def _sums(self, headers: np.ndarray) -> Sums:
         """What came with the headers of the uploads in use."""
@@ -320,9 +337,12 @@ class Server:
         norms = (*state.update_norms, norm)
         warn_of_growth(self.config, norms, self.method.usual_growth)
         record["update_norm"] = norm
-        record["server_learning_rate"] = server.scalars.get("server_learning_rate", self.config.server.learning_rate)
+        record["server_learning_rate"] = self._server_learning_rate(server)
         record["seconds"]["server"] = time.perf_counter() - start
         return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
+
+    def _server_learning_rate(self, server: ServerState) -> float | None:
+        return server.scalars.get("server_learning_rate", self.config.server.learning_rate)
 
     def narrow(self, state: RunState) -> RunState:
         """End of the warm-up: the lossless ratio decides how many layers stay in the exchange."""

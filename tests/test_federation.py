@@ -31,7 +31,7 @@ def test_a_curriculum_begins_with_a_share_of_the_batches_and_ends_with_all():
 
 @pytest.mark.parametrize("pack", [1, 2, 3, 8, 19, 20, 30])
 def test_packs_hold_every_sampled_device_once_and_have_about_the_same_work(pack):
-    packs = make_packs(config(), 4, STEPS, pack)
+    packs = make_packs(sample_devices(config(), 4), STEPS, pack)
     assert sorted(device for each in packs for device in each) == sorted(sample_devices(config(), 4))
     assert len(packs) == max(1, 20 // pack)
     for each in packs:
@@ -52,9 +52,15 @@ def test_devices_batches_and_tensors_of_a_seed_stay_what_they_are():
     assert TUNING.initial(1)["prompts"].ravel()[:4] == pytest.approx(drawn, abs=1e-7)
 
 
-def test_packs_are_those_of_the_round_and_the_seed():
-    assert make_packs(config(), 4, STEPS, 4) == make_packs(config(), 4, STEPS, 4)
-    assert make_packs(config(), 4, STEPS, 4) != make_packs(config(), 5, STEPS, 4)
+def test_devices_are_those_of_the_round_and_the_seed():
+    assert sample_devices(config(), 4) == sample_devices(config(), 4)
+    assert sample_devices(config(), 4) != sample_devices(config(), 5)
+
+
+def test_no_pack_is_empty_where_devices_are_absent():
+    assert [len(pack) for pack in make_packs([3, 9, 1], STEPS, 2)] == [3]
+    assert make_packs([], STEPS, 2) == []
+    assert Placement(20, 3).place([], STEPS).tolist() == []
 
 
 def test_a_state_lives_where_its_device_was_last_trained():

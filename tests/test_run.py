@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metrics, run_dir, server_file
 
-from fedhpc import job
+from fedhpc import device, job
 from fedhpc.checkpoint import Checkpoints
 from fedhpc.checkpoint_files import CONTROL, LOCAL, Position, device_of, read_sums
 from fedhpc.config import RELEASED_STEPS, Config
@@ -94,6 +94,25 @@ def test_some_examples_are_evaluated_on_and_all_of_them_in_the_last_round(fedhpc
         assert metrics(some)[-1][key] == metrics(whole)[-1][key]
     for key in ("accuracy", "accuracy_global"):  # twelfths
         assert metrics(some)[0][key] * 12 == pytest.approx(round(metrics(some)[0][key] * 12))
+
+
+def test_nothing_is_evaluated_twice(fedhpc, run_config, monkeypatch):
+    predicted, class_scores = [], device.class_scores
+
+    def counting(backbone, tuning, tensors, split, batches):
+        for examples, scores in class_scores(backbone, tuning, tensors, split, batches):
+            predicted.extend(examples.tolist())
+            yield examples, scores
+
+    monkeypatch.setattr(device, "class_scores", counting)
+    config = run_config(federation__sample_rate=0.25, federation__rounds=1)
+    assert fedhpc("run", config)[0] == 0
+    (record,) = metrics(config)
+    validation = job.load_job(load_config(config)).partition.validation
+    own = [example for number in record["devices"] for example in validation[number].tolist()]
+    # All with the server's prompts, and once more what the three sampled devices have, with theirs.
+    assert sorted(predicted) == sorted([*range(48), *own])
+    assert record["evaluated"] == 48
 
 
 @pytest.mark.parametrize(

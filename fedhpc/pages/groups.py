@@ -177,11 +177,13 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, own, within=goal.budget)
     numbers["loss"] = final(run, "loss")
     reached = np.flatnonzero(run.column(own) >= (math.inf if goal.target is None else goal.target))
-    for name in ("rounds", "steps", "bytes", "seconds", "seconds_slowest_device"):
+    for name in ("rounds", "steps", "bytes", "seconds", "seconds_slowest_device", "seconds_simulated"):
         values: Floats = getattr(run, name)
         is_known = bool(values.any())  # a single process moves no bytes
         numbers[name] = float(values[-1]) if is_known else math.nan
         numbers[f"{name}_to_target"] = float(values[reached[0]]) if is_known and reached.size else math.nan
+    skipped = [len(record.get("absent") or ()) == len(record.get("devices") or (0,)) for record in run.records]
+    numbers["skipped_rounds"] = float(sum(skipped)) if any(skipped) else math.nan
     numbers |= _spread(run)
     for phase in PHASES:
         numbers[f"seconds_{phase}"] = float(np.nanmean(run.phase(phase))) if run.records else math.nan

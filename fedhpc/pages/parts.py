@@ -16,7 +16,13 @@ from fedhpc.pages.tables import Column, Summary, Table
 from fedhpc.pages.units import Quantity, unit_for
 
 PHASE_NAMES = {"local": "local work", "idle": "waiting for others"}
-AXES: dict[Quantity, str] = {"rounds": "rounds", "bytes": "bytes moved ({})", "seconds": "time ({})"}
+AXES = {
+    "rounds": "rounds",
+    "bytes": "bytes moved ({})",
+    "seconds": "time ({})",
+    "seconds_simulated": "simulated time ({})",
+}
+"""What a chart goes along."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +82,16 @@ def _charts(task: str, groups: Sequence[Group]) -> Iterator[tuple[str, Markup]]:
     """Title and drawing of every chart for which there is anything to draw."""
     metric = task_metrics(groups)[-1]
     words = tables.SCORE_KINDS.get(metric, metric)
-    views: list[tuple[str, str, Quantity]] = [
+    views = [
         (f"{words} by round", metric, "rounds"),
         (f"{words} by bytes moved", metric, "bytes"),
         (f"{words} by time", metric, "seconds"),
+        (f"{words} by simulated time", metric, "seconds_simulated"),
         (f"global {words} by round", metric + GLOBAL, "rounds"),
         ("training loss by round", "loss", "rounds"),
     ]
     if not _is_personal(groups, metric):
-        del views[3]
+        del views[4]
     for title, key, along in views:
         lines = [line for index, group in enumerate(groups) if (line := _series(index, group, key, along))]
         if lines:
@@ -103,7 +110,7 @@ def task_metrics(groups: Sequence[Group]) -> list[str]:
     return max((run.metrics for group in groups for run in group.runs), key=len)
 
 
-def _series(index: int, group: Group, key: str, along: Quantity) -> Series | None:
+def _series(index: int, group: Group, key: str, along: str) -> Series | None:
     """Means over the group's runs of what was recorded after the same rounds; the band is lowest to highest.
 
     Only rounds that all runs have, where there are such: others would let the line jump from one seed to another.
@@ -131,8 +138,9 @@ def _series(index: int, group: Group, key: str, along: Quantity) -> Series | Non
     )
 
 
-def _axis(along: Quantity, largest: float) -> Axis:
-    unit = unit_for(along, [largest])
+def _axis(along: str, largest: float) -> Axis:
+    quantities: dict[str, Quantity] = {"rounds": "rounds", "bytes": "bytes"}
+    unit = unit_for(quantities.get(along, "seconds"), [largest])
     return Axis(title=AXES[along].format(unit.name), unit=unit.size)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import h5py
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedhpc.checkpoint_files import CheckpointFiles
-from fedhpc.config import Config, flatten
-from fedhpc.errors import CheckpointError
+from fedhpc.config import Config, SimulationConfig, flatten
+from fedhpc.errors import CheckpointError, ReportError
 from fedhpc.identity import is_old_released
 from fedhpc.report import RunFiles
+from fedhpc.simulation import round_seconds
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 
 Floats = NDArray[np.float64]
@@ -50,6 +52,8 @@ class Run:
     path: Path
     config: Mapping[str, Any]
     """Dotted key -> value."""
+    simulation: SimulationConfig
+    """The clock of the simulated time."""
     records: Sequence[Record]
     """Lines of metrics.jsonl by ascending round."""
     is_cut: bool = False
@@ -127,6 +131,12 @@ class Run:
         return np.cumsum(np.nan_to_num(self.phase("slowest_device")))
 
     @cached_property
+    def seconds_simulated(self) -> Floats:
+        """Seconds of the rounds by the simulated clock up to the end of every record; 0 without one."""
+        seconds = [round_seconds(self.simulation, self.seed or 0, record) for record in self.records]
+        return np.cumsum([0.0 if None in seconds else value for value in seconds])
+
+    @cached_property
     def device_accuracy(self) -> Floats:
         """Of the devices that have examples to be evaluated on, at the latest evaluation; empty if unknown."""
         lists = [record["device_accuracy"] for record in self.records if record.get("device_accuracy")]
@@ -138,15 +148,23 @@ class Run:
         return CheckpointFiles(self.path).newest_readable(_layers)
 
 
-def read_run(path: Path, *, rounds: int | None = None, budget_bytes: float | None = None) -> Run:
+def read_run(
+    path: Path,
+    *,
+    rounds: int | None = None,
+    budget_bytes: float | None = None,
+    clock: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
     """One run directory.
 
     Args:
+        clock: keys of the simulation and their values, instead of the run's own.
         rounds: those that count, instead of all that were run for.
         budget_bytes: the run counts up to its last round within it.
 
     Raises:
         CheckpointError: it is none, or its configuration cannot be read.
+        ReportError: the run cannot have that clock.
     """
     files = RunFiles(path)
     if not files.config.is_file():
@@ -164,9 +182,27 @@ def read_run(path: Path, *, rounds: int | None = None, budget_bytes: float | Non
     if config.get("server.variant") == "released":
         saved = CheckpointFiles(path).newest_readable(lambda file: json.loads(file.attrs["config"]))
         config |= {"server.variant": "paper"} if saved is not None and is_old_released(saved) else {}
+    anew = {key: value for name, value in clock.items() if config.get(key := f"simulation.{name}") != value}
+    if anew and config.get("simulation.deadline_s") is not None:
+        raise ReportError(f"--set {next(iter(anew))}: the run in {path} went by a deadline; it keeps its clock")
+    config |= anew
     recorded = files.read_metrics()
     records = counted(recorded, rounds, budget_bytes)
-    return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))
+    return Run(
+        path=path,
+        config=config,
+        records=records,
+        simulation=_simulation(config),
+        is_cut=len(records) < len(counted(recorded, rounds, None)),
+    )
+
+
+def _simulation(config: Mapping[str, Any]) -> SimulationConfig:
+    keys = [key for key in config if key.startswith("simulation.")]
+    try:
+        return SimulationConfig.model_validate({key.partition(".")[2]: config[key] for key in keys})
+    except ValidationError:
+        return SimulationConfig()
 
 
 def counted(records: Sequence[Record], rounds: int | None, budget_bytes: float | None) -> Sequence[Record]:

@@ -194,6 +194,8 @@ COST = (
     Column(heading="bytes", key="bytes", quantity="bytes"),
     Column(heading="time", key="seconds", quantity="seconds"),
     Column(heading="time of slowest devices", key="seconds_slowest_device", quantity="seconds"),
+    Column(heading="simulated time", key="seconds_simulated", quantity="seconds"),
+    Column(heading="rounds skipped", key="skipped_rounds", quantity="rounds"),
 )
 TO_TARGET = (
     Column(heading="rounds", key="rounds_to_target", quantity="rounds", best="lowest"),
@@ -203,6 +205,7 @@ TO_TARGET = (
     Column(
         heading="time of slowest devices", key="seconds_slowest_device_to_target", quantity="seconds", best="lowest"
     ),
+    Column(heading="simulated time", key="seconds_simulated_to_target", quantity="seconds", best="lowest"),
 )
 SPREAD = (
     Column(heading="mean of devices", key="device_mean", quantity="score", best="highest"),

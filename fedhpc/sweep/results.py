@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedhpc.config import CLOCK
 from fedhpc.errors import ConfigError
 from fedhpc.files import check_folder, check_target, write_whole
 from fedhpc.pages import check_report_target, counted, read_run, write_report
 from fedhpc.report import RunFiles
+from fedhpc.simulation import round_seconds
 from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
 
 TABLE, REPORT = "results.csv", "report.html"
@@ -45,7 +47,12 @@ def write_tables(experiment: Experiment) -> list[Path]:
     table, report = experiment.out / TABLE, experiment.out / REPORT
     write_whole(table, text.getvalue().encode())
     begun = [
-        read_run(cell.run_dir, rounds=cell.config.federation.rounds, budget_bytes=experiment.budget_bytes)
+        read_run(
+            cell.run_dir,
+            rounds=cell.config.federation.rounds,
+            budget_bytes=experiment.budget_bytes,
+            clock={key: getattr(cell.config.simulation, key) for key in CLOCK},
+        )
         for cell in experiment.cells
         if RunFiles(cell.run_dir).rounds_recorded()
     ]
@@ -69,5 +76,7 @@ def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     moved = sum(record["bytes"] for record in rounds)
     seconds = round(sum(record.get("seconds", {}).get("round", 0.0) for record in rounds), 3)
     slowest = round(sum(record.get("seconds", {}).get("slowest_device", 0.0) for record in rounds), 3)
+    simulated = [round_seconds(cell.config.simulation, cell.config.seed, record) for record in rounds]
+    clock = None if None in simulated or not simulated else round(sum(filter(None, simulated)), 3)
     figures = (len(rounds), last.get("accuracy"), last.get("accuracy_global"), best_global, moved, seconds)
-    return dict(zip(FIGURES, (*figures, best, slowest), strict=True))
+    return dict(zip(FIGURES, (*figures, best, slowest, clock), strict=True))

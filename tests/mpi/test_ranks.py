@@ -70,6 +70,7 @@ MOVING = {
         "checkpoint__every": 4,
     },
     "sums": {"exchange__mode": "reduce", "trace": False, "federation__rounds": 5},
+    "absent devices": {"simulation": {"drop_out": 0.4}, "device__pack": 2, "federation__rounds": 5},
     "16 bits": {"exchange__dtype": "bfloat16", "device__pack": 2, "federation__rounds": 5},
 }
 ON_FIVE = {
