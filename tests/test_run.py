@@ -38,9 +38,9 @@ def device_files(config, kind, after_round=None):
 def steps_taken(config):
     """Device -> what its file says."""
     found = {}
-    for device, path in device_files(config, LOCAL).items():
+    for number, path in device_files(config, LOCAL).items():
         with h5py.File(path) as file:
-            found[device] = file.attrs["steps_taken"]
+            found[number] = file.attrs["steps_taken"]
     return found
 
 

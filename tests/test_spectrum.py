@@ -13,6 +13,7 @@ from backbones import (
 )
 from torch.nn import functional
 
+from fedhpc import spectrum
 from fedhpc.spectrum import (
     BatchLoss,
     density_ratio,
@@ -128,6 +129,22 @@ def test_density_agrees_with_an_independent_reading_of_its_description(name, spe
     values, weights = lanczos(lambda v: spectrum * v, rng.standard_normal(spectrum.size), steps=steps)
     found = density_ratio(values, weights)
     assert (found.ratio, found.mass) == pytest.approx(density_in_words(values, weights), abs=1e-6)
+
+
+@pytest.mark.parametrize("rate", [1e-12, 0.05], ids=["before training", "after training"])
+def test_density_agrees_on_the_hessian_of_a_run(fedhpc, run_config, monkeypatch, rate):
+    found = []
+
+    def noting(values, weights):
+        found.append((values, weights, density_ratio(values, weights)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(spectrum, "density_ratio", noting)
+    config = run_config(selection={"ratio": "auto", "warmup_rounds": 2}, device__learning_rate=rate)
+    assert fedhpc("run", config)[0] == 0
+    assert len(found) == 6  # the devices of a round
+    for values, weights, ratio in found[:2]:
+        assert (ratio.ratio, ratio.mass) == pytest.approx(density_in_words(values, weights), abs=1e-6)
 
 
 def test_density_begins_again_from_zero_with_half_the_step():
