@@ -1,6 +1,7 @@
 """`fedhpc report`: one page about any number of runs, and its tables as CSV and LaTeX."""
 
+from fedhpc.pages.groups import deviation_of_last
 from fedhpc.pages.page import check_report_target, write_report
 from fedhpc.pages.runs import Record, counted, read_run
 
-__all__ = ["Record", "check_report_target", "counted", "read_run", "write_report"]
+__all__ = ["Record", "check_report_target", "counted", "deviation_of_last", "read_run", "write_report"]

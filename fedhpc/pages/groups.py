@@ -173,6 +173,7 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     numbers = {key: final(run, key) for name in run.metrics for key in (name, name + GLOBAL)}
     numbers |= {f"best_{key}": _best(run.column(key)) for key in list(numbers)}
     evaluated = run.column(own + GLOBAL)
+    numbers["last_five_deviation"] = deviation_of_last(evaluated)
     numbers["best_round"] = run.rounds[np.nanargmax(evaluated)] if np.isfinite(evaluated).any() else math.nan
     numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, own, within=goal.budget)
     numbers["loss"] = final(run, "loss")
@@ -188,6 +189,12 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     for phase in PHASES:
         numbers[f"seconds_{phase}"] = float(np.nanmean(run.phase(phase))) if run.records else math.nan
     return numbers
+
+
+def deviation_of_last(values: Floats, count: int = 5) -> float:
+    """How far a metric's latest values, those that are known, lie apart; NaN where there are fewer."""
+    known = values[np.isfinite(values)][-count:]
+    return float(known.std(ddof=1)) if known.size == count else math.nan
 
 
 def _best(values: Floats) -> float:

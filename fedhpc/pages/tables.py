@@ -178,12 +178,18 @@ def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]
 
 
 def best_columns(metric: str) -> list[Column]:
-    """The best evaluation of the task's own metric, personalised and global, and when the global one was."""
+    """The best evaluation of the task's own metric, personalised and global, its round; how steady the last five are."""
     words = SCORE_KINDS.get(metric, metric)
     return [
         Column(heading=words, key=f"best_{metric}", quantity="score", best="highest"),
         Column(heading=f"{words}, global", key=f"best_{metric}_global", quantity="score", best="highest"),
         Column(heading="after round", key="best_round", quantity="rounds"),
+        Column(
+            heading=f"deviation of {words}, global, over the last five evaluations",
+            key="last_five_deviation",
+            quantity="score",
+            best="lowest",
+        ),
     ]
 
 

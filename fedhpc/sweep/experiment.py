@@ -24,7 +24,7 @@ Settings = dict[str, Any]
 """Dotted key -> value. The key `base` stands for the configuration file that the others change."""
 FIGURES = (
     *("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds"),
-    *("best_accuracy", "seconds_slowest_device", "seconds_simulated"),
+    *("best_accuracy", "seconds_slowest_device", "seconds_simulated", "deviation_last_five"),
 )
 """Columns of results.csv behind the axes."""
 LONGEST_NAME = 255 - len(".log")

@@ -2,14 +2,17 @@
 
 import csv
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedhpc.config import CLOCK
 from fedhpc.errors import ConfigError
 from fedhpc.files import check_folder, check_target, write_whole
-from fedhpc.pages import check_report_target, counted, read_run, write_report
+from fedhpc.pages import check_report_target, counted, deviation_of_last, read_run, write_report
 from fedhpc.report import RunFiles
 from fedhpc.simulation import round_seconds
 from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
@@ -79,4 +82,6 @@ def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     simulated = [round_seconds(cell.config.simulation, cell.config.seed, record) for record in rounds]
     clock = None if None in simulated or not simulated else round(sum(filter(None, simulated)), 3)
     figures = (len(rounds), last.get("accuracy"), last.get("accuracy_global"), best_global, moved, seconds)
-    return dict(zip(FIGURES, (*figures, best, slowest, clock), strict=True))
+    values = np.array([record["accuracy_global"] for record in evaluated])
+    deviation = None if math.isnan(spread := deviation_of_last(values)) else round(spread, 6)
+    return dict(zip(FIGURES, (*figures, best, slowest, clock, deviation), strict=True))
