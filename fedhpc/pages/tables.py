@@ -178,7 +178,7 @@ def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]
 
 
 def best_columns(metric: str) -> list[Column]:
-    """The best evaluation of the task's own metric, personalised and global, its round; how steady the last five are."""
+    """The best evaluation of the task's own metric, personalised and global; when that was; how steady the last are."""
     words = SCORE_KINDS.get(metric, metric)
     return [
         Column(heading=words, key=f"best_{metric}", quantity="score", best="highest"),
