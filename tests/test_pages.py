@@ -222,6 +222,20 @@ def test_the_best_round_stands_beside_the_last_and_the_papers_clock_beside_the_w
     assert row[heading.index("time of slowest devices (s)")] == "90.0 (1 of 2)"
 
 
+def test_configurations_are_compared_seed_by_seed(report, make_run):
+    best = [make_run(f"best{seed}", [value], seed=seed) for seed, value in ((1, 0.9), (2, 0.7), (3, 0.8))]
+    near = [
+        make_run(f"near{seed}", [value], seed=seed, server__method="fedprox")
+        for seed, value in ((1, 0.88), (2, 0.66), (3, 0.8), (4, 0.1))
+    ]
+    page = report(*best, *near, make_run("one", [0.5], server__method="scaffold"), rounds=2)
+    # Differences -0.02, -0.04, 0: mean -0.02, deviation 0.02; 7.84 (0.02 / 0.02)^2 seeds.
+    assert page.tables["difference to method=fedavg, seed by seed"] == [
+        ["configuration", "accuracy", "seeds", "seeds to tell them apart"],
+        ["method=fedprox", "-0.020 ± 0.020", "3", "8"],
+    ]
+
+
 def test_how_steady_a_run_is_at_its_end(report, make_run):
     heading, row = report(make_run("a", [0.9, 0.1, 0.2, 0.3, 0.4, 0.5], rounds=12)).tables["best round"]
     assert heading[-1] == "deviation of accuracy, global, over the last five evaluations"

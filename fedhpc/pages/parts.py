@@ -11,6 +11,7 @@ from fedhpc.pages import charts, tables
 from fedhpc.pages.charts import Axis, Series
 from fedhpc.pages.groups import Goal, Group, goal_of
 from fedhpc.pages.mix import class_mix, partition_setting
+from fedhpc.pages.paired import paired_table
 from fedhpc.pages.runs import GLOBAL, PHASES, Floats, Run
 from fedhpc.pages.tables import Column, Summary, Table
 from fedhpc.pages.units import Quantity, unit_for
@@ -151,9 +152,11 @@ def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
     notes = ["of all evaluations, each number by itself, as papers report it"]
     yield tables.group_table("best round", groups, summaries, tables.best_columns(metrics[-1]), notes=notes)
+    words = tables.SCORE_KINDS.get(metrics[-1], metrics[-1])
+    if paired := paired_table(groups, metrics[-1], words):
+        yield paired
     yield tables.group_table("cost of the whole run", groups, summaries, tables.COST)
     if goal.target is not None:
-        words = tables.SCORE_KINDS.get(metrics[-1], metrics[-1])
         title = f"cost to reach {words} {goal.target:.3f}"
         yield tables.group_table(
             title,
