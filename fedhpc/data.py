@@ -59,11 +59,18 @@ class Description:
     """Split -> examples, tokens, longest, class_counts."""
     files: dict[str, Any]
     """File name -> bytes, sha256."""
+    selected: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Which of the source's examples these are: limit_train, seed, validation; empty where that was not recorded."""
 
     @property
     def sha256(self) -> str:
-        """Checksum of all that the description says, the files' checksums included."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """Checksum of all that the description says of the data, the files' checksums included.
+
+        How the examples were selected is not: that older descriptions do not say.
+        """
+        content = dataclasses.asdict(self)
+        del content["selected"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of ``description.json``, its own checksum included."""
@@ -84,7 +91,7 @@ class Description:
             )
         stated = content.pop("sha256", None)
         types: dict[str, Any] = {item.name: get_origin(item.type) or item.type for item in dataclasses.fields(cls)}
-        wrong = sorted(content.keys() ^ types.keys())
+        wrong = sorted({"selected", *content} ^ types.keys())
         wrong += [key for key in types if key in content and not isinstance(content[key], types[key])]
         if wrong:
             raise DataError(f"{path}: missing, unknown or of the wrong type: {', '.join(wrong)}; {_PREPARE_AGAIN}")

@@ -1,35 +1,68 @@
-"""Turn a labelled text data set into prepared data: template applied, tokenised for one model.
-
-    python data_prep/prepare.py --task rte --source data/rte --model roberta-base --out prepared/rte-roberta
+"""Preparing data: a labelled text data set, its template applied, tokenised for one model.
 
 The source is a folder with the task's original files (TSV, unquoted, or JSON lines), a folder written by
 ``datasets.save_to_disk``, or a data set of the Hugging Face hub (``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION``).
 """
 
-import argparse
+import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from fedhpc.arguments import positive_number
-from fedhpc.console import run_command
 from fedhpc.data import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
 from fedhpc.errors import DataError, ModelError
 from fedhpc.seeding import generator
 from fedhpc.tables import Record, read_table
-from fedhpc.tasks import SPLITS, TASKS, Head, Kind, Task, load_task, template_fields
+from fedhpc.tasks import SPLITS, Head, Kind, Task, load_task, template_fields
 from fedhpc.texts import Texts, encode, text_fields
 from fedhpc.tokens import TextEncoder, check_known, find_word_ids
 from fedhpc.yaml_files import YAML_ERRORS, read_value
 
 PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
 PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to prepare, from what and for which model."""
+
+    task: str
+    """One of TASKS, or a task file."""
+    source: str
+    model: str
+    """Folder or hub name of the backbone."""
+    out: str
+    """The folder to write; an earlier prepared one is replaced."""
+    head: Head = "verbalizer"
+    max_length: int = 128
+    """Tokens of the longest example."""
+    limit_train: int | None = None
+    """So many random training examples."""
+    seed: int = 42
+    """For ``limit_train``."""
+    validation: str | None = None
+    """The source's split that devices are evaluated on; the task's own names unless given."""
+
+    @property
+    def selected(self) -> dict[str, Any]:
+        """Which of the source's examples are taken, as the description records it."""
+        return {
+            "limit_train": self.limit_train,
+            "seed": None if self.limit_train is None else self.seed,
+            "validation": self.validation,
+        }
+
+    def files(self, task: Task) -> dict[str, tuple[str, ...]]:
+        """Split -> file names to look for."""
+        own = {"validation": tuple(f"{self.validation}{end}" for end in (".tsv", ".jsonl"))} if self.validation else {}
+        return task.splits | own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +83,51 @@ class Backbone:
     vocabulary_size: int
 
 
-def read_source(task: Task, source: str) -> dict[str, Rows]:
-    """Read and check both splits of a source of any form; DataError for what cannot be read."""
+def read_source(task: Task, source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Rows]:
+    """Read and check both splits of a source of any form; DataError for what cannot be read.
+
+    Args:
+        files: split -> file names to look for.
+    """
+    found = find_source(source, files)
+    if found is None:
+        return _read_datasets(task, source, _load_datasets(str(Path(source).expanduser())), files)
+    return {split: _read_file(task, file) for split, file in found.items()}
+
+
+def find_source(source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Path] | None:
+    """The files of both splits; None where the datasets library has to read the source.
+
+    Raises:
+        DataError: there is no such folder and this is no hub's name, a split is missing, or there is no such library.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         refuse_pickle(path)
-        raise DataError(f"{path} is a file; give the folder that holds {_file_names(task)}")
-    if not path.is_dir() or any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _read_datasets(task, source, _load_datasets(str(path)))
-    return {split: _read_file(task, _find(path, task, split)) for split in SPLITS}
+        names = " and ".join(" or ".join(names) for names in files.values())
+        raise DataError(f"{path} is a file; give the folder that holds {names}")
+    is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if path.is_dir() and not is_saved:
+        return {split: _find(path, split, files[split]) for split in SPLITS}
+    is_path = "/" in source and Path(source.partition("/")[0]).is_dir()
+    if not path.is_dir() and (is_path or not HUB_ID.fullmatch(source)):
+        raise DataError(
+            f"{source!r}: there is no folder {path.absolute()}, and a data set of the hub is named OWNER/NAME or "
+            "OWNER/NAME:CONFIGURATION"
+        )
+    if find_spec("datasets") is None:
+        found = "a folder of save_to_disk; to read it" if path.is_dir() else "no folder; to ask the hub for it"
+        raise DataError(f"{source!r} is {found}, install the datasets library: pip install -e '.[data]'")
+    return None
 
 
-def _file_names(task: Task) -> str:
-    return " and ".join(" or ".join(names) for names in task.splits.values())
-
-
-def _find(folder: Path, task: Task, split: str) -> Path:
-    for name in task.splits[split]:
+def _find(folder: Path, split: str, names: Sequence[str]) -> Path:
+    for name in names:
         if (folder / name).is_file():
             return folder / name
     for file in filter(Path.is_file, sorted(folder.iterdir())):
         refuse_pickle(file)
-    raise DataError(f"{folder} has no {split} split: looked for {', '.join(task.splits[split])}")
+    raise DataError(f"{folder} has no {split} split: looked for {', '.join(names)}")
 
 
 def refuse_pickle(file: Path) -> None:
@@ -92,16 +148,13 @@ def _read_file(task: Task, file: Path) -> Rows:
 
 
 def _load_datasets(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        found = "a folder of save_to_disk; to read it" if Path(source).is_dir() else "no folder; to ask the hub for it"
-        raise DataError(f"{source!r} is {found}, install the datasets library: pip install -e '.[data]'") from error
     name, _, configuration = source.partition(":")
     family, _, member = name.partition("/")
     if family in ("glue", "super_glue"):
         name, configuration = family, member or configuration
     try:
+        import datasets
+
         if Path(source).is_dir():
             return datasets.load_from_disk(source)
         return datasets.load_dataset(name, configuration or None)
@@ -114,12 +167,12 @@ def _load_datasets(source: str) -> Any:
         ) from error
 
 
-def _read_datasets(task: Task, source: str, dataset: Any) -> dict[str, Rows]:
+def _read_datasets(task: Task, source: str, dataset: Any, files: Mapping[str, Sequence[str]]) -> dict[str, Rows]:
     if not isinstance(dataset, dict):
         raise DataError(f"{source} is a single split; save a DatasetDict with train and validation")
     rows = {}
     for split in SPLITS:
-        names = dict.fromkeys(name.split(".")[0] for name in task.splits[split])
+        names = dict.fromkeys(name.split(".")[0] for name in files[split])
         found = next((name for name in names if name in dataset), None)
         if found is None:
             raise DataError(f"{source} has no {split} split: looked for {', '.join(names)}, has {', '.join(dataset)}")
@@ -239,49 +292,54 @@ def tokenise(rows: Rows, encoder: TextEncoder, vocabulary_size: int, pad_id: int
     return Split.of(encoded, rows.labels, pad_id=pad_id), num_shortened
 
 
-def prepare(arguments: argparse.Namespace) -> str:
+def prepare(recipe: Recipe) -> str:
     """Do all of it; returns the closing summary."""
-    check_writable(arguments.out)
-    task = load_task(arguments.task)
-    backbone = load_backbone(arguments.model)
-    head: Head = arguments.head
-    template = task.template(kind=backbone.kind, head=head)
+    check_writable(recipe.out)
+    task, backbone = load_task(recipe.task), load_backbone(recipe.model)
+    facts = description_of(recipe, task, backbone)
+    template, tokenizer = facts["template"], backbone.tokenizer
+    source = read_source(task, recipe.source, recipe.files(task))
+    for rows in source.values():
+        rows.texts.check_blank(template_fields(template))
+    source["train"] = limit(source["train"], recipe.limit_train, recipe.seed)
+
+    encoder = TextEncoder(template, tokenizer, kind=backbone.kind, max_length=recipe.max_length)
+    size, pad_id = backbone.vocabulary_size, facts["pad_id"]
+    encoded = {name: tokenise(rows, encoder, size, pad_id, name) for name, rows in source.items()}
+    description = write_prepared(recipe.out, facts, {name: split for name, (split, _) in encoded.items()})
+    return summary(description, encoded, recipe.out)
+
+
+def description_of(recipe: Recipe, task: Task, backbone: Backbone) -> dict[str, Any]:
+    """What the prepared data's description says that does not follow from the source.
+
+    Raises:
+        UserError: the task cannot be put to this model.
+    """
+    template = task.template(kind=backbone.kind, head=recipe.head)
     word_ids: list[list[int]] = [[] for _ in task.classes]
-    if head == "verbalizer":
+    if recipe.head == "verbalizer":
         if not backbone.can_score_words:
-            raise ModelError(f"model {arguments.model!r} has no language-model head to score words; use --head linear")
+            raise ModelError(f"model {recipe.model!r} has no language-model head to score words; use --head linear")
         word_ids = find_word_ids(list(task.classes.values()), template, backbone.tokenizer, kind=backbone.kind)
         for word, ids in zip(task.classes.values(), word_ids, strict=True):
             check_known(f"class word {word!r}", ids, backbone.tokenizer, backbone.vocabulary_size)
-    source = read_source(task, arguments.source)
-    for rows in source.values():
-        rows.texts.check_blank(template_fields(template))
-    source["train"] = limit(source["train"], arguments.limit_train, arguments.seed)
-
-    encoder = TextEncoder(template, backbone.tokenizer, kind=backbone.kind, max_length=arguments.max_length)
-    tokenizer = backbone.tokenizer
-    usual = (tokenizer.pad_token_id, tokenizer.eos_token_id)  # a model may know neither
-    pad_id = next((i for i in usual if i is not None and i < backbone.vocabulary_size), 0)
-    encoded = {name: tokenise(rows, encoder, backbone.vocabulary_size, pad_id, name) for name, rows in source.items()}
-    description = write_prepared(
-        arguments.out,
-        {
-            "task": task.name,
-            "head": head,
-            "kind": backbone.kind,
-            "model": arguments.model,
-            "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
-            "pad_id": pad_id,
-            "max_length": arguments.max_length,
-            "template": template,
-            "class_names": list(task.classes),
-            "class_words": list(task.classes.values()),
-            "word_ids": word_ids,
-            "metric": task.metric,
-        },
-        {name: split for name, (split, _) in encoded.items()},
-    )
-    return summary(description, encoded, arguments.out)
+    usual = (backbone.tokenizer.pad_token_id, backbone.tokenizer.eos_token_id)  # a model may know neither
+    return {
+        "task": task.name,
+        "head": recipe.head,
+        "kind": backbone.kind,
+        "model": recipe.model,
+        "tokenizer_sha256": tokenizer_fingerprint(backbone.tokenizer),
+        "pad_id": next((i for i in usual if i is not None and i < backbone.vocabulary_size), 0),
+        "max_length": recipe.max_length,
+        "template": template,
+        "class_names": list(task.classes),
+        "class_words": list(task.classes.values()),
+        "word_ids": word_ids,
+        "metric": task.metric,
+        "selected": recipe.selected,
+    }
 
 
 def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], out: str) -> str:
@@ -319,28 +377,3 @@ def _setting(key: str, value: str) -> str:
         shown = value.replace("\\", r"\\").replace('"', r"\"")
         value = '"' + "".join(c if c.isprintable() else rf"\U{ord(c):08x}" for c in shown) + '"'
     return shlex.quote(f"{key}={value}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Prepare a labelled text data set for fedhpc.")
-    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, or a task file (YAML)")
-    parser.add_argument("--source", required=True, help="folder of original files or from save_to_disk, or hub id")
-    parser.add_argument("--model", required=True, help="folder or hub name of the backbone")
-    parser.add_argument("--out", required=True, help="directory to write; an earlier prepared one is replaced")
-    parser.add_argument("--head", choices=("verbalizer", "linear"), default="verbalizer")
-    parser.add_argument(
-        "--max-length", type=positive_number, default=128, help="longest example in tokens (%(default)s)"
-    )
-    parser.add_argument("--limit-train", type=positive_number, help="take so many random training examples")
-    parser.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
-
-    def command() -> int:
-        print(prepare(parser.parse_args(argv)))
-        return 0
-
-    return run_command(command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

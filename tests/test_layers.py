@@ -13,7 +13,7 @@ FLOORS = [
     {"data", "tasks", "partition", "metrics", "updates"},
     {"methods", "messages", "answers", "attention", "exact_sum", "overlay", "tokens", "limits"},
     {"models", "encoding", "packing", "federation", "texts"},
-    {"structure", "simulation"},
+    {"structure", "simulation", "preparing"},
     {"tuning", "selection"},
     {"step_rules", "curriculum", "sensitivity"},
     {"local_update", "evaluate", "spectrum"},

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import architectures
 import pytest
-import tiny
 import torch
 from backbones import (
     DECODERS,
@@ -53,7 +52,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from fedhpc import pretrained
+from fedhpc import preparing, pretrained
 from fedhpc.config import ModelConfig
 from fedhpc.errors import ModelError
 from fedhpc.last_layer import LastLayer
@@ -586,7 +585,7 @@ def test_all_relatives_of_roberta_count_positions_as_it_does(tmp_path, model_cla
 )
 def test_prepare_tells_models_that_predict_words_from_others(config_class, architecture, has_head):
     config = config_class(architectures=[architecture])
-    assert tiny.load_script("prepare").model_kind(config) == ("encoder", has_head)
+    assert preparing.model_kind(config) == ("encoder", has_head)
 
 
 def test_encoder_decoders_are_refused(tmp_path):

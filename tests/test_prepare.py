@@ -12,7 +12,9 @@ from test_tasks import bert_like, gpt_like, llama_like
 from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
+from fedhpc import preparing
 from fedhpc.data import PreparedData, tokenizer_fingerprint
+from fedhpc.tasks import TASKS
 from fedhpc.yaml_files import read_value
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +125,7 @@ def test_pair_task_for_a_decoder(tmp_path, gpt):
 )
 def test_original_files(tmp_path, task, table, expected):
     words = bert_like()
-    words.add_tokens([word for name in ("cola", "trec") for word in prepare.TASKS[name].classes.values()])
+    words.add_tokens([word for name in ("cola", "trec") for word in TASKS[name].classes.values()])
     model = save_model(tmp_path / "model", words, BertConfig(vocab_size=100), "BertForMaskedLM")
     data = run(tmp_path, task, write(tmp_path / "source", train_tsv=table, dev_tsv=table), model)
     found = zip(texts(data), data.split("train").labels.tolist(), strict=True)
@@ -418,7 +420,7 @@ def test_unlabelled_hub_split_and_missing_connection(tmp_path, bert, capsys, hub
 def test_kind_of_model(make_config, architecture, expected):
     config = make_config()
     config.architectures = architecture and [architecture]
-    assert prepare.model_kind(config) == expected
+    assert preparing.model_kind(config) == expected
 
 
 def test_models_that_cannot_be_used(tmp_path, bert, capsys):
@@ -511,3 +513,41 @@ def test_preview_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(preview.DataError, match=r"pip install -e '\.\[plot\]'"):
         preview.draw(str(tmp_path / "p.png"), "", ["a", "b"], np.ones((2, 2), int))
+
+
+def test_which_examples_were_taken_is_recorded_beside_the_checksum(tmp_path, bert):
+    source = write(tmp_path / "source", train_tsv=SST2, dev_tsv=SST2)
+    whole = run(tmp_path, "sst-2", source, bert).description
+    assert whole.selected == {"limit_train": None, "seed": None, "validation": None}
+    assert run(tmp_path, "sst-2", source, bert, "--limit-train", "1").description.selected["seed"] == 42
+    path = tmp_path / "out/description.json"
+    run(tmp_path, "sst-2", source, bert)
+    older = json.loads(path.read_text())
+    del older["selected"]
+    path.write_text(json.dumps(older))
+    description = PreparedData.open(tmp_path / "out", verify=True).description
+    assert description.selected == {}
+    assert description.sha256 == whole.sha256
+
+
+def test_devices_may_be_evaluated_on_another_split(tmp_path, bert, capsys, hub):
+    test = "sentence\tlabel\nof the test\t1\n"
+    source = write(tmp_path / "source", train_tsv=SST2, dev_tsv=SST2, test_tsv=test)
+    assert len(run(tmp_path, "sst-2", source, bert).split("validation")) == 2
+    data = run(tmp_path, "sst-2", source, bert, "--validation", "test")
+    assert len(data.split("validation")) == 1
+    assert data.description.selected["validation"] == "test"
+    message = fails(capsys, tmp_path, "sst-2", source, bert, "--validation", "trial")
+    assert "has no validation split: looked for trial.tsv, trial.jsonl" in message
+    hub.answer = hub.data_set({"sentence": ["a", "b"], "label": [1, 0]}, ["negative", "positive"])
+    hub.answer["test"] = hub.answer.pop("validation").select([0])
+    assert len(run(tmp_path, "sst-2", "owner/name", bert, "--validation", "test").split("validation")) == 1
+
+
+def test_a_path_that_leads_nowhere_is_no_name_of_the_hub(tmp_path, bert, capsys, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for source in ("data/rte", "./rte", "../rte", str(tmp_path / "rte"), "a/b/c"):
+        message = fails(capsys, tmp_path, "rte", source, bert)
+        assert f"{source!r}: there is no folder {tmp_path}" in message
+        assert "a data set of the hub is named OWNER/NAME or OWNER/NAME:CONFIGURATION" in message
