@@ -116,8 +116,11 @@ def _sweep(commands: Any) -> None:
         epilog=SWEEP_EPILOG,
     )
     command.add_argument("experiment", metavar="EXPERIMENT", type=Path, help="the experiment's YAML file")
-    _add_set(command, "override a key of every cell; repeatable")
-    command.add_argument("--out", metavar="DIR", help="instead of the file's out:")
+    _add_set(command, "override a key of every cell, or of the file's prepare:; repeatable")
+    command.add_argument("--out", metavar="DIR", help="instead of the file's out:; needed experiments go to DIR/needs")
+    command.add_argument(
+        "--sources", metavar="DIR", help="prepare each task from DIR/TASK instead of the file's source:"
+    )
     command.add_argument(
         "--launch", metavar="COMMAND", help="what starts a cell's ranks, as 'mpirun -np 3'; one process unless given"
     )

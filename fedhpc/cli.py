@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -195,37 +194,40 @@ def predict(arguments: argparse.Namespace) -> int:
 def sweep(arguments: argparse.Namespace) -> int:
     """`fedhpc sweep`: the runs of an experiment."""
     from fedhpc.sweep.experiment import load_experiment
-    from fedhpc.sweep.job_array import array_command, submit, task_arguments
-    from fedhpc.sweep.local import cell_list, check_launch, conclude, failed_cells, run_here
-    from fedhpc.sweep.results import check_out
-    from fedhpc.sweep.standing import check_run_dirs
+    from fedhpc.sweep.job_array import task_arguments
 
     experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
     if arguments.cell is not None:
         show(task_arguments(experiment, arguments.cell, arguments.expect), exactly=True)
         return 0
-    check_out(experiment)
-    check_run_dirs(experiment)
-    if arguments.submit:
-        options = [part for text in arguments.set for part in ("--set", text)]
-        options += ["--out", arguments.out] if arguments.out else []
-        command = array_command(experiment, arguments.experiment, options, arguments.submit, arguments.jobs)
-        show(shlex.join(command) if command else "all cells are done")
-        return 0 if arguments.dry_run or not command else submit(command)
-    if arguments.report:
-        return conclude(experiment, failed_cells(experiment))
-    launch = experiment.launch if arguments.launch is None else arguments.launch
-    check_launch(launch)
-    if arguments.dry_run:
-        show(cell_list(experiment))
+    with quick_start():
+        from fedhpc.sweep.local import LocalSweep, check_launch, conclude, failed_cells, find_work, overview
+        from fedhpc.sweep.results import check_out
+        from fedhpc.sweep.standing import check_run_dirs
+
+        launches = [arguments.launch if arguments.launch is not None else one.launch for one in experiment.family]
+        for one in experiment.family:
+            check_out(one)
+            check_run_dirs(one)
+        if arguments.report:
+            return conclude(experiment, failed_cells(experiment))
+        for launch in () if arguments.submit else launches:
+            check_launch(launch)
+        work = find_work(experiment, arguments.sources)
+    if arguments.dry_run and not arguments.submit:
+        show(overview(work))
         return 0
+    local = LocalSweep(work, launch=arguments.launch, at_once=arguments.jobs, run=main)
+    if arguments.submit:
+        return local.submit(arguments.submit, dry_run=arguments.dry_run)
 
     def load_libraries() -> None:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs that cells can be forked after
-        with quick_start():
-            from fedhpc import device, job, server  # noqa: F401
+        if None in launches:
+            with quick_start():
+                from fedhpc import device, job, server  # noqa: F401
 
-    return run_here(experiment, launch=launch, at_once=arguments.jobs or 1, run=main, prepare=load_libraries)
+    return local.run(load_libraries)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
     """The configuration, or all that is wrong with it, one line each; the overrides change `values`, too."""
-    problems = [problem for text in overrides if (problem := _apply_override(values, text))]
+    problems = [problem for text in overrides if (problem := apply_override(values, text))]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -99,7 +99,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(values: dict[str, Any], text: str) -> str | None:
+def apply_override(values: dict[str, Any], text: str) -> str | None:
+    """Change a file's values as `key.sub=value` says; what is wrong with that, if anything is."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         return f"--set {text}: must have the form key.sub=value"

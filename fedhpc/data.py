@@ -9,9 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 
 from fedhpc.errors import DataError
-from fedhpc.files import check_folder, fsync, naming
+from fedhpc.files import check_folder, naming, replacing
 
 FORMAT = "fedhpc-prepared"
 VERSION = 1
@@ -271,7 +269,7 @@ def write_prepared(path: str | Path, description_fields: Mapping[str, Any], spli
     """
     path = Path(path)
     check_writable(path)
-    with _replacing(path) as folder:
+    with replacing(path) as folder:
         files = {}
         for name, split in splits.items():
             for part, dtype in _DTYPES.items():
@@ -301,28 +299,6 @@ def _write(file: Path, fill: Callable[[Any], Any]) -> None:
         fill(stream)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of ``path`` once the block has ended without an error."""
-    path = Path(os.path.realpath(path))
-    new, old = (path.parent / f".{path.name}.{os.getpid()}.{role}" for role in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
-        yield new
-        fsync(new)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        fsync(path.parent)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

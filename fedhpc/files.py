@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,6 +61,28 @@ def write_whole(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new directory that takes the place of ``path`` once the block has ended without an error."""
+    path = Path(os.path.realpath(path))
+    new, old = (path.parent / f".{path.name}.{os.getpid()}.{role}" for role in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        yield new
+        fsync(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        fsync(path.parent)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_target(path: Path, data: bytes) -> None:

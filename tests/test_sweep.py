@@ -23,6 +23,7 @@ from fedhpc.sweep.experiment import load_experiment
 from fedhpc.sweep.results import results
 from fedhpc.sweep.runner import Runner
 from fedhpc.sweep.standing import CellLog, standing
+from fedhpc.sweep.stops import Stops
 
 GRID = {
     "server.method": ["fedavg", "fedpeptao"],
@@ -216,14 +217,20 @@ def test_a_stop_while_a_cell_is_being_started_reaches_it(write):
     """Python's handler runs although the main thread has blocked the signal: another thread has taken it."""
     experiment = load_experiment(write({"federation.rounds": [200]}))
     experiment.make_folder()
-    runner = Runner(experiment, "env", None, lambda text: runner._pass_on(signal.SIGTERM, None))
-    runner.run(experiment.cells, 1)
-    assert runner.stopped
+    stops = Stops()
+    Runner(experiment, "env", None, lambda text: stops.pass_on(signal.SIGTERM, None), stops).run(experiment.cells, 1)
+    assert stops.requested
     assert not standing(experiment, experiment.cells[0]).done
 
 
 def test_failed_cells_are_reported_and_do_not_stop_the_others(write):
-    grid = {"cell": {"misled": {"data.path": "nowhere"}, "slain": {"federation.rounds": 10000}, "sound": {}}}
+    grid = {
+        "cell": {
+            "misled": {"selection": {"strategy": "explicit", "layers": [9]}},
+            "slain": {"federation.rounds": 10000},
+            "sound": {},
+        }
+    }
     path = write(grid)
     slain = load_experiment(path).cells[1].run_dir
     process = start(path)
@@ -233,7 +240,7 @@ def test_failed_cells_are_reported_and_do_not_stop_the_others(write):
     assert status == 1
     report = out[out.index("FAILED") :]
     assert "FAILED: cell=misled: failed with exit status 2, not begun\n    fedhpc: error: " in report
-    assert "nowhere is no " in report
+    assert "selection.layers" in report
     assert "FAILED: cell=slain: failed with exit status 137, round" in report
     assert "cell=sound" not in report
     assert [state.done for state in states(path)] == [False, False, True]
@@ -422,7 +429,7 @@ PROBLEMS = {
         ["grid.rounds: is a column of results.csv already; choose another name"],
     ),
     "nothing left": ({"exclude": [{"seed": [1, 2, 3]}]}, ["exclude: leaves no cell of the grid"]),
-    "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, set, grid, exclude"]),
+    "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, prepare, needs, set, grid, exclude, "]),
     "no axis": ({"grid": {}}, ["grid: "]),
     "no list": (
         {"grid": {"seed": 1}},

@@ -7,21 +7,26 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
-
-from fedhpc.config import Config, PathName, PositiveFloat, Probability, Section, flatten
-from fedhpc.config_file import KEYS, check_values, read_values, read_yaml, suggestion
+from fedhpc.config import Config, flatten
+from fedhpc.config_file import KEYS, check_values, read_values, suggestion
 from fedhpc.errors import ConfigError
+from fedhpc.sweep.experiment_file import (
+    PREPARE,
+    ExperimentFile,
+    Preparation,
+    Settings,
+    entry_of,
+    key_of,
+    read_experiment,
+    refusal,
+)
 
-Settings = dict[str, Any]
-"""Dotted key -> value. The key `base` stands for the configuration file that the others change."""
 FIGURES = (
     *("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds"),
     *("best_accuracy", "seconds_slowest_device", "seconds_simulated", "deviation_last_five"),
@@ -31,36 +36,11 @@ LONGEST_NAME = 255 - len(".log")
 """Bytes of a cell's name: a folder and a log have it."""
 DIGITS = 12
 """Of a digest."""
+EXPORT = "peft"
+NEEDED = "needs"
+"""In `--out`: the folder of the experiments that this one needs."""
 CELLS_NAMED = 4
 """So many cells are named beside a problem that several have."""
-
-
-class ExperimentFile(Section):
-    """What stands in the file."""
-
-    base: str | None = None
-    """The configuration that all cells start from, relative to this file; an axis may choose it instead."""
-    out: PathName
-    """A folder: each cell has its run directory in it."""
-    settings: Annotated[Settings, Field(alias="set", default_factory=dict)]
-    """For all cells; the grid comes after it."""
-    grid: Annotated[
-        dict[
-            str,
-            Annotated[list[Any], Field(min_length=1)]
-            | Annotated[dict[str | int | float, Settings | None], Field(min_length=1)],
-        ],
-        Field(min_length=1),
-    ]
-    """Axis -> values of the key of that name, or names for several keys at once."""
-    exclude: Annotated[list[Settings], Field(default_factory=list)]
-    """Cells that have all values of an entry are left out."""
-    launch: str | None = None
-    """What starts the ranks of a cell; one process unless given."""
-    target: Probability | None = None
-    """The accuracy whose cost the report compares."""
-    budget_bytes: PositiveFloat | None = None
-    """Where the tables cut each cell's curve: at the last round until which no more bytes were moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +60,11 @@ class Cell:
         return Path(self.config.run_dir)
 
     @property
+    def export(self) -> Path:
+        """Where its prompts are exported to, for the cells of an experiment that needs it."""
+        return self.run_dir / EXPORT
+
+    @property
     def arguments(self) -> list[str]:
         """What `fedhpc run` is given."""
         return [str(self.config_file), *(part for override in self.overrides for part in ("--set", override))]
@@ -89,12 +74,24 @@ class Cell:
 class Experiment:
     """A grid, expanded and validated."""
 
+    path: Path
+    """Of the file."""
+    options: tuple[str, ...]
+    """Of the command line that made these cells of it."""
     out: Path
     axes: tuple[str, ...]
     cells: tuple[Cell, ...]
+    prepare: Mapping[str, Preparation]
+    needs: tuple["Experiment", ...]
     launch: str | None
     target: float | None
     budget_bytes: float | None
+    reference: Path | None
+
+    @property
+    def family(self) -> tuple["Experiment", ...]:
+        """The experiments that this one needs, and itself."""
+        return (*self.needs, self)
 
     def make_folder(self) -> None:
         """Make `out`.
@@ -115,37 +112,63 @@ class Experiment:
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = (), out: str | None = None) -> Experiment:
-    """Read an experiment file, expand its grid and validate every cell.
+    """Read an experiment file and those that it needs, expand its grid and validate every cell.
 
     Args:
-        overrides: `key.sub=value`, for every cell.
+        overrides: `key.sub=value`, for every cell; of `prepare.`, for the experiment.
         out: instead of the file's.
 
     Raises:
         ConfigError: with all that is wrong in any cell.
     """
-    values = read_yaml(path)
-    if not {"out", "grid"} & values.keys():
-        raise ConfigError(
-            f"{path}: is no experiment: it has neither grid: nor out:; configurations are for `fedhpc run`"
-        )
-    try:
-        file = ExperimentFile.model_validate(values if out is None else {**values, "out": out})
-    except ValidationError as error:
-        raise _refusal(path, list(dict.fromkeys(_describe(details, values) for details in error.errors()))) from None
+    file, moved = read_experiment(path, overrides, out)
     axes = {name: _axis(name, given) for name, given in file.grid.items()}
-    if problems := [*_axis_problems(file, axes), *_key_problems(file, axes, overrides)]:
-        raise _refusal(path, problems)
-    if not (cells := tuple(_cells(path, file, axes, overrides))):
-        raise _refusal(path, ["exclude: leaves no cell of the grid"])
+    needs = []
+    for name in file.needs:
+        needed, exports = _load_needed(Path(os.path.normpath(path.parent / name)), overrides, out)
+        needs.append(needed)
+        moved |= exports
+    own = [text for text in overrides if entry_of(text) is None]
+    if problems := [
+        *_axis_problems(file, axes),
+        *_key_problems(file, axes, own),
+        *_prepare_problems(file, needs, overrides),
+    ]:
+        raise refusal(path, problems)
+    if not (cells := tuple(_cells(path, file, axes, own, moved))):
+        raise refusal(path, ["exclude: leaves no cell of the grid"])
     return Experiment(
+        path=path,
+        options=(*(part for text in overrides for part in ("--set", text)), *(("--out", out) if out else ())),
         out=Path(file.out),
         axes=tuple(axes),
         cells=cells,
+        prepare=file.prepare,
+        needs=tuple(needs),
         launch=file.launch,
         target=file.target,
         budget_bytes=file.budget_bytes,
+        reference=None if file.reference is None else Path(os.path.normpath(path.parent / file.reference)),
     )
+
+
+def _load_needed(path: Path, overrides: Sequence[str], out: str | None) -> tuple[Experiment, dict[str, str]]:
+    """An experiment that another needs, and where its exports are: folder by its own `out` -> folder.
+
+    The other's overrides count for what this one's grid does not vary, and for data that this one prepares, too.
+    """
+    file, _ = read_experiment(path, overrides, None)
+    if file.needs:
+        raise ConfigError(f"{path}: needs: is itself needed by another experiment, which has to name them all")
+    varied = set().union(*(_keys(_axis(name, given)) for name, given in file.grid.items()))
+    passed = [
+        text
+        for text in overrides
+        if (entry_of(text) in file.prepare if entry_of(text) is not None else not _overlaps(key_of(text), varied))
+    ]
+    needed = load_experiment(path, passed, out and f"{out}/{NEEDED}/{path.stem}")
+    places = {f"{file.out}/{cell.name}/{EXPORT}": str(cell.export) for cell in needed.cells}
+    return needed, {os.path.normpath(old): new for old, new in places.items()} if out else {}
 
 
 Axis = list[tuple[str, Settings]]
@@ -186,8 +209,8 @@ def _axis_problems(file: ExperimentFile, axes: Mapping[str, Axis]) -> Iterator[s
 
 def _key_problems(file: ExperimentFile, axes: Mapping[str, Axis], overrides: Sequence[str]) -> Iterator[str]:
     varied = set().union(*map(_keys, axes.values()))
-    given = {text.partition("=")[0].strip() for text in overrides}
-    for key in sorted(key for key in given if any(f"{leaf}.".startswith(f"{key}.") for leaf in varied)):
+    given = set(map(key_of, overrides))
+    for key in sorted(key for key in given if _overlaps(key, varied)):
         yield f"--set {key}: the grid varies it"
     if "run_dir" in {*varied, *given, *file.settings}:
         yield "run_dir: follows from out: and the cell's values; set neither it nor an axis of that name"
@@ -199,12 +222,38 @@ def _key_problems(file: ExperimentFile, axes: Mapping[str, Axis], overrides: Seq
             yield f"exclude: {key}: no value has the name {name!r}; there are {', '.join(labels)}"
 
 
+def _prepare_problems(file: ExperimentFile, needs: Sequence[Experiment], overrides: Sequence[str]) -> Iterator[str]:
+    known = dict.fromkeys([*file.prepare, *(name for needed in needs for name in needed.prepare)])
+    for text in overrides:
+        if (name := entry_of(text)) is not None and name not in known:
+            valid = f"there are {', '.join(known)}" if known else "there is none"
+            yield f"--set {key_of(text)}: prepare: has no entry {name!r}; {valid}"
+    folders = [(f"{PREPARE}{name}", entry.path) for name, entry in file.prepare.items()]
+    for (one, left), (other, right) in itertools.combinations(folders, 2):
+        if os.path.normpath(left) == os.path.normpath(right):
+            yield f"prepare: {one} and {other} both have the path {left}"
+    outs = [("this file", file.out), *((str(needed.path), str(needed.out)) for needed in needs)]
+    for (one, left), (other, right) in itertools.combinations(outs, 2):
+        if os.path.normpath(left) == os.path.normpath(right):
+            yield f"needs: {one} and {other} both have the out {left}"
+
+
+def _overlaps(key: str, varied: Iterable[str]) -> bool:
+    """Whether a key is one of those that are varied, or the section of one."""
+    return any(f"{leaf}.".startswith(f"{key}.") for leaf in varied)
+
+
 def _keys(axis: Axis) -> set[str]:
     return {key for _, settings in axis for key in settings}
 
 
-def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides: Sequence[str]) -> Iterator[Cell]:
+def _cells(
+    path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides: Sequence[str], moved: Mapping[str, str]
+) -> Iterator[Cell]:
     """Every cell that is not excluded.
+
+    Args:
+        moved: folders of prepared data and exports as files name them -> where they are.
 
     Raises:
         ConfigError: after the last one, with all problems and the cells that have them.
@@ -224,6 +273,9 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
         texts = (*_overrides(settings), *overrides, *_overrides({"run_dir": f"{file.out}/{name}"}))
         resolved = copy.deepcopy(bases[base])
         config, found = check_values(resolved, texts)
+        if config and (changes := _moved(config, moved)):
+            texts = (*texts, *_overrides(changes))
+            config, found = check_values(resolved, texts)
         known = flatten(resolved) | (flatten(config.model_dump()) if config else {})
         if any(_matches(entry, known, values) for entry in file.exclude):
             continue
@@ -232,7 +284,18 @@ def _cells(path: Path, file: ExperimentFile, axes: Mapping[str, Axis], overrides
         if config:
             yield Cell(name=name, values=values, config_file=base, overrides=texts, config=config)
     if problems:
-        raise _refusal(path, (f"{problem} ({_some(names)})" for problem, names in problems.items()))
+        raise refusal(path, (f"{problem} ({_some(names)})" for problem, names in problems.items()))
+
+
+def _moved(config: Config, moved: Mapping[str, str]) -> Settings:
+    """What a cell's keys have to say of folders that are elsewhere."""
+    changes: Settings = {}
+    if path := moved.get(os.path.normpath(config.data.path)):
+        changes["data.path"] = path
+    sources = [moved.get(os.path.normpath(source), source) for source in config.tuning.sources]
+    if sources != config.tuning.sources:
+        changes["tuning.sources"] = sources
+    return changes
 
 
 def _folder_name(name: str) -> str:
@@ -267,25 +330,11 @@ def _any_of(wanted: Any) -> list[Any]:
     return wanted if isinstance(wanted, list) else [wanted]
 
 
+def some_of(cells: Sequence[Cell]) -> str:
+    """Some of the cells that a problem is with, by their names."""
+    return _some([cell.name for cell in cells])
+
+
 def _some(names: Sequence[str]) -> str:
     more = len(names) - CELLS_NAMED
     return "cell " + "; ".join(names[:CELLS_NAMED]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _describe(details: ErrorDetails, values: Mapping[str, Any]) -> str:
-    key, message = ".".join(map(str, details["loc"])), details["msg"]
-    if details["type"] == "extra_forbidden":
-        valid = [field.alias or name for name, field in ExperimentFile.model_fields.items()]
-        return f"{key}: unknown key; valid here: {', '.join(valid)}"
-    if details["type"] == "missing":
-        return f"{key}: is required"
-    if details["loc"][0] == "grid" and len(details["loc"]) > 1:
-        axis = details["loc"][1]
-        wanted = "a list of values, or names with what each sets: {NAME: {KEY: VALUE}}"
-        return f"grid.{axis}: should be {wanted}; found {values['grid'].get(axis)!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}, found {details['input']!r}".replace("input should", "should")
-
-
-def _refusal(path: Path, problems: Iterator[str] | Sequence[str]) -> ConfigError:
-    found = list(problems)
-    return ConfigError("\n  ".join([f"{path}: {len(found)} problem(s)", *found]))

@@ -10,13 +10,10 @@ from fedhpc.sweep.experiment import Experiment
 from fedhpc.sweep.standing import CellLog, standing
 
 
-def array_command(
-    experiment: Experiment, path: Path, options: Sequence[str], job_file: str, at_once: int | None
-) -> list[str]:
+def array_command(experiment: Experiment, job_file: str, at_once: int | None) -> list[str]:
     """The command that submits all cells which are not done; empty if there is none.
 
     Args:
-        options: of this sweep, for its tasks to get the same cells.
         at_once: at most so many tasks run at once.
 
     Raises:
@@ -26,7 +23,8 @@ def array_command(
         raise ConfigError(f"--submit {job_file}: no such file here; submit from the checkout's top folder")
     numbers = [number for number, cell in enumerate(experiment.cells) if not standing(experiment, cell).done]
     array = f"--array={_ranges(numbers)}" + (f"%{at_once}" if at_once else "")
-    return ["sbatch", array, job_file, str(path), "--expect", experiment.digest, *options] if numbers else []
+    command = ["sbatch", array, job_file, str(experiment.path), "--expect", experiment.digest, *experiment.options]
+    return command if numbers else []
 
 
 def submit(command: Sequence[str]) -> int:

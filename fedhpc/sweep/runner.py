@@ -5,23 +5,16 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED
-from fedhpc.stopping import STOP_SIGNALS
 from fedhpc.sweep.experiment import Cell, Experiment
 from fedhpc.sweep.results import results
 from fedhpc.sweep.standing import CellLog, standing
+from fedhpc.sweep.stops import PASSED_ON, SIGNALS, Stops
 
-IS_DETACHED = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-SIGNALS = (*STOP_SIGNALS, signal.SIGINT, *(() if IS_DETACHED else (signal.SIGHUP,)))
-"""A terminal that closes is a request to stop, but for `nohup`."""
-PASSED_ON = signal.SIGUSR1
-"""Of all stop signals the one that every MPI launcher hands to its ranks instead of ending them."""
 KILLED_BY_IT = 128 + PASSED_ON
 """The exit status of a launcher, or of a rank, that was not yet ready for it."""
 
@@ -35,10 +28,10 @@ class Runner:
         launch: str | None,
         run: Callable[[Sequence[str]], int],
         say: Callable[[str], None],
+        stops: Stops,
     ) -> None:
-        self.stopped = False
         self.failed: list[Cell] = []
-        self._experiment, self._launch, self._run, self._say = experiment, launch, run, say
+        self._experiment, self._launch, self._run, self._say, self._stops = experiment, launch, run, say, stops
         self._running: dict[int, tuple[Cell, float]] = {}
 
     def run(self, cells: Sequence[Cell], at_once: int) -> None:
@@ -54,7 +47,7 @@ class Runner:
                 if pid in self._running:
                     self._end(pid, os.waitstatus_to_exitcode(status))
         except BaseException:  # a file system fails, or the machine has room for no other process
-            self._ask_to_stop()
+            self._stops.ask_running()
             for pid in self._running:
                 os.waitpid(pid, 0)
             raise
@@ -62,11 +55,8 @@ class Runner:
     def _start(self, cell: Cell) -> bool:
         """Start a cell, unless a stop was requested."""
         log = CellLog(self._experiment.out, cell)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            if self.stopped:
+        with self._stops.held_back():
+            if self._stops.requested:
                 return False
             completed = standing(self._experiment, cell).completed
             begins = f"goes on after round {completed}" if completed else "begins"
@@ -77,47 +67,28 @@ class Runner:
                 self.failed.append(cell)
                 self._say(f"{self._title(cell)}: not begun: {error.filename}: {error.strerror}")
                 return True
-            if (pid := os.fork()) == 0:
-                self._be(cell, log)
-            self._running[pid] = cell, time.monotonic()
-            if self.stopped:  # meanwhile: only this thread's signals are blocked, and others take them too
-                self._ask_to_stop()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._running[self._stops.fork(lambda: self._be(cell, log))] = cell, time.monotonic()
         return True
 
-    def _be(self, cell: Cell, log: CellLog) -> NoReturn:
+    def _be(self, cell: Cell, log: CellLog) -> int:
         """The forked process: become the cell. Stop signals stay blocked until the run listens to them."""
-        status = EXIT_FAILURE
-        try:
-            os.setsid()
-            sys.stdout = sys.stderr = log.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-            for descriptor, number in ((os.open(os.devnull, os.O_RDONLY), 0), (sys.stdout.fileno(), 1)):
-                os.dup2(descriptor, number)
-            os.dup2(1, 2)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            if self._launch is None:
-                status = self._run(["run", *cell.arguments])
-            else:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-                command = [*shlex.split(self._launch), sys.executable, "-m", "fedhpc", "run", *cell.arguments]
-                os.execvp(command[0], command)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else EXIT_FAILURE
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            try:
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(status)
+        sys.stdout = sys.stderr = log.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+        for descriptor, number in ((os.open(os.devnull, os.O_RDONLY), 0), (sys.stdout.fileno(), 1)):
+            os.dup2(descriptor, number)
+        os.dup2(1, 2)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self._launch is None:
+            return self._run(["run", *cell.arguments])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        command = [*shlex.split(self._launch), sys.executable, "-m", "fedhpc", "run", *cell.arguments]
+        return os.execvp(command[0], command)
 
     def _end(self, pid: int, code: int) -> None:
         cell, since = self._running.pop(pid)
+        self._stops.running.remove(pid)
         status = 128 - code if code < 0 else code
-        if status == KILLED_BY_IT and self.stopped:
+        if status == KILLED_BY_IT and self._stops.requested:
             status = EXIT_STOPPED
         elif status == 0 and not standing(self._experiment, cell).done:
             status = EXIT_FAILURE  # Open MPI's mpirun ends with 0 when it loses a daemon on another node
@@ -126,7 +97,7 @@ class Runner:
         now = standing(self._experiment, cell)
         seconds = f"{time.monotonic() - since:.0f} s"
         if status == EXIT_STOPPED:
-            self.stopped = True
+            self._stops.requested = True
             self._say(f"{self._title(cell)}: stopped after {seconds}: {now}")
         elif status:
             self.failed.append(cell)
@@ -138,25 +109,3 @@ class Runner:
 
     def _title(self, cell: Cell) -> str:
         return f"cell {self._experiment.cells.index(cell)} {cell.name}"
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Meanwhile, signals are requests to stop."""
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, _: object) -> None:
-        self.stopped = True
-        self._ask_to_stop()
-        text = f"{signal.Signals(number).name}: asked {len(self._running)} running cell(s) to stop\n"
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, text.encode())  # not by print, which may be at work this very moment
-
-    def _ask_to_stop(self) -> None:
-        for pid in self._running:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.kill(pid, PASSED_ON)

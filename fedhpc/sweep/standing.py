@@ -103,6 +103,11 @@ def standing(experiment: Experiment, cell: Cell) -> Standing:
     )
 
 
+def waiting(experiment: Experiment) -> list[Cell]:
+    """The cells that are not done."""
+    return [cell for cell in experiment.cells if not standing(experiment, cell).done]
+
+
 def check_run_dirs(experiment: Experiment) -> None:
     """See that what is in the cells' run directories is theirs.
 
