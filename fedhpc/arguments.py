@@ -75,6 +75,9 @@ def _report(commands: Any) -> None:
         metavar="X",
         help="accuracy to be reached, or what the task has in its place; 95 %% of the task's best unless given",
     )
+    command.add_argument(
+        "--reference", metavar="FILE.csv", type=Path, help="published figures, to be set beside the runs'"
+    )
     _add_set(command, "the simulated clock's, instead of the runs' own: simulation.up_mbit=10; repeatable")
 
 

@@ -153,11 +153,14 @@ def report(arguments: argparse.Namespace) -> int:
     """`fedhpc report`: a page about runs, and its tables."""
     clock = read_clock(arguments.set)
     with quick_start():
-        from fedhpc.pages import read_run, write_report
+        from fedhpc.pages import read_reference, read_run, write_report
 
         runs = [read_run(Path(path), clock=clock) for path in dict.fromkeys(map(os.path.realpath, arguments.run_dirs))]
-        write_report(runs, arguments.out, arguments.target)
-    print(f"page: {arguments.out}; tables: {arguments.out.with_suffix('.csv')}, {arguments.out.with_suffix('.tex')}")
+        tasks = (run.task for run in runs)
+        reference = read_reference(arguments.reference, tasks) if arguments.reference else None
+        write_report(runs, arguments.out, arguments.target, reference=reference)
+    endings = (".csv", ".tex", *((".published.csv",) if reference else ()))
+    print(f"page: {arguments.out}; tables: {', '.join(str(arguments.out.with_suffix(ending)) for ending in endings)}")
     return 0
 
 

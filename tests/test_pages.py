@@ -10,7 +10,7 @@ import yaml
 from tiny import run_dir
 
 from fedhpc.errors import CheckpointError, ReportError
-from fedhpc.pages import read_run, write_report
+from fedhpc.pages import read_reference, read_run, write_report
 from fedhpc.pages.groups import group_runs
 from fedhpc.pages.parts import _series
 from fedhpc.pages.units import unit_for
@@ -506,3 +506,105 @@ def test_an_axis_is_logarithmic_where_lines_end_far_apart(report, make_run):
     page = report(make_run("a", [0.5, 0.6]), make_run("b", [0.5, 0.9], extra=far, server__method="mime"))
     assert "bytes moved (MB), logarithmic" in page.text
     assert "rounds, logarithmic" not in page.text
+
+
+HEAD = "task,metric,statistic,value,source,model.name,server.method"
+FIGURES = f"""{HEAD}
+moods,accuracy,best personalised,0.75,"Table 2, A",elsewhere/model,fedavg
+moods,accuracy,last global,0.5,Table 3,,
+moods,accuracy,best global,0.9,Table 4,other-model,
+trec,accuracy,best global,0.9,Table 5,,
+moods,accuracy_f1,last personalised,0.5,Table 6,,fedavg
+"""
+
+
+@pytest.fixture
+def reference(tmp_path):
+    def write(text):
+        path = tmp_path / "figures.csv"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_published_figures_stand_beside_ours(fedhpc, two_methods, reference, tmp_path):
+    """Best of fedavg's three runs: 0.7, 0.8, 0.9; so 0.8 with a deviation of 0.1. fedpeptao's last: 0.85, 0.87."""
+    status, out, _ = fedhpc("report", *two_methods, "--out", tmp_path / "page.html", "--reference", reference(FIGURES))
+    assert status == 0
+    assert out.rstrip().endswith(str(tmp_path / "page.published.csv"))
+    page = Page(tmp_path / "page.html")
+    head, *rows = page.tables["beside published figures"]
+    assert head == ["configuration", "task", "metric", "ours", "published", "difference", "source"]
+    fedavg, fedpeptao = "method=fedavg", "method=fedpeptao"
+    assert rows == [
+        [fedavg, "moods", "accuracy, best personalised", "0.800 ± 0.100", "0.750", "+0.050", "Table 2, A"],
+        [fedavg, "moods", "accuracy, last global", "0.800 ± 0.100", "0.500", "+0.300", "Table 3"],
+        [fedavg, "moods", "mean of accuracy and F1, last personalised", "–", "0.500", "–", "Table 6"],
+        [fedpeptao, "moods", "accuracy, last global", "0.860 ± 0.014", "0.500", "+0.360", "Table 3"],
+    ]
+    assert "2 of figures.csv&#39;s figures are of none of these runs: line 4, 5" in page.text
+    assert page.faults == []
+    latex = (tmp_path / "page.tex").read_text()
+    assert r"\caption{all tasks: beside published figures" in latex
+    assert (
+        r"method=fedpeptao & moods & accuracy, last global & 0.860 $\pm$ 0.014 & 0.500 & +0.360 & Table 3 \\" in latex
+    )
+    table = list(csv.DictReader((tmp_path / "page.published.csv").open()))
+    assert [(row["configuration"], row["published"]) for row in table] == [
+        (fedavg, "0.75"), (fedavg, "0.5"), (fedavg, "0.5"), (fedpeptao, "0.5")
+    ]  # fmt: skip
+    assert float(table[0]["ours_mean"]) == pytest.approx(0.8)
+    assert float(table[0]["difference"]) == pytest.approx(0.05)
+    assert table[2]["ours_mean"] == table[2]["difference"] == ""
+
+
+def test_a_reference_without_figures_is_no_fault(fedhpc, make_run, reference, tmp_path):
+    path = reference(f"{HEAD}\n")
+    assert fedhpc("report", make_run("a", [0.5]), "--out", tmp_path / "page.html", "--reference", path)[0] == 0
+    assert "figures.csv holds no figures" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mnli,accuracy,last global,0.5,T,,", "line 3: task: 'mnli' is none of boolq, cola, moods, mpqa, "),
+        ("moods,f2,last global,0.5,T,,", "line 3: metric: 'f2' is none of accuracy, matthews, accuracy_f1"),
+        ("moods,accuracy,last,0.5,T,,", "line 3: statistic: 'last' is none of best personalised, best global, "),
+        ("moods,accuracy,last global,85.3,T,,", "line 3: value: '85.3' is no number from 0 to 1"),
+        ("moods,accuracy,last global,-0.1,T,,", "line 3: value: '-0.1' is no number from 0 to 1"),
+        ("moods,accuracy,last global,nan,T,,", "line 3: value: 'nan' is no number from 0 to 1"),
+        ("cola,matthews,last global,-1.1,T,,", "line 3: value: '-1.1' is no number from -1 to 1"),
+        ("moods,accuracy,last global,,T,,", "line 3: value: '' is no number from 0 to 1"),
+        ("moods,accuracy,last global,0.5,,,", "line 3: source: is required"),
+        ("moods,accuracy,last global,0.5,T", "line 3: 5 columns, expected 7: task, metric, "),
+        ("cola,matthews,last global,0.3,T,,", "line 3: says the same as line 2"),
+    ],
+)
+def test_faulty_figures_are_refused_before_anything_is_read(fedhpc, make_run, reference, tmp_path, line, message):
+    path = reference(f"{HEAD}\ncola,matthews,last global,-0.5,T,,\n{line}\n")
+    status, _, err = fedhpc("report", make_run("a", [0.5]), "--out", tmp_path / "page.html", "--reference", path)
+    assert status == 2
+    assert f"reference: {path}: 1 problem(s)\n  {message}" in err
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("task,metric,statistic,value", "line 1: no column source; needed are task, metric, statistic, value, source"),
+        (f"{HEAD},tuning.knd", "line 1: column 'tuning.knd': neither one of task, metric, statistic, value, source"),
+        (f"{HEAD},tuning.knd", "nor a key of a configuration; did you mean tuning.kind?"),
+        (f"{HEAD},tuning", "line 1: column 'tuning': neither one of"),
+        (f"{HEAD},task", "line 1: column task stands twice"),
+        ('"', "is no CSV file in UTF-8"),
+    ],
+)
+def test_unknown_columns_are_refused(reference, head, message):
+    with pytest.raises(ReportError, match=re.escape(message)):
+        read_reference(reference(f"{head}\n"))
+
+
+def test_a_reference_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ReportError, match=f"reference: {tmp_path / 'none.csv'}: cannot be read: No such file"):
+        read_reference(tmp_path / "none.csv")

@@ -429,7 +429,10 @@ PROBLEMS = {
         ["grid.rounds: is a column of results.csv already; choose another name"],
     ),
     "nothing left": ({"exclude": [{"seed": [1, 2, 3]}]}, ["exclude: leaves no cell of the grid"]),
-    "an unknown key of the file": ({"grids": {}}, ["grids: unknown key; valid here: base, out, prepare, needs, set, grid, exclude, "]),
+    "an unknown key of the file": (
+        {"grids": {}},
+        ["grids: unknown key; valid here: base, out, prepare, needs, set, grid, exclude, "],
+    ),
     "no axis": ({"grid": {}}, ["grid: "]),
     "no list": (
         {"grid": {"seed": 1}},

@@ -2,6 +2,16 @@
 
 from fedhpc.pages.groups import deviation_of_last
 from fedhpc.pages.page import check_report_target, write_report
+from fedhpc.pages.published import Reference, read_reference
 from fedhpc.pages.runs import Record, counted, read_run
 
-__all__ = ["Record", "check_report_target", "counted", "deviation_of_last", "read_run", "write_report"]
+__all__ = [
+    "Record",
+    "Reference",
+    "check_report_target",
+    "counted",
+    "deviation_of_last",
+    "read_reference",
+    "read_run",
+    "write_report",
+]

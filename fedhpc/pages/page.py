@@ -15,14 +15,17 @@ from fedhpc.files import check_target, write_target
 from fedhpc.pages import charts, exports, tables
 from fedhpc.pages.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
 from fedhpc.pages.parts import TaskPart, task_metrics, task_part
+from fedhpc.pages.published import Reference, find_matches, published_csv, published_table
 from fedhpc.pages.runs import Run
 from fedhpc.pages.tables import Cell, Table
 from fedhpc.pages.units import unit_for
 
 ENDINGS = (".html", ".csv", ".tex")
+PUBLISHED = ".published.csv"
+"""Ending of the figures beside published ones, where there is a reference."""
 
 
-def check_report_target(out: Path) -> None:
+def check_report_target(out: Path, *, with_reference: bool) -> None:
     """See that a report can be written, before there is one.
 
     Raises:
@@ -30,32 +33,39 @@ def check_report_target(out: Path) -> None:
     """
     if out.suffix != ENDINGS[0]:
         raise ReportError(f"--out {out}: must end in .html; the tables go beside it, with .csv and .tex")
-    for file in map(out.with_suffix, ENDINGS):
+    for file in map(out.with_suffix, (*ENDINGS, PUBLISHED) if with_reference else ENDINGS):
         with _refusing(file):
             check_target(file)
 
 
 def write_report(
-    runs: Sequence[Run], out: Path, target: float | None = None, budget_bytes: float | None = None
+    runs: Sequence[Run],
+    out: Path,
+    target: float | None = None,
+    budget_bytes: float | None = None,
+    reference: Reference | None = None,
 ) -> None:
-    """Write the page, and its tables beside it with the endings .csv and .tex.
+    """Write the page, and its tables beside it with the endings .csv and .tex, and .published.csv with a reference.
 
     Args:
         runs: unfinished ones are marked.
         out: of the page; see :func:`check_report_target`.
         target: of the task's own metric; 95 % of each task's best final value unless given.
         budget_bytes: what the runs were read with.
+        reference: published figures to set beside the runs'.
 
     Raises:
         ReportError: `out` cannot be written.
     """
-    check_report_target(out)
+    check_report_target(out, with_reference=reference is not None)
     tasks = group_runs(runs)
     parts = [task_part(name, groups, target) for name, groups in tasks.items()]
     whole = [_overview(parts)] if len(parts) > 1 else []
+    matches = find_matches(reference, parts) if reference else []
+    published = [published_table(reference, matches)] if reference else []
     ending = [_configurations(parts), _runs(runs, tasks)]
     named = [
-        *(("all tasks", table) for table in whole),
+        *(("all tasks", table) for table in (*whole, *published)),
         *((part.name, table) for part in parts for table in part.tables),
     ]
     texts = (
@@ -63,6 +73,7 @@ def write_report(
             runs=runs,
             parts=parts,
             whole=whole,
+            published=published,
             ending=ending,
             is_given=target is not None,
             budget=budget_bytes and unit_for("bytes", [budget_bytes]).full_text(budget_bytes),
@@ -70,7 +81,8 @@ def write_report(
         exports.csv_text({part.name: (part.groups, part.summaries, part.goal) for part in parts}),
         exports.latex_text(named),
     )
-    for file, text in zip(map(out.with_suffix, ENDINGS), texts, strict=True):
+    written = dict(zip(ENDINGS, texts, strict=True)) | ({PUBLISHED: published_csv(matches)} if reference else {})
+    for file, text in ((out.with_suffix(ending), text) for ending, text in written.items()):
         with _refusing(file):
             write_target(file, text.encode(errors="backslashreplace"))  # a folder's name may be no Unicode
 

@@ -11,6 +11,7 @@ from fedhpc.pages.units import Quantity, Unit, unit_for
 UNKNOWN = "–"
 UNFINISHED = "\u00a0†"
 """Marks what comes of no finished run."""
+NO_RUN_IS_FINISHED = "† no run is finished: the latest values, not compared with the others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def group_table(
     rows = [[*name, *(cells[index] for _, cells in drawn)] for index, name in enumerate(names)]
     headings = ["configuration", *(["runs"] if with_runs else []), *(heading for heading, _ in drawn)]
     if any(not group.is_finished for group in groups):
-        notes = [*notes, "† no run is finished: the latest values, not compared with the others"]
+        notes = [*notes, NO_RUN_IS_FINISHED]
     return Table(title=title, headings=headings, rows=rows, notes=[*notes, *_fewer(groups)])
 
 
@@ -102,7 +103,7 @@ def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Colum
     best = unit.text(choose(rivals)) if choose and len(rivals) > 1 else None
     cells = [
         Cell(
-            text=_text(found, unit, len(group.counted)),
+            text=stat_text(found, unit, len(group.counted)),
             is_best=found is not None and is_rival and unit.text(found.mean) == best,
         )
         for group, found, is_rival in zip(groups, stats, are_rivals, strict=True)
@@ -145,11 +146,12 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
         title="final accuracy, personalised",
         headings=["configuration", *headings, "mean"],
         rows=rows,
-        notes=[*(["† no run is finished: the latest value, not compared with the others"] if dagger else []), *fewer],
+        notes=[*([NO_RUN_IS_FINISHED] if dagger else []), *fewer],
     )
 
 
-def _text(found: Stat | None, unit: Unit, runs: int) -> str:
+def stat_text(found: Stat | None, unit: Unit, runs: int) -> str:
+    """Mean and deviation, and of how many of the runs they are if not of all."""
     if found is None:
         return UNKNOWN
     deviation = "" if math.isnan(found.deviation) else f" ± {unit.text(found.deviation)}"

@@ -12,7 +12,15 @@ import numpy as np
 from fedhpc.config import CLOCK
 from fedhpc.errors import ConfigError
 from fedhpc.files import check_folder, check_target, write_whole
-from fedhpc.pages import check_report_target, counted, deviation_of_last, read_run, write_report
+from fedhpc.pages import (
+    Reference,
+    check_report_target,
+    counted,
+    deviation_of_last,
+    read_reference,
+    read_run,
+    write_report,
+)
 from fedhpc.report import RunFiles
 from fedhpc.simulation import round_seconds
 from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
@@ -21,18 +29,31 @@ TABLE, REPORT = "results.csv", "report.html"
 
 
 def check_out(experiment: Experiment) -> None:
-    """See that the cells can have their folders, and the tables their files, before anything is run.
+    """See that the cells can have their folders, and the tables their files and published figures, before any is run.
 
     Raises:
         UserError: they cannot.
     """
+    read_figures(experiment)
     try:
         check_folder(max((cell.run_dir for cell in experiment.cells), key=lambda path: len(os.fsencode(path))))
         if experiment.out.exists():
             check_target(experiment.out / TABLE)
-            check_report_target(experiment.out / REPORT)
+            check_report_target(experiment.out / REPORT, with_reference=experiment.reference is not None)
     except OSError as error:
         raise ConfigError(f"out: {error.filename} cannot be written: {error.strerror}; give a folder") from None
+
+
+def read_figures(experiment: Experiment) -> Reference | None:
+    """The published figures that the experiment names.
+
+    Raises:
+        ReportError: with all that is wrong with them.
+    """
+    if experiment.reference is None:
+        return None
+    tasks = (cell.config.data.task for cell in experiment.cells)
+    return read_reference(experiment.reference, filter(None, tasks))
 
 
 def write_tables(experiment: Experiment) -> list[Path]:
@@ -61,7 +82,7 @@ def write_tables(experiment: Experiment) -> list[Path]:
     ]
     if not begun:
         return [table]
-    write_report(begun, report, experiment.target, experiment.budget_bytes)
+    write_report(begun, report, experiment.target, experiment.budget_bytes, read_figures(experiment))
     return [table, report]
 
 
