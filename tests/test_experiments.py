@@ -6,14 +6,26 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from test_tasks import bert_like
 
+from fedhpc.cli import main
 from fedhpc.config import TuningConfig
 from fedhpc.notices import notices
+from fedhpc.pages import read_reference
+from fedhpc.preparing import Backbone
+from fedhpc.sweep import prepared
 from fedhpc.sweep.experiment import load_experiment
 from fedhpc.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+def stand_in(name):
+    """For a model of the hub: knows every class word."""
+    tokenizer = bert_like()
+    tokenizer.add_tokens([word for task in TASKS.values() for word in task.classes.values()])
+    return Backbone(tokenizer=tokenizer, kind="encoder", can_score_words=True, vocabulary_size=len(tokenizer))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -23,7 +35,41 @@ def test_an_experiment_is_valid_without_notices(path):
         assert notices(cell.config) == []
         assert cell.config_file.resolve().is_relative_to(ROOT / "jobs")
         assert cell.run_dir == Path("runs") / experiment.out.name / cell.name
-        assert re.sub(r"-\d{4}$", "", Path(cell.config.data.path).name) == cell.config.data.task
+    prepared = {entry.path: entry.task or name for name, entry in experiment.prepare.items()}
+    assert {(cell.config.data.path, cell.config.data.task) for cell in experiment.cells} == set(prepared.items())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_experiment_has_all_that_it_needs(path, tmp_path, monkeypatch, capsys):
+    """One command, where every task has a folder: nothing is to be prepared, run or exported by hand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepared, "load_backbone", stand_in)
+    for task in TASKS:
+        (tmp_path / "sources" / task).mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            (tmp_path / "sources" / task / f"{split}.tsv").touch()
+    status = main(
+        ["sweep", str(path), "--dry-run", "--sources", str(tmp_path / "sources"), "--out", str(tmp_path / "out")]
+    )
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    needs = load_experiment(path).needs
+    assert ("exports:" in out) == bool(needs)
+    assert all(f"cells of {needed.path}:" in out for needed in needs)
+
+
+def test_the_same_source_is_prepared_alike_everywhere():
+    """A folder has one content, whichever experiment comes first."""
+    found = {}
+    for path in FILES:
+        for name, entry in load_experiment(path).prepare.items():
+            asked = (entry.task or name, entry.source, entry.max_length, entry.limit_train, entry.validation)
+            assert found.setdefault(entry.path, asked) == asked
+
+
+def test_published_figures_have_a_source():
+    figures = read_reference(ROOT / "experiments/published.csv").figures
+    assert all(re.search("Table", figure.source) for figure in figures)
 
 
 def test_no_two_experiments_share_their_folder():
@@ -69,15 +115,23 @@ def test_tunings_differ_by_nothing_but_the_tuning_and_its_learning_rate():
         assert cell.config.identity() == same[cell.name]
 
 
-def test_the_baselines_are_compared_on_all_ten_tasks():
-    cells = load_experiment(ROOT / "experiments/baselines.yaml").cells
-    assert {cell.config.data.task for cell in cells} == set(TASKS)
-    attempts = [cell for cell in cells if cell.values["method"] == "attempt"]
-    assert len(cells) - len(attempts) == len(TASKS) * (len({cell.values["method"] for cell in cells}) - 1) * 3
+def test_the_paper_s_methods_are_compared_on_all_ten_tasks():
+    experiment = load_experiment(ROOT / "experiments/fedpeptao.yaml")
+    assert {cell.config.data.task for cell in experiment.cells} == set(TASKS)
+    attempts = [cell for cell in experiment.cells if cell.values["method"] == "attempt"]
+    methods = {cell.values["method"] for cell in experiment.cells}
+    assert len(experiment.cells) - len(attempts) == len(TASKS) * (len(methods) - 1) * 3
     # Not on the tasks that its source prompts were tuned on.
-    sources = {
-        f"task={cell.config.data.task}" for cell in load_experiment(ROOT / "experiments/prompt-sources.yaml").cells
-    }
+    (needed,) = experiment.needs
+    assert set(attempts[0].config.tuning.sources) == {str(cell.export) for cell in needed.cells}
     assert len(attempts) == (len(TASKS) - 3) * 3
-    assert all(source in " ".join(attempts[0].config.tuning.sources) for source in sources)
-    assert not sources & {f"task={cell.config.data.task}" for cell in attempts}
+    assert not {cell.config.data.task for cell in needed.cells} & {cell.config.data.task for cell in attempts}
+
+
+@pytest.mark.parametrize("name", ["fedpeptao", "fibecfed-published"])
+def test_devices_are_evaluated_as_in_the_published_code(name):
+    """On the test splits of the four tasks that are not of GLUE or SuperGLUE, with texts of 492 tokens."""
+    entries = load_experiment(ROOT / f"experiments/{name}.yaml").prepare
+    on_test = {task for task, entry in entries.items() if entry.validation == "test"}
+    assert on_test == {"mpqa", "mr", "subj", "trec"}
+    assert {entry.max_length for entry in entries.values()} == {492}

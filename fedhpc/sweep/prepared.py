@@ -62,8 +62,11 @@ def find_parts(experiment: Experiment, sources: str | None) -> list[Part]:
         except UserError as error:
             problems.append(str(error))
     for part in parts.values():
-        if part.recipe.model in backbones:
-            problems += _check(part, backbones[part.recipe.model])
+        for check in (_check_source, _check_made):
+            try:
+                check(part, backbones.get(part.recipe.model))
+            except UserError as error:
+                problems.append(f"{part.key}: {error}")
     if problems:
         raise refusal(experiment.path, problems)
     return list(parts.values())
@@ -128,25 +131,27 @@ def _common(option: str, key: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def _check(part: Part, backbone: Backbone) -> list[str]:
-    """What speaks against preparing a part, or against taking what is there."""
+def _check_source(part: Part, _: Backbone | None) -> None:
+    """UserError if a part that is not there cannot be made of its source, or not where it is to be."""
     recipe = part.recipe
-    try:
-        task = load_task(recipe.task)
-        wanted = description_of(recipe, task, backbone)
-        if not part.is_there:
-            check_writable(recipe.out)
-            find_source(recipe.source, recipe.files(task))
-            return []
-        found = PreparedData.open(recipe.out, verify=False).description
-    except UserError as error:
-        return [f"{part.key}: {error}"]
-    if not (differing := _differences(found, wanted)):
-        return []
-    return [
-        f"{part.key}: {recipe.out} was made otherwise: {'; '.join(differing)}; remove it to have it made anew, or give "
-        f"another folder: --set {part.key}.path=FOLDER"
-    ]
+    if not part.is_there:
+        check_writable(recipe.out)
+        find_source(recipe.source, recipe.files(load_task(recipe.task)))
+
+
+def _check_made(part: Part, backbone: Backbone | None) -> None:
+    """UserError if the task does not suit the model, or what is there was made otherwise."""
+    if backbone is None:
+        return
+    recipe = part.recipe
+    wanted = description_of(recipe, load_task(recipe.task), backbone)
+    if not part.is_there:
+        return
+    if differing := _differences(PreparedData.open(recipe.out, verify=False).description, wanted):
+        raise ConfigError(
+            f"{recipe.out} was made otherwise: {'; '.join(differing)}; remove it to have it made anew, or give another "
+            f"folder: --set {part.key}.path=FOLDER"
+        )
 
 
 def _differences(found: Description, wanted: dict[str, Any]) -> list[str]:
