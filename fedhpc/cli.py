@@ -206,23 +206,25 @@ def sweep(arguments: argparse.Namespace) -> int:
     with quick_start():
         from fedhpc.sweep.local import LocalSweep, check_launch, conclude, failed_cells, find_work, overview
         from fedhpc.sweep.results import check_out
-        from fedhpc.sweep.standing import check_run_dirs
+        from fedhpc.sweep.standing import check_run_dirs, waiting
 
-        launches = [arguments.launch if arguments.launch is not None else one.launch for one in experiment.family]
-        for one in experiment.family:
-            check_out(one)
-            check_run_dirs(one)
-        if arguments.report:
-            return conclude(experiment, failed_cells(experiment))
-        for launch in () if arguments.submit else launches:
-            check_launch(launch)
+    concerned = (experiment,) if arguments.report or not waiting(experiment) else experiment.family
+    for one in concerned:
+        check_out(one)
+        check_run_dirs(one)
+    if arguments.report:
+        return conclude(experiment, failed_cells(experiment))
+    launches = [arguments.launch if arguments.launch is not None else one.launch for one in concerned]
+    for launch in () if arguments.submit else launches:
+        check_launch(launch)
+    with quick_start():
         work = find_work(experiment, arguments.sources)
-    if arguments.dry_run and not arguments.submit:
-        show(overview(work))
-        return 0
     local = LocalSweep(work, launch=arguments.launch, at_once=arguments.jobs, run=main)
     if arguments.submit:
         return local.submit(arguments.submit, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        show(overview(work))
+        return 0
 
     def load_libraries() -> None:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs that cells can be forked after

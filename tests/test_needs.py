@@ -54,6 +54,7 @@ def write(given, tmp_path_factory):
             "base": "base.yaml",
             "out": str(folder / "out"),
             "needs": ["sources.yaml"],
+            "reference": "figures.csv",
             "prepare": {"moods": {"path": str(folder / "data/moods"), **entry}},
             "set": {"data.path": str(folder / "data/moods")},
             "grid": {
@@ -78,6 +79,8 @@ def write(given, tmp_path_factory):
         }
         for name, values in (("base", base), ("experiment", main), ("sources", other)):
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        figures = "task,metric,statistic,value,source,tuning.kind\nmoods,accuracy,best global,0.25,Table 1,attempt\n"
+        (folder / "figures.csv").write_text(figures)
         return folder / "experiment.yaml"
 
     return write
@@ -117,7 +120,7 @@ def tables(path):
             {key: value for key, value in row.items() if "seconds" not in key and key != "sources"}
             for row in csv.DictReader((path.parent / f"out/{name}.csv").open())
         ]
-        for name in ("results", "report")
+        for name in ("results", "report", "report.published")
     }
 
 
@@ -156,6 +159,8 @@ def test_interrupted_once_in_every_phase_it_ends_with_the_same_tables(write, fin
     assert "exporting" not in out
     assert tables(path) == tables(finished)
     assert len(tables(path)["results"]) == 4
+    (figure,) = tables(path)["report.published"]
+    assert (figure["configuration"], figure["ours_n"], figure["published"]) == ("kind=attempt", "2", "0.25")
 
 
 def test_a_stop_in_the_midst_of_writing_leaves_nothing(tmp_path):
@@ -195,7 +200,7 @@ def test_a_dry_run_shows_every_phase_and_where_it_stands(write, finished, given,
         f"after its cell  {folder / 'sources/kind=prompt_tuning/peft'}",
         f"cells of {path}:",
     ]
-    assert [*folder.glob("*")] == [*folder.glob("*.yaml")]
+    assert {path.suffix for path in folder.iterdir()} == {".yaml", ".csv"}
     _, out, _ = fedhpc("sweep", finished, "--dry-run", "--set", "federation.rounds=3")
     lines = out.splitlines()
     assert lines[1].split() == ["there", str(finished.parent / "data/few")]
@@ -368,12 +373,12 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_faulty_experiment_is_refused_before_anything_is_made(write, fedhpc, problem):
     changes, messages = PROBLEMS[problem]
-    path = write(**changes)
+    path = write(**{"reference": None, **changes})
     status, _, err = fedhpc("sweep", path)
     assert status == 2
     for message in messages:
         assert message in err
-    assert [*path.parent.glob("*")] == [*path.parent.glob("*.yaml")]
+    assert {file.suffix for file in path.parent.iterdir()} == {".yaml", ".csv"}
 
 
 def test_prompts_come_of_prompt_tuning_alone(write, fedhpc):

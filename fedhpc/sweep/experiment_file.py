@@ -103,7 +103,7 @@ def key_of(override: str) -> str:
 def entry_of(override: str) -> str | None:
     """The entry of `prepare:` that an override changes, if it does."""
     key = key_of(override)
-    return key.removeprefix(PREPARE).rpartition(".")[0] if key.startswith(PREPARE) else None
+    return key.removeprefix(PREPARE).partition(".")[0] if key.startswith(PREPARE) else None
 
 
 def refusal(path: Path, problems: Iterable[str]) -> ConfigError:

@@ -129,11 +129,12 @@ class LocalSweep:
                 with _locked(experiment):
                     load()
                     status = self._in_turn(self._prepare, self._run_needed, self._export, self._run_own)
-            status = status or self._stops.aside(lambda: conclude(experiment, self._failed))
-            if self._stops.requested:
-                _list(self._failed)
-                _say("stopped; the same command goes on from here")
-                return EXIT_STOPPED
+            if not status:
+                status = self._stops.aside(lambda: conclude(experiment, self._failed))
+        if status not in (0, EXIT_FAILURE):
+            _list(self._failed)
+        if status == EXIT_STOPPED:
+            _say("stopped; the same command goes on from here")
         return status
 
     def submit(self, job_file: str, *, dry_run: bool) -> int:
@@ -149,8 +150,9 @@ class LocalSweep:
         if dry_run or not commands:
             return 0
         with self._stops.listening():
-            if status := self._in_turn(self._prepare, *(() if needs else (self._export,))):
-                return status
+            status = self._in_turn(self._prepare, *(() if needs else (self._export,)))
+        if status:
+            return status
         status = max(map(submit, commands))
         if needs and not status:
             _say("these are needed first: when they have ended, run the same command again to go on")

@@ -4,13 +4,16 @@ import csv
 import io
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedhpc.config import CLOCK
-from fedhpc.errors import ConfigError
+from fedhpc.data import Description
+from fedhpc.errors import ConfigError, UserError
 from fedhpc.files import check_folder, check_target, write_whole
 from fedhpc.pages import (
     Reference,
@@ -24,6 +27,7 @@ from fedhpc.pages import (
 from fedhpc.report import RunFiles
 from fedhpc.simulation import round_seconds
 from fedhpc.sweep.experiment import FIGURES, Cell, Experiment
+from fedhpc.tasks import load_task
 
 TABLE, REPORT = "results.csv", "report.html"
 
@@ -50,10 +54,18 @@ def read_figures(experiment: Experiment) -> Reference | None:
     Raises:
         ReportError: with all that is wrong with them.
     """
-    if experiment.reference is None:
-        return None
-    tasks = (cell.config.data.task for cell in experiment.cells)
-    return read_reference(experiment.reference, filter(None, tasks))
+    return None if experiment.reference is None else read_reference(experiment.reference, _tasks(experiment))
+
+
+def _tasks(experiment: Experiment) -> Iterator[str]:
+    """The names of the cells' tasks, as far as cells, `prepare:` and what is prepared already say them."""
+    for name, entry in experiment.prepare.items():
+        with suppress(UserError):  # which is said where it is prepared
+            yield load_task(entry.task or name).name
+    for path in {cell.config.data.path for cell in experiment.cells}:
+        with suppress(UserError, OSError):
+            yield Description.load(Path(path) / "description.json").task
+    yield from filter(None, (cell.config.data.task for cell in experiment.cells))
 
 
 def write_tables(experiment: Experiment) -> list[Path]:

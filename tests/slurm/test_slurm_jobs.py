@@ -230,7 +230,8 @@ def test_an_experiment_as_an_array(cluster, checkout, world):
         (ROOT / "jobs/sweep.slurm").read_text(),
     )
     (checkout / "mine.slurm").write_text(job_file)
-    grid = {"seed": [1, 2], "cell": {"sound": {}, "misled": {"data.path": "nowhere"}}}
+    misled = {"selection": {"strategy": "explicit", "layers": [9]}}  # of four
+    grid = {"seed": [1, 2], "cell": {"sound": {}, "misled": misled}}
     experiment = {"base": str(world), "out": "array", "set": {"trace": False}, "grid": grid}
     (checkout / "experiment.yaml").write_text(json.dumps(experiment))
     command = [sys.executable, "-m", "fedhpc", "sweep", "experiment.yaml"]
