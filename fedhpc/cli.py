@@ -208,13 +208,15 @@ def sweep(arguments: argparse.Namespace) -> int:
         from fedhpc.sweep.results import check_out
         from fedhpc.sweep.standing import check_run_dirs, waiting
 
-    concerned = (experiment,) if arguments.report or not waiting(experiment) else experiment.family
-    for one in concerned:
-        check_out(one)
-        check_run_dirs(one)
+    check_out(experiment)
+    check_run_dirs(experiment)
     if arguments.report:
         return conclude(experiment, failed_cells(experiment))
-    launches = [arguments.launch if arguments.launch is not None else one.launch for one in concerned]
+    needed = experiment.needs if waiting(experiment) else ()
+    for one in needed:
+        check_out(one)
+        check_run_dirs(one)
+    launches = [arguments.launch if arguments.launch is not None else one.launch for one in (*needed, experiment)]
     for launch in () if arguments.submit else launches:
         check_launch(launch)
     with quick_start():
