@@ -6,21 +6,20 @@ from collections.abc import Mapping, Sequence
 from fedhpc.pages.groups import Group, Stat, final, stat
 from fedhpc.pages.tables import Cell, Table, name_cell
 
-POWER = (1.96 + 0.84) ** 2
-"""Runs a side = POWER (deviation / difference)^2 find a difference 80 % of the time by a test at 5 %, two-sided; the
-normal approximation."""
-MOST_SEEDS = 100
-"""More would not be run."""
+SIGNIFICANT, POWERFUL = 1.96, 0.84
+"""Quantiles of the normal distribution: of a test at 5 %, two-sided, and of 80 %."""
+FEWEST_SEEDS, MOST_SEEDS = 3, 100
+"""Two differences never tell enough, and more seeds would not be run."""
 
 
 def paired_table(groups: Sequence[Group], metric: str, words: str) -> Table | None:
-    """Each configuration's difference to the best; None where no two have two seeds in common.
+    """Each configuration's difference to the best with several seeds; None where none has two in common with it.
 
     Runs of one seed share partition, sampled devices and batches, so their difference varies less than they do.
     """
     finished = [group for group in groups if group.is_finished]
     values = [_by_seed(group, metric) for group in finished]
-    means = [sum(found.values()) / len(found) if found else -math.inf for found in values]
+    means = [sum(found.values()) / len(found) if len(found) > 1 else -math.inf for found in values]
     rows = []
     for group, found in zip(finished, values, strict=True):
         best = values[means.index(max(means))]
@@ -36,7 +35,7 @@ def paired_table(groups: Sequence[Group], metric: str, words: str) -> Table | No
         title=f"difference to {finished[means.index(max(means))].label}, seed by seed",
         headings=["configuration", words, "seeds", "seeds to tell them apart"],
         rows=rows,
-        notes=["mean and deviation of the differences; with so many seeds a test at 5 % finds such a one 4 times in 5"],
+        notes=["mean and deviation of the differences; of so many seeds a paired t-test at 5 % finds one 4 times in 5"],
     )
 
 
@@ -46,6 +45,10 @@ def _by_seed(group: Group, metric: str) -> Mapping[int | None, float]:
 
 
 def _seeds_needed(difference: Stat) -> str:
+    """Pairs for a paired t-test: those of a normal deviate, and what its few degrees of freedom take beside.
+
+    Guenther, Sample size formulas for normal theory t tests, The American Statistician 35 (1981).
+    """
     ratio = difference.deviation / abs(difference.mean) if difference.mean else math.inf
-    needed = POWER * ratio**2
-    return str(max(2, math.ceil(needed - 1e-9))) if needed <= MOST_SEEDS else f"more than {MOST_SEEDS}"
+    needed = (SIGNIFICANT + POWERFUL) ** 2 * ratio**2 + SIGNIFICANT**2 / 2
+    return str(max(FEWEST_SEEDS, math.ceil(needed))) if needed <= MOST_SEEDS else f"more than {MOST_SEEDS}"
