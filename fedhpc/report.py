@@ -66,8 +66,10 @@ class RunFiles:
         return {record["round"] for record in self.read_metrics()}
 
 
-LARGEST_NUMBER = sys.float_info.max
-"""JSON's integers may be larger."""
+LARGEST_NUMBER = 1e50
+"""Of a run, even of its losses; what is computed of such numbers still is one."""
+TIMED = ("devices", "absent", "device_steps", "device_bytes")
+"""What a simulated clock reads of a line; older runs have the devices alone."""
 
 
 def is_record(value: Any) -> bool:
@@ -79,16 +81,19 @@ def is_record(value: Any) -> bool:
         return False
     if (value["accuracy"] is None) != (value.get("accuracy_global") is None):
         return False
-    numbers = [value["accuracy"] or 0, value.get("accuracy_global") or 0, value.get("bytes"), value.get("loss") or 0]
-    numbers += [value["round"], value.get("steps", 0), *seconds.values(), *(share or 0 for share in devices)]
-    return _are_numbers(numbers) and ("device_steps" not in value or _is_timed(value))
+    unknown = [value["accuracy"], value.get("accuracy_global"), value.get("loss"), *devices]
+    numbers = [value["round"], value.get("bytes"), value.get("steps", 0), *seconds.values()]
+    return _are_numbers([*numbers, *(number for number in unknown if number is not None)]) and _is_timed(value)
 
 
 def _is_timed(record: Mapping[str, Any]) -> bool:
-    """Whether a line can be computed with by a simulated clock."""
-    lists = [record.get(key) for key in ("devices", "device_steps", "device_bytes", "absent")]
-    devices, steps, sizes, absent = (found if isinstance(found, list) else [] for found in lists)
-    if len(devices) != len(steps) or len(sizes) != 2 or not all(isinstance(entry, dict) for entry in absent):
+    """Whether a line can be computed with by a simulated clock, or is from before there was one."""
+    devices, absent, steps, sizes = lists = [record.get(key, []) for key in TIMED]
+    if not all(isinstance(found, list) for found in lists) or not all(isinstance(entry, dict) for entry in absent):
+        return False
+    if "device_steps" not in record:
+        return True
+    if not record.keys() >= set(TIMED) or len(devices) != len(steps) or len(sizes) != 2:
         return False
     numbers = [*devices, *steps, *sizes, *(entry.get("device") for entry in absent)]
     return _are_numbers([*numbers, *(record.get("seconds", {}).get(key) for key in ("step", "server"))])

@@ -54,6 +54,22 @@ def test_human_bytes(count, text):
     assert human_bytes(count) == text
 
 
+FAULTY_CLOCKS = [
+    b'"absent": 3',
+    b'"devices": 3',
+    *(
+        b'"seconds": {"step": 1, "server": 1}, "device_steps": [1], ' + rest
+        for rest in (
+            b'"devices": [0], "device_bytes": [1, 1]',  # no absent ones
+            b'"devices": [0], "device_bytes": [1, 1], "absent": null',
+            b'"devices": [0], "device_bytes": [1, %s], "absent": []' % (b"9" * 308),
+            b'"devices": [[0]], "device_bytes": [1, 1], "absent": []',
+            b'"devices": [0, 1], "device_bytes": [1, 1], "absent": []',
+        )
+    ),
+]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -65,6 +81,10 @@ def test_human_bytes(count, text):
         b'{"round": "x", "accuracy": null, "bytes": 1}\n',
         b'{"round": 1, "accuracy": "high", "bytes": 1}\n',
         b'{"round": 1, "accuracy": null, "bytes": 1, "seconds": 3}\n',
+        b'{"round": 1, "accuracy": null, "bytes": 1, "loss": ""}\n',
+        b'{"round": 1, "accuracy": null, "bytes": 1e308}\n',
+        b'{"round": 1, "accuracy": null, "bytes": 1, "device_accuracy": [{}]}\n',
+        *(b'{"round": 1, "accuracy": null, "bytes": 1, %s}\n' % timed for timed in FAULTY_CLOCKS),
     ],
 )
 def test_what_is_no_line_of_a_round_is_passed_over(tmp_path, line):
