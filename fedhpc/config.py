@@ -15,6 +15,11 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+LONGEST_S = 1e9
+"""Thirty years; a simulated time has to be a number that can be added up."""
+Duration = Annotated[float, Field(gt=0, le=LONGEST_S)]
+Rate = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
+"""A bit a second is the slowest, in megabits."""
 
 
 WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
@@ -296,19 +301,19 @@ class ExchangeConfig(Section):
 class SimulationConfig(Section):
     """Devices on links of their own: a clock beside the measured one, and devices that are absent from rounds."""
 
-    down_mbit: PositiveFloat | None = None
+    down_mbit: Rate | None = None
     """Megabits a second to a device; not counted unless given."""
-    up_mbit: PositiveFloat | None = None
+    up_mbit: Rate | None = None
     """Megabits a second from a device; not counted unless given."""
-    latency_s: NonNegativeFloat = 0.0
+    latency_s: Annotated[float, Field(ge=0, le=LONGEST_S)] = 0.0
     """Of each way."""
-    step_seconds: PositiveFloat | Literal["measured"] = "measured"
+    step_seconds: Duration | Literal["measured"] = "measured"
     """A local step on the usual device; the median that was measured in the round unless given."""
-    slowness: NonNegativeFloat = 0.0
+    slowness: Annotated[float, Field(ge=0, le=5)] = 0.0
     """sigma: device i takes lognormal(0, sigma) times as long for a step, the same in every round."""
     drop_out: Probability = 0.0
     """Probability that a sampled device does not take part in a round."""
-    deadline_s: PositiveFloat | None = None
+    deadline_s: Duration | None = None
     """A sampled device whose round would take longer does not take part in it."""
 
     @property

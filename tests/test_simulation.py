@@ -11,6 +11,7 @@ from tiny import KEY_WIDTH, NUM_DEVICES, NUM_TOKENS, final_prompts, metrics, run
 
 from fedhpc.config import SimulationConfig
 from fedhpc.partition import Partition
+from fedhpc.report import is_record
 from fedhpc.rounds import plan_round
 from fedhpc.simulation import Load, device_seconds, round_seconds
 
@@ -187,7 +188,11 @@ def test_a_report_has_the_accuracy_by_simulated_time_and_can_set_the_clock_anew(
         ({"drop_out": 1}, "simulation.drop_out: should be less than 1, found 1"),
         ({"deadline_s": 5.0}, "simulation.deadline_s needs simulation.step_seconds as a number"),
         ({"step_seconds": 0}, "simulation.step_seconds: should be greater than 0 or 'measured', found 0"),
-        ({"up_mbit": -1}, "simulation.up_mbit: should be greater than 0, found -1"),
+        ({"up_mbit": -1}, "simulation.up_mbit: should be greater than or equal to 0.000001, found -1"),
+        # With these a round's time were infinite, and its line of the metrics none.
+        ({"slowness": 1000}, "simulation.slowness: should be less than or equal to 5, found 1000"),
+        ({"latency_s": 1e308}, "simulation.latency_s: should be less than or equal to 1000000000, found 1e+308"),
+        ({"down_mbit": 5e-324}, "simulation.down_mbit: should be greater than or equal to 0.000001, found 5e-324"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(fedhpc, run_config, settings, message):
@@ -196,6 +201,13 @@ def test_what_cannot_be_simulated_is_refused(fedhpc, run_config, settings, messa
     assert status == 2
     assert message in err
     assert not run_dir(config).exists()
+
+
+def test_the_slowest_clock_still_tells_a_time_that_is_recorded():
+    slowest = clock(down_mbit=1e-6, up_mbit=1e-6, latency_s=1e9, step_seconds=1e9, slowness=5.0)
+    load = Load(down=10**12, up=10**12)
+    times = [device_seconds(slowest, 42, device, steps=10**6, load=load) for device in range(1000)]
+    assert is_record(facts(round=0, bytes=1, accuracy=None, seconds={"step": 1.0, "server": max(times)}))
 
 
 @pytest.mark.parametrize(
