@@ -1,6 +1,7 @@
 """Files that are on disk, not only on their way, and whether they can be written."""
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -83,6 +84,18 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Meanwhile nobody else holds the folder, where its file system has locks; waits for whoever does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_target(path: Path, data: bytes) -> None:

@@ -99,7 +99,8 @@ def find_source(source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Pa
     """The files of both splits; None where the datasets library has to read the source.
 
     Raises:
-        DataError: there is no such folder and this is no hub's name, a split is missing, or there is no such library.
+        DataError: there is no such folder and this is no hub's name, a split is missing or may be pickled, or there is
+            no such library.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -108,7 +109,10 @@ def find_source(source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Pa
         raise DataError(f"{path} is a file; give the folder that holds {names}")
     is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if path.is_dir() and not is_saved:
-        return {split: _find(path, split, files[split]) for split in SPLITS}
+        split_files = {split: _find(path, split, files[split]) for split in SPLITS}
+        for file in split_files.values():
+            refuse_pickle(file)
+        return split_files
     is_path = "/" in source and Path(source.partition("/")[0]).is_dir()
     if not path.is_dir() and (is_path or not HUB_ID.fullmatch(source)):
         raise DataError(
@@ -142,7 +146,6 @@ def refuse_pickle(file: Path) -> None:
 
 
 def _read_file(task: Task, file: Path) -> Rows:
-    refuse_pickle(file)
     records, first_line = read_table(file, headerless=task.headerless, labels=task.classes)
     return _rows(task, f"{file} line", records, first=first_line)
 

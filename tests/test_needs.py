@@ -13,9 +13,11 @@ import pytest
 import tiny
 import yaml
 
-from fedhpc.errors import EXIT_STOPPED
+from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import replacing
 from fedhpc.sweep.experiment import load_experiment
+from fedhpc.sweep.local import find_work
+from fedhpc.sweep.prepared import make
 from fedhpc.sweep.stops import Stops
 
 TIMEOUT_S = 120
@@ -323,6 +325,7 @@ PROBLEMS = {
         {"prepare": {"moods": {"path": "a", "source": "b", "sauce": "c"}}},
         ["prepare.moods.sauce: unknown key; valid here: path, source, task, model, head, max_length"],
     ),
+    "a name that no file can have": ({"reference": "a\0b"}, ["reference: string should match pattern"]),
     "no source": ({"prepare": {"moods": {"path": "a"}}}, ["prepare.moods.source: is required"]),
     "a wrong number": (
         {"prepare": {"moods": {"path": "a", "source": "b", "limit_train": 0}}},
@@ -395,6 +398,63 @@ def test_one_folder_is_not_prepared_in_two_ways(write, fedhpc):
     status, _, err = fedhpc("sweep", path, "--dry-run")
     assert status == 2
     assert f"prepare.moods.limit_train: None in {path}, but 40 for the same folder elsewhere" in err
+
+
+def test_a_folder_has_many_names(write, fedhpc):
+    path = write()
+    folder, near = path.parent, os.path.relpath(path.parent)
+    (folder / "data").mkdir()
+    (folder / "linked").symlink_to("data")
+    text = path.read_text().replace(f"path: {folder}/data/moods", f"path: {near}/linked/moods", 1)
+    path.write_text(text.replace(f"- {folder}/sources", f"- {near}/sources"))
+    status, out, err = fedhpc("sweep", path, "--dry-run")
+    assert status == 0, err
+    assert f"to prepare  {near}/linked/moods" in out
+    assert f"after its cell  {folder}/sources/kind=prompt_tuning/peft" in out
+    moved = load_experiment(path, [], str(folder / "moved"))
+    assert moved.cells[2].config.tuning.sources == [str(moved.needs[0].cells[0].export)]
+    path.write_text(text.replace(f"out: {folder}/out", f"out: {near}/sources"))
+    assert "both have the out" in fedhpc("sweep", path, "--dry-run")[2]
+
+
+def test_sources_are_a_folder_and_never_a_name_of_the_hub(write, fedhpc, tmp_path, monkeypatch):
+    path = write()
+    monkeypatch.chdir(tmp_path)
+    for sources in ("nope", "."):
+        status, _, err = fedhpc("sweep", path, "--dry-run", "--sources", sources)
+        assert status == 2
+        assert f"prepare.few: '{os.path.normpath(tmp_path / sources)}/moods': there is no folder" in err
+
+
+def test_what_is_closed_is_said_with_its_entry_and_all_else(write, given, fedhpc, unprivileged):
+    path = write()
+    closed = shutil.copytree(given / "all/moods", path.parent / "closed")
+    path.write_text(path.read_text().replace(f"source: {given}/all/moods", f"source: {closed}", 1))
+    (path.parent / "sources.yaml").write_text(
+        (path.parent / "sources.yaml").read_text().replace(f"source: {given}/all/moods", "source: nowhere/at/all")
+    )
+    for name, mode in (("closed/train.tsv", 0o600), ("closed", 0o700)):
+        (path.parent / name).chmod(0)
+        status, _, err = fedhpc("sweep", path, "--dry-run")
+        (path.parent / name).chmod(mode)
+        assert status == 2
+        assert f"prepare.moods: {path.parent}/closed/" in err
+        assert "Permission denied" in err
+        assert "prepare.few: 'nowhere/at/all'" in err
+
+
+def test_data_that_another_sweep_has_made_otherwise_meanwhile_are_not_taken(write):
+    path = write(needs=[], grid={"seed": [1]})
+    ours, same, other = (
+        find_work(load_experiment(path, options), None).parts[0]
+        for options in ([], [], ["prepare.moods.limit_train=9"])
+    )
+    make(ours)
+    before = os.stat(ours.recipe.out)
+    make(same)
+    with pytest.raises(ConfigError, match="data/moods was made otherwise: limit_train: None there, 9 now"):
+        make(other)
+    assert os.path.samestat(before, os.stat(ours.recipe.out))
 
 
 def test_options_for_entries_that_nobody_has_are_refused(write, fedhpc):

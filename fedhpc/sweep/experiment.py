@@ -23,6 +23,7 @@ from fedhpc.sweep.experiment_file import (
     Settings,
     entry_of,
     key_of,
+    place,
     read_experiment,
     refusal,
 )
@@ -168,7 +169,7 @@ def _load_needed(path: Path, overrides: Sequence[str], out: str | None) -> tuple
     ]
     needed = load_experiment(path, passed, out and f"{out}/{NEEDED}/{path.stem}")
     places = {f"{file.out}/{cell.name}/{EXPORT}": str(cell.export) for cell in needed.cells}
-    return needed, {os.path.normpath(old): new for old, new in places.items()} if out else {}
+    return needed, {place(old): new for old, new in places.items()} if out else {}
 
 
 Axis = list[tuple[str, Settings]]
@@ -230,11 +231,11 @@ def _prepare_problems(file: ExperimentFile, needs: Sequence[Experiment], overrid
             yield f"--set {key_of(text)}: prepare: has no entry {name!r}; {valid}"
     folders = [(f"{PREPARE}{name}", entry.path) for name, entry in file.prepare.items()]
     for (one, left), (other, right) in itertools.combinations(folders, 2):
-        if os.path.normpath(left) == os.path.normpath(right):
+        if place(left) == place(right):
             yield f"prepare: {one} and {other} both have the path {left}"
     outs = [("this file", file.out), *((str(needed.path), str(needed.out)) for needed in needs)]
     for (one, left), (other, right) in itertools.combinations(outs, 2):
-        if os.path.normpath(left) == os.path.normpath(right):
+        if place(left) == place(right):
             yield f"needs: {one} and {other} both have the out {left}"
 
 
@@ -290,9 +291,9 @@ def _cells(
 def _moved(config: Config, moved: Mapping[str, str]) -> Settings:
     """What a cell's keys have to say of folders that are elsewhere."""
     changes: Settings = {}
-    if path := moved.get(os.path.normpath(config.data.path)):
+    if path := moved.get(place(config.data.path)):
         changes["data.path"] = path
-    sources = [moved.get(os.path.normpath(source), source) for source in config.tuning.sources]
+    sources = [moved.get(place(source), source) for source in config.tuning.sources]
     if sources != config.tuning.sources:
         changes["tuning.sources"] = sources
     return changes

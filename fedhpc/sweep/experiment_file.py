@@ -46,7 +46,7 @@ class ExperimentFile(Section):
     """A folder: each cell has its run directory in it."""
     prepare: Annotated[dict[str, Preparation], Field(default_factory=dict)]
     """Name -> what to prepare, once, if a cell needs it."""
-    needs: Annotated[list[str], Field(default_factory=list)]
+    needs: Annotated[list[PathName], Field(default_factory=list)]
     """Experiment files, relative to this one: their cells run before, and are exported for these cells."""
     settings: Annotated[Settings, Field(alias="set", default_factory=dict)]
     """For all cells; the grid comes after it."""
@@ -67,7 +67,7 @@ class ExperimentFile(Section):
     """The accuracy whose cost the report compares."""
     budget_bytes: PositiveFloat | None = None
     """Where the tables cut each cell's curve: at the last round until which no more bytes were moved."""
-    reference: str | None = None
+    reference: PathName | None = None
     """Published figures, a CSV file relative to this one, that the report sets beside the cells'."""
 
 
@@ -92,7 +92,12 @@ def read_experiment(path: Path, overrides: Sequence[str], out: str | None) -> tu
         raise refusal(path, problems)
     file = _validated(path, values if out is None else {**values, "out": out})
     places = {old.path: file.prepare[name].path for name, old in before.prepare.items()}
-    return file, {os.path.normpath(old): new for old, new in places.items() if old != new}
+    return file, {place(old): new for old, new in places.items() if old != new}
+
+
+def place(path: str | Path) -> str:
+    """The same for every name of a folder, relative, through links, or there or not."""
+    return os.path.realpath(path)
 
 
 def key_of(override: str) -> str:

@@ -1,6 +1,5 @@
 """Prompts that an experiment's cells mix: exports of cells of the experiments that it needs."""
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from fedhpc.checkpoint_files import SERVER_FILE, CheckpointFiles, read_sums
 from fedhpc.errors import CheckpointError
 from fedhpc.files import replacing, write_whole
 from fedhpc.sweep.experiment import Cell, Experiment, some_of
-from fedhpc.sweep.experiment_file import refusal
+from fedhpc.sweep.experiment_file import place, refusal
 from fedhpc.sweep.standing import standing, waiting
 
 RECORD = "checkpoint.sha256"
@@ -66,23 +65,22 @@ def find_exports(experiment: Experiment) -> list[Export]:
     sources: dict[str, list[Cell]] = {}
     for cell in waiting(experiment):
         for source in cell.config.tuning.sources:
-            sources.setdefault(os.path.normpath(source), []).append(cell)
+            sources.setdefault(source, []).append(cell)
     exports = {
-        os.path.normpath(cell.export): Export(needed=needed, cell=cell)
-        for needed in experiment.needs
-        for cell in needed.cells
+        place(cell.export): Export(needed=needed, cell=cell) for needed in experiment.needs for cell in needed.cells
     }
     problems = []
     for source, cells in sources.items():
-        if source not in exports and not Path(source).is_dir():
+        export = exports.get(place(source))
+        if export is None and not Path(source).is_dir():
             problems.append(
                 f"tuning.sources: {source}: is not there, and no cell of needs: is exported to it ({some_of(cells)})"
             )
-        elif source in exports and (kind := exports[source].cell.config.tuning.kind) != "prompt_tuning":
+        elif export and (kind := export.cell.config.tuning.kind) != "prompt_tuning":
             problems.append(f"tuning.sources: {source}: its cell has tuning.kind: {kind}, prompt_tuning is needed")
     if problems:
         raise refusal(experiment.path, problems)
-    return [exports[source] for source in sources if source in exports]
+    return [exports[found] for found in dict.fromkeys(map(place, sources)) if found in exports]
 
 
 def _checkpoint(run_dir: Path) -> str | None:

@@ -11,11 +11,10 @@ from functools import partial
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, ConfigError
 from fedhpc.jobenv import MPIRUN_VARIABLES, JobEnvironment
 from fedhpc.lock import RunLock
-from fedhpc.preparing import prepare
 from fedhpc.sweep.experiment import Cell, Experiment
 from fedhpc.sweep.exports import Export, find_exports
 from fedhpc.sweep.job_array import array_command, submit
-from fedhpc.sweep.prepared import Part, find_parts
+from fedhpc.sweep.prepared import Part, find_parts, make
 from fedhpc.sweep.results import write_tables
 from fedhpc.sweep.runner import Runner
 from fedhpc.sweep.standing import CellLog, standing, waiting
@@ -111,6 +110,7 @@ class LocalSweep:
             run: the command line, for cells without a launcher: they are forks of this process.
         """
         self._work, self._launch, self._at_once, self._run = work, launch, at_once, run
+        self._missing = [part for part in work.parts if not part.is_there]
         self._stops = Stops()
         self._failed: list[Failed] = []
 
@@ -165,11 +165,10 @@ class LocalSweep:
         return 0
 
     def _prepare(self) -> int:
-        for part in self._work.parts:
-            if not part.is_there:
-                _say(f"{part.key}: preparing {part.recipe.out} from {part.recipe.source}")
-                if status := self._stops.aside(partial(_prepare, part)):
-                    return status
+        for part in self._missing:
+            _say(f"{part.key}: preparing {part.recipe.out} from {part.recipe.source}")
+            if status := self._stops.aside(partial(_prepare, part)):
+                return status
         return 0
 
     def _run_needed(self) -> int:
@@ -198,7 +197,7 @@ class LocalSweep:
 
 
 def _prepare(part: Part) -> int:
-    prepare(part.recipe)
+    make(part)
     return 0
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.data import Description, PreparedData, check_writable
-from fedhpc.errors import ConfigError, UserError
+from fedhpc.errors import ConfigError, UserError, users_fault
+from fedhpc.files import held
 from fedhpc.identity import brief, differences
-from fedhpc.preparing import Backbone, Recipe, description_of, find_source, load_backbone
+from fedhpc.preparing import Backbone, Recipe, description_of, find_source, load_backbone, prepare
 from fedhpc.sweep.experiment import Cell, Experiment, some_of
-from fedhpc.sweep.experiment_file import PREPARE, Preparation, refusal
+from fedhpc.sweep.experiment_file import PREPARE, Preparation, place, refusal
 from fedhpc.sweep.standing import waiting
 from fedhpc.tasks import load_task
 
@@ -48,7 +49,7 @@ def find_parts(experiment: Experiment, sources: str | None) -> list[Part]:
     parts: dict[str, Part] = {}
     for one in experiment.family if waiting(experiment) else ():
         for part in _parts_of(one, sources, problems):
-            first = parts.setdefault(os.path.normpath(part.recipe.out), part)
+            first = parts.setdefault(place(part.recipe.out), part)
             theirs, ours = asdict(first.recipe), asdict(part.recipe)
             problems += [
                 f"{part.key}.{key}: {ours[key]} in {one.path}, but {theirs[key]} for the same folder elsewhere"
@@ -62,14 +63,21 @@ def find_parts(experiment: Experiment, sources: str | None) -> list[Part]:
         except UserError as error:
             problems.append(str(error))
     for part in parts.values():
-        for check in (_check_source, _check_made):
+        for check in (_check_source, check_made):
             try:
                 check(part, backbones.get(part.recipe.model))
-            except UserError as error:
-                problems.append(f"{part.key}: {error}")
+            except (UserError, OSError) as error:
+                problems.append(f"{part.key}: {_said_of(error)}")
     if problems:
         raise refusal(experiment.path, problems)
     return list(parts.values())
+
+
+def _said_of(error: UserError | OSError) -> str:
+    """What is wrong; raises again what is the machine's fault."""
+    if (problem := users_fault(error)) is None:
+        raise error
+    return problem
 
 
 def _are_there(path: str) -> bool:
@@ -80,18 +88,19 @@ def _parts_of(experiment: Experiment, sources: str | None, problems: list[str]) 
     """Those that one experiment's cells need; what is wrong goes to the problems."""
     users: dict[str, list[Cell]] = {}
     for cell in waiting(experiment):
-        users.setdefault(os.path.normpath(cell.config.data.path), []).append(cell)
-    entries = {os.path.normpath(entry.path): (name, entry) for name, entry in experiment.prepare.items()}
+        users.setdefault(place(cell.config.data.path), []).append(cell)
+    entries = {place(entry.path): (name, entry) for name, entry in experiment.prepare.items()}
     for path, cells in users.items():
         if path in entries:
             name, entry = entries[path]
             try:
                 yield Part(key=f"{PREPARE}{name}", recipe=_recipe(name, entry, cells, sources))
-            except UserError as error:
-                problems.append(f"{PREPARE}{name}: {error}")
+            except (UserError, OSError) as error:
+                problems.append(f"{PREPARE}{name}: {_said_of(error)}")
         elif not _are_there(path):
+            folder, whose = cells[0].config.data.path, some_of(cells)
             problems.append(
-                f"data.path: {path}: no prepared data are there, and no entry of prepare: makes them ({some_of(cells)})"
+                f"data.path: {folder}: no prepared data are there, and no entry of prepare: makes them ({whose})"
             )
 
 
@@ -114,7 +123,7 @@ def _recipe(name: str, entry: Preparation, cells: Sequence[Cell], sources: str |
                 raise ConfigError(f"makes data with {made}, but its cells have {key}: {wanted} (as {cell.name})")
     return Recipe(
         task=entry.task or name,
-        source=entry.source if sources is None else str(Path(sources) / task.name),
+        source=entry.source if sources is None else os.path.abspath(Path(sources, task.name).expanduser()),
         model=model,
         out=entry.path,
         head=head,
@@ -139,7 +148,22 @@ def _check_source(part: Part, _: Backbone | None) -> None:
         find_source(recipe.source, recipe.files(load_task(recipe.task)))
 
 
-def _check_made(part: Part, backbone: Backbone | None) -> None:
+def make(part: Part) -> None:
+    """Prepare a part that was not there; one at a time in a folder, since sweeps may share it.
+
+    Raises:
+        UserError: it cannot be made, or somebody has made it otherwise meanwhile.
+    """
+    folder = Path(part.recipe.out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        if part.is_there:
+            check_made(part, load_backbone(part.recipe.model))
+        else:
+            prepare(part.recipe)
+
+
+def check_made(part: Part, backbone: Backbone | None) -> None:
     """UserError if the task does not suit the model, or what is there was made otherwise."""
     if backbone is None:
         return

@@ -60,7 +60,7 @@ def read_figures(experiment: Experiment) -> Reference | None:
 def _tasks(experiment: Experiment) -> Iterator[str]:
     """The names of the cells' tasks, as far as cells, `prepare:` and what is prepared already say them."""
     for name, entry in experiment.prepare.items():
-        with suppress(UserError):  # which is said where it is prepared
+        with suppress(UserError, OSError):  # which is said where it is prepared
             yield load_task(entry.task or name).name
     for path in {cell.config.data.path for cell in experiment.cells}:
         with suppress(UserError, OSError):
