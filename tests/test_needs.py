@@ -241,6 +241,20 @@ def test_an_export_of_an_earlier_checkpoint_is_made_anew(finished, fedhpc):
         aside.rename(cell.run_dir)
 
 
+def test_a_needed_run_that_can_be_exported_no_more_is_said_before_anything_is_run(finished, fedhpc, tmp_path):
+    needed = finished.parent / "sources/kind=prompt_tuning"
+    gone = [load_experiment(finished).cells[2].run_dir, needed / "checkpoints", needed / "peft"]
+    for path in gone:
+        shutil.move(path, tmp_path / path.name)
+    try:
+        status, _, err = fedhpc("sweep", finished)
+    finally:
+        for path in gone:
+            shutil.move(tmp_path / path.name, path)
+    assert status == 2
+    assert f"peft: cannot be exported, {needed} has no checkpoint any more; remove that folder" in err
+
+
 def test_out_moves_needed_experiments_too(write):
     path = write()
     experiment = load_experiment(path, out="elsewhere")

@@ -60,7 +60,7 @@ def find_exports(experiment: Experiment) -> list[Export]:
     """Those that the cells which are not done need.
 
     Raises:
-        ConfigError: a source is neither there nor from a needed cell, or no prompt is tuned in that.
+        ConfigError: a source is neither there nor from a needed cell, or no prompt is tuned in that, or none is left.
     """
     sources: dict[str, list[Cell]] = {}
     for cell in waiting(experiment):
@@ -78,6 +78,11 @@ def find_exports(experiment: Experiment) -> list[Export]:
             )
         elif export and (kind := export.cell.config.tuning.kind) != "prompt_tuning":
             problems.append(f"tuning.sources: {source}: its cell has tuning.kind: {kind}, prompt_tuning is needed")
+        elif export and export.is_due and _checkpoint(export.cell.run_dir) is None:
+            problems.append(
+                f"tuning.sources: {source}: cannot be exported, {export.cell.run_dir} has no checkpoint any more; "
+                "remove that folder to have the cell run anew"
+            )
     if problems:
         raise refusal(experiment.path, problems)
     return [exports[found] for found in dict.fromkeys(map(place, sources)) if found in exports]
