@@ -340,6 +340,11 @@ PROBLEMS = {
         ["prepare.moods.sauce: unknown key; valid here: path, source, task, model, head, max_length"],
     ),
     "a name that no file can have": ({"reference": "a\0b"}, ["reference: string should match pattern"]),
+    "an entry without keys": ({"prepare": {"moods": 1}}, ["prepare.moods: should hold keys and values, found 1"]),
+    "names without letters": (
+        {"prepare": {"moods": {"path": "a", "source": "b", "task": "", "validation": ""}}},
+        [f"prepare.moods.{key}: string should have at least 1 character" for key in ("task", "validation")],
+    ),
     "no source": ({"prepare": {"moods": {"path": "a"}}}, ["prepare.moods.source: is required"]),
     "a wrong number": (
         {"prepare": {"moods": {"path": "a", "source": "b", "limit_train": 0}}},

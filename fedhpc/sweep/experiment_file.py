@@ -25,7 +25,7 @@ class Preparation(Section):
     path: PathName
     """The folder, `data.path` of the cells that use it."""
     source: PathName
-    task: str | None = None
+    task: PathName | None = None
     """A built-in task or a task file; the entry's name unless given."""
     model: PathName | None = None
     """What the cells have unless given, as `head`."""
@@ -33,7 +33,7 @@ class Preparation(Section):
     max_length: Positive = 128
     limit_train: Positive | None = None
     seed: int = 42
-    validation: str | None = None
+    validation: Annotated[str, Field(min_length=1)] | None = None
     """The source's split that devices are evaluated on."""
 
 
@@ -126,6 +126,8 @@ def _validated(path: Path, values: Mapping[str, Any]) -> ExperimentFile:
 
 def _describe(details: ErrorDetails, values: Mapping[str, Any]) -> str:
     key, message = ".".join(map(str, details["loc"])), details["msg"]
+    if details["type"] == "model_type":
+        return f"{key}: should hold keys and values, found {details['input']!r}"
     if details["type"] == "extra_forbidden":
         section = ExperimentFile if len(details["loc"]) == 1 else Preparation
         valid = [field.alias or name for name, field in section.model_fields.items()]
