@@ -37,6 +37,17 @@ class Memory:
         slots = self.slots.to(tensor.device)
         return tensor[torch.arange(len(slots), device=tensor.device), slots].unsqueeze(1)
 
+    # Not a closure that calls itself: a cycle of references would keep keys, values and the graph behind them alive
+    # until the garbage collector comes by.
+    def narrow(self, value: Any, size: tuple[int, ...]) -> Any:
+        """Of what a layer is given for [b, s] positions, tensors [b or 1, s], [b or 1, s, ...] and tuples of them at
+        the slots."""
+        if isinstance(value, tuple):
+            return tuple(self.narrow(each, size) for each in value)
+        if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == size[1]:
+            return self.at_slots(value.expand(size[0], *value.shape[1:]))
+        return value
+
 
 class LastLayer:
     """Takes the place of a layer's forward; a forward pass that carries `slots` [b] has outputs [b, 1, H]."""
@@ -52,16 +63,9 @@ class LastLayer:
     def _at_slots(self, hidden: Tensor, *args: Any, slots: Tensor | None = None, **kwargs: Any) -> Any:
         if slots is None:
             return self._forward(hidden, *args, **kwargs)
-        memory, (b, s) = Memory(slots), hidden.shape[:2]
-
-        def narrow(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(narrow, value))
-            if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == s:
-                return memory.at_slots(value.expand(b, *value.shape[1:]))
-            return value
-
+        memory, size = Memory(slots), hidden.shape[:2]
         with suppress(Known):
             self._forward(hidden, *args, memory=memory, **kwargs)
-        named = {name: narrow(value) for name, value in kwargs.items()}
-        return self._forward(narrow(hidden), *map(narrow, args), memory=memory, **named)
+        named = {name: memory.narrow(value, size) for name, value in kwargs.items()}
+        positional = [memory.narrow(value, size) for value in (hidden, *args)]
+        return self._forward(*positional, memory=memory, **named)

@@ -1,5 +1,7 @@
 """The last layer at the answer slots alone gives the numbers of the whole layer."""
 
+import gc
+
 import pytest
 import torch
 from backbones import (
@@ -46,6 +48,23 @@ def test_scores_and_gradients_are_those_of_the_whole_layer(tmp_path, name, lengt
 
 def test_gpt2_insists_on_outputs_of_its_inputs_shape(tmp_path):
     assert load_backbone(save_backbone(tmp_path, "gpt2"), "gpt2")._last_layer is None
+
+
+def test_no_activation_waits_for_the_garbage_collector(tmp_path):
+    """A cycle of references would keep a batch's whole graph, and the next batch's would come on top."""
+    backbone = load_backbone(save_backbone(tmp_path, "llama-gqa"), "llama-gqa")
+    batch, prompts = make_batch("llama-gqa"), random_prompts(backbone.base.config)
+    gc.collect()
+    gc.disable()
+    try:
+        scores_and_gradient(backbone, batch, prompts, 0)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_recomputed_activations_are_the_same(tmp_path):
