@@ -47,6 +47,7 @@ from fedhpc.tokens import check_known
 from fedhpc.tuning import Tuning, make_tuning
 from fedhpc.weights import model_sha256, weights_sha256
 
+KERNELS_KEPT = 64
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
 
 
@@ -281,6 +282,9 @@ def stop_before_end(config: Config, environment: JobEnvironment, stop: StopReque
 
 def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Worker:
     """Load the backbone and set up one rank's devices."""
+    # oneDNN keeps a compiled kernel of about 0.7 MB for every shape that it met in bfloat16, 1024 of them by default;
+    # a step takes some ten.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     torch_device = choose_torch_device(exchange.local_rank, environment)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
     job.tuning.check(backbone)
