@@ -212,14 +212,15 @@ def _model_types(loader: Any, model_config: Any) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _with_weights(loader: Any, name: str, *, mapped: bool, config: Any, **kwargs: Any) -> tuple[Any, Any]:
+def _with_weights(
+    loader: Any, name: str, *, mapped: bool, config: Any, dtype: torch.dtype, **kwargs: Any
+) -> tuple[Any, Any]:
     """A model and what is to be said of its weights; mapped into memory where they are stored as they are needed."""
     model_types = _model_types(loader, config)
-    if mapped and len(model_types) == 1 and (weights := mapped_weights(name)):
-        return model_types[0].from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, **kwargs
-        )
-    return loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    kwargs |= {"config": config, "dtype": dtype, "output_loading_info": True}
+    if mapped and len(model_types) == 1 and (weights := mapped_weights(name, dtype)):
+        return model_types[0].from_pretrained(None, state_dict=weights, **kwargs)
+    return loader.from_pretrained(name, **kwargs)
 
 
 def _check_weights(name: str, model: Any, info: Any, *, head: str) -> None:

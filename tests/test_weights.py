@@ -32,6 +32,22 @@ def test_tensors_are_those_of_the_library(tmp_path):
         assert torch.equal(mapped[name], tensor)
 
 
+def test_what_16_bits_hold_is_widened_piece_by_piece(tmp_path, monkeypatch):
+    """To the library's numbers, at every end of a piece; what is wide or a count already stays as it is."""
+    monkeypatch.setattr("fedhpc.weights.CHUNK_BYTES", 8)
+    rng = torch.Generator().manual_seed(0)
+    tensors = {str(n): torch.randn(n, 3, generator=rng).to(torch.bfloat16) for n in (0, 1, 4, 5)}
+    tensors |= {"half": torch.randn(7, generator=rng).half(), "wide": torch.ones(2), "scalar": torch.tensor(3.0).half()}
+    tensors["count"] = torch.arange(3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    found, stored = (mapped_weights(str(tmp_path), dtype) for dtype in (torch.float32, torch.bfloat16))
+    for name, tensor in tensors.items():
+        wanted = tensor.float() if tensor.is_floating_point() else tensor
+        assert found[name].dtype == wanted.dtype
+        assert torch.equal(found[name], wanted)
+        assert stored[name].dtype == tensor.dtype
+
+
 def test_shards_are_put_together(tmp_path):
     parts = {"a": torch.arange(4.0), "b": torch.arange(6.0)}
     for name, tensor in parts.items():
