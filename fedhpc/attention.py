@@ -99,6 +99,11 @@ def _causal_mask(length: int, num_tokens: int, device: torch.device) -> Tensor:
     return torch.ones(length, num_tokens + length, dtype=torch.bool, device=device).tril(num_tokens)[None, None]
 
 
+def forget_masks() -> None:
+    """Make causal masks anew from here on."""
+    _causal_mask.cache_clear()
+
+
 def register() -> None:
     """Make every backbone's attention take prompts."""
     AttentionInterface.register("sdpa", prompted(sdpa_attention_forward))

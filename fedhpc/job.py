@@ -47,7 +47,7 @@ from fedhpc.tokens import check_known
 from fedhpc.tuning import Tuning, make_tuning
 from fedhpc.weights import model_sha256, weights_sha256
 
-KERNELS_KEPT = 64
+KERNELS_KEPT = 32
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
 
 

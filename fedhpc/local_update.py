@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fedhpc.config import Config
-from fedhpc.data import Split
+from fedhpc.data import Batch, Split
 from fedhpc.errors import CheckpointError, Halt
 from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.models import Backbone
 from fedhpc.seeding import derive_seed, generator
 from fedhpc.step_rules import FISHER, Changes, Sparse
 from fedhpc.tuning import Tuning
-from fedhpc.tuning.base import as_parameters
+from fedhpc.tuning.base import Params, as_parameters
 from fedhpc.updates import Vector
 
 Moments = dict[str, NDArray[np.float32]]
@@ -302,13 +302,11 @@ def _step(
     seeds = [lane.dropout_seed for lane in lanes] if config.model.backbone_dropout or config.tuning.dropout else None
     if config.model.backbone_dropout:
         torch.manual_seed(lanes[0].dropout_seed)
-    scores = tuning.forward(backbone, [lane.params for lane in lanes], batch, dropout_seeds=seeds)
-    losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])
+    losses, gradients = pack_gradients(backbone, tuning, [lane.params for lane in lanes], batch, seeds)
     params = [parameter for lane in lanes for parameter in lane.params.values()]
-    gradients = backbone.gradients(losses.sum(), params)
     ends = [0, *accumulate(len(lane.params) for lane in lanes)]
     with torch.no_grad():
-        for lane, loss, first, end in zip(lanes, losses.detach(), ends, ends[1:], strict=False):
+        for lane, loss, first, end in zip(lanes, losses, ends, ends[1:], strict=False):
             lane.losses.append(loss)
             own = gradients[first:end]
             lane.sparse.of_gradient(own)
@@ -320,6 +318,18 @@ def _step(
         for lane, first, end in zip(lanes, ends, ends[1:], strict=False):
             lane.changes.of_step(params[first:end], rate)
             lane.sparse.of_step(params[first:end])
+
+
+def pack_gradients(
+    backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch, dropout_seeds: Sequence[int] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Every device's mean loss [N] in a batch, and its gradients by the device's own parameters, one after the other.
+
+    Arguments as those of :meth:`fedhpc.tuning.base.Tuning.forward`.
+    """
+    scores = tuning.forward(backbone, params, batch, dropout_seeds=dropout_seeds)
+    losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])
+    return losses.detach(), backbone.gradients(losses.sum(), [p for own in params for p in own.values()])
 
 
 def _clip(gradients: list[Tensor], max_norm: float) -> None:

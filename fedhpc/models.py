@@ -39,6 +39,8 @@ PROBE_TOKENS = 8
 ROUNDING = 3e-5
 """Relative difference of two float32 results of the same sums in another order, after tens of layers."""
 OTHER_WORDS = f"choose words of one token each in a task file, or {LINEAR_HEAD}"
+NOT_TAKEN = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model raises that does not take what it is given."""
 LOSS_SCALE = 2.0**12
 """A power of two rounds nothing. Gradients of one example in a batch begin near 1e-3, and float16 ends at 6e-8."""
 
@@ -51,7 +53,7 @@ class Backbone(nn.Module):
         self.kind = data.kind
         self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
         self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
-        self.model = load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
+        self.model = self._load(config, data, torch_device)
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
         has_head = data.head == "verbalizer"
@@ -64,6 +66,9 @@ class Backbone(nn.Module):
             self._recompute_layers(config.name)
         self._last_layer: LastLayer | None = None
         self._check(config, tuning)
+
+    def _load(self, config: ModelConfig, data: Description, torch_device: torch.device) -> Any:
+        return load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
 
     def hidden(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
         """The last layer's hidden states [b, s, H] of the texts, without those of soft tokens."""
@@ -314,7 +319,7 @@ class Backbone(nn.Module):
             overlays.append(Overlay(prompts=torch.full(size, 0.1, device=self.torch_device)))
         same = False
         # What raises here does so in `Tuning.check` too, or in nothing that is asked for.
-        with suppress(AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+        with suppress(*NOT_TAKEN):
             wanted = [self._at_slots(batch, overlay) for overlay in overlays]
             self._last_layer = LastLayer(self._layers[-1])
             found = [self._at_slots(batch, overlay) for overlay in overlays]
@@ -366,5 +371,5 @@ def no_surprise(refusal: str, advice: str = "") -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (*NOT_TAKEN, KeyError) as error:
         raise ModelError(f"{refusal}: {first_line(error)}{advice}") from None

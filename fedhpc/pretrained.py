@@ -151,18 +151,23 @@ def count_parameters(name: str) -> int:
         return sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
 
 
+def run_config(config: ModelConfig) -> Any:
+    """The model's configuration as a run uses it: without dropout, unless it is asked for."""
+    model_config = load_pretrained(AutoConfig.from_pretrained, config.name)
+    if not config.backbone_dropout:
+        for key, value in vars(model_config).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(model_config, key, 0.0)
+    return model_config
+
+
 def load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torch.device) -> Any:
     """The model with its weights, in eval mode, no gradients asked for, on its device or spread over several.
 
     Raises:
         ModelError: it cannot be found or loaded, its weights do not fit its configuration, or do not fit the GPUs.
     """
-    model_config = load_pretrained(AutoConfig.from_pretrained, config.name)
-    if not config.backbone_dropout:
-        for key, value in vars(model_config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(model_config, key, 0.0)
-    loader = auto_class(head=head, kind=kind)
+    model_config, loader = run_config(config), auto_class(head=head, kind=kind)
     _check_kernel(config, model_config, loader)
     extra: dict[str, Any] = {}
     if config.device_map == "auto":

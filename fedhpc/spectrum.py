@@ -103,7 +103,7 @@ class BatchLoss:
             (parameter.detach() + move).requires_grad_()
             for parameter, move in zip(self.moved, self._tensors(displacement), strict=True)
         ]
-        gradients = self._gradients_at(at)
+        gradients = self.gradients_at(at)
         return lambda vector: self._product(gradients, at, vector)
 
     def _product(self, gradients: list[torch.Tensor], at: list[torch.Tensor], vector: Flat) -> Flat:
@@ -116,9 +116,10 @@ class BatchLoss:
     @cached_property
     def _gradients(self) -> list[torch.Tensor]:
         """grad F(P) with its graph, for all products."""
-        return self._gradients_at(self.moved)
+        return self.gradients_at(self.moved)
 
-    def _gradients_at(self, at: list[torch.Tensor]) -> list[torch.Tensor]:
+    def gradients_at(self, at: list[torch.Tensor]) -> list[torch.Tensor]:
+        """grad F at other values of the per-layer parameters, with its graph."""
         self.beat()
         # The fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):

@@ -22,6 +22,8 @@ FLOORS = [
     {"checkpoint", "trace", "soundness"},
     {"device", "control"},
     {"job"},
+    {"rehearsal"},
+    {"plan_memory"},
     {"saving", "plan", "inspection", "trained", "pages"},
     {"server", "export", "predict"},
     {"sweep", "role"},

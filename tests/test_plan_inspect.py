@@ -1,12 +1,21 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 
+from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange
+from fedhpc.job import load_job
+from fedhpc.local_update import pack_gradients
+from fedhpc.models import Backbone
+from fedhpc.plan_memory import memory_parts, trainable
+from fedhpc.rehearsal import LiveBytes, longest, rehearsal
+from fedhpc.weights import stored_weights
 
 
 def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
@@ -53,25 +62,106 @@ def test_plan_counts_what_methods_and_devices_need(fedhpc, run_config):
     twice = figures(server__method="mime", device__optimizer="sgd")  # parameters and gradients
     assert twice["buffer of 6 uploads"] == f"{2 * 6 * 2 * n / 1000:.1f} kB"
     # Three devices of a rank keep their layers, the Fisher information of these, and two moments of all layers.
-    assert "weights with the device's changes" not in twice
-    whole = figures(tuning__kind="full", selection__strategy="all", model__dtype="bfloat16")
-    assert whole["weights with the device's changes"] == whole["backbone, bfloat16"]
     more = figures(server__method="fedavg", sparse__fraction=0.5, device__reset_moments=False)
     assert more["what devices keep"] == f"{3 * (2 * n + 2 * 2 * n) / 1000:.1f} kB"
     half_done = "device ranks together: half-done updates, prompts and Adam moments"
     assert figures()[half_done] == f"{4 * 3 * 2 * n / 1000:.1f} kB"
     assert figures(device__pack="auto")[half_done] == f"{6 * 3 * 2 * n / 1000:.1f} kB"
-    # 50 vectors of float64 of all four layers' prompts
-    auto = figures(selection__ratio="auto")
-    assert auto["Lanczos vectors, once, after the warm-up"] == f"{50 * 8 * 2 * n / 4 / 1000:.1f} kB"
-    one, three = figures(), figures(device__pack=3)
-    for part in ("prompts, gradients, Adam moments", "activations (upper bound)"):
-        assert in_bytes(three[part]) == pytest.approx(3 * in_bytes(one[part]), rel=0.05)  # one decimal
 
 
-def in_bytes(figure):
-    number, unit = figure.split()
-    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+@pytest.fixture
+def plan_job(run_config):
+    """The job of a configuration with changes."""
+    return lambda **changes: load_job(load_config(run_config(**changes), []))
+
+
+def tensors_at_once(job, ranks=2):
+    """Bytes of tensors in the plan of a device rank, and when they are needed."""
+    (when, size), *_ = [
+        (part, size) for part, size in memory_parts(job, ranks)["each device rank"].items() if "at once" in part
+    ]
+    return when, size
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"device__pack": 3},
+        {"model__gradient_checkpointing": True},
+        {"model__dtype": "bfloat16", "tuning__kind": "lora"},
+        {"tuning__kind": "late_prompt", "selection__strategy": "all"},
+        {"tuning__kind": "full", "selection__strategy": "all"},
+        {"tuning__loss": "vocabulary"},
+    ],
+    ids=str,
+)
+def test_a_rehearsed_step_holds_the_tensors_of_a_real_one(plan_job, changes):
+    """Counted twice: by what operations make, of tensors with and without numbers; and by what autograd keeps."""
+    job = plan_job(**changes)
+    pack = job.config.device.pack
+    with rehearsal(job) as work:
+        weights, rehearsed = work.weights, work.training(pack, pack)
+    with LiveBytes() as live:
+        backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch.device("cpu"))
+    assert weights == pytest.approx(sum(p.nbytes for p in backbone.model.parameters()), rel=0.01)  # the rest: buffers
+    split = job.data.split("train")
+    chosen = sorted(
+        (longest(split, own, job.config.device.batch_size) for own in job.partition.train),
+        key=lambda batch: -len(batch) * split.lengths[batch[0]],
+    )[:pack]
+    batch = split.batch(np.concatenate(chosen), [len(examples) for examples in chosen])
+    kept, frozen = {}, {p.untyped_storage()._cdata for p in backbone.parameters()}
+
+    def pack_hook(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step():
+        params = [
+            {name: torch.zeros(shape, requires_grad=True) for name, shape in job.tuning.shapes.items()} for _ in chosen
+        ]
+        moments = [torch.zeros_like(p) for own in params for p in own.values() for _ in range(2)]
+        backbone.training_mode(True)
+        pack_gradients(backbone, job.tuning, params, batch, None)
+        return sum(tensor.nbytes for tensor in moments)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        held = step()
+    with live:
+        real = live.during(step)
+    assert rehearsed == pytest.approx(real, rel=0.02)
+    assert sum(kept.values()) + held < 1.02 * rehearsed
+    if not job.config.model.gradient_checkpointing:  # whose layers are kept, and let go, one at a time
+        assert rehearsed < 1.5 * (sum(kept.values()) + 1.5 * held)
+
+
+def test_plan_counts_what_the_largest_moment_needs(plan_job):
+    (when, one), (_, three) = tensors_at_once(plan_job()), tensors_at_once(plan_job(device__pack=3))
+    assert when.startswith("training")
+    assert three == pytest.approx(3 * one, rel=0.15)
+    whole = plan_job(tuning__kind="full", selection__strategy="all")
+    # Parameters' changes, their gradients and two moments.
+    assert tensors_at_once(whole)[1] > 4 * 4 * trainable(whole)
+    assert tensors_at_once(plan_job(evaluate__batch_size=1000, device__batch_size=1))[0].startswith("evaluation")
+    when, second_order = tensors_at_once(plan_job(selection__ratio="auto", selection__warmup_rounds=1))
+    assert when.startswith("Hessian")
+    assert second_order > 2 * one
+    two_places = plan_job(selection__ratio="auto", selection__auto_by="eigengap", selection__warmup_rounds=1)
+    assert tensors_at_once(two_places)[1] > 1.5 * second_order
+    auto = memory_parts(plan_job(device__pack="auto"), 2)
+    alone, together = (sum(auto[f"each device rank, for pack {pack}"].values()) for pack in (1, 4))
+    assert together - alone > 2 * one
+
+
+def test_plan_knows_that_what_is_stored_wide_is_narrowed_in_memory(plan_job):
+    job = plan_job(model__dtype="bfloat16", evaluate__batch_size=1)
+    (label,) = [part for part in memory_parts(job, 2)["each device rank"] if "at once" in part]
+    stored = sum(each.nbytes for each in stored_weights(job.config.model.name).values())
+    size = float(re.search(r"loading ([\d.]+) kB", label)[1]) * 1000
+    assert stored <= size < 1.02 * stored
 
 
 @pytest.mark.parametrize(
