@@ -2,7 +2,8 @@
 # make test   set up and run lint, types and all tests
 # make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
 # make bench  set up and measure local steps, start-up, rounds, rank counts and checkpoints, ten to twenty minutes; with
-#             PREPARED="FOLDER ..." (prepared data) decoders too; tables, and JSON in runs/bench
+#             PREPARED="FOLDER ..." (prepared data) decoders, and the memory of their models' ranks, too; tables, and
+#             JSON in runs/bench
 # make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
 # make bench-flower   set up, also .venv-flower with Flower in it, and measure rounds beside those of its simulation;
 #             some minutes; table, and JSON in runs/bench
@@ -68,6 +69,7 @@ bench: $(VENV)/bench-$(MPI)
 	mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/local_step.py --json $(BENCH)/local_step.json
 	$(if $(PREPARED),$(BIN)/python benchmarks/decoder.py $(PREPARED) --json $(BENCH)/decoder.json)
+	$(if $(PREPARED),$(BIN)/python benchmarks/plan.py $(PREPARED) --json $(BENCH)/plan.json)
 	$(BIN)/python benchmarks/start.py --json $(BENCH)/start.json
 	$(BIN)/mpirun -np 17 $(BIN)/python benchmarks/round.py --json $(BENCH)/round.json
 	$(BIN)/python benchmarks/ranks.py --json $(BENCH)/ranks.json

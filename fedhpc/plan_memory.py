@@ -8,17 +8,20 @@ import torch
 from transformers.utils import cached_file
 
 from fedhpc.encoding import make_encoding
+from fedhpc.errors import ModelError
 from fedhpc.federation import count_packs, population
 from fedhpc.job import Job
 from fedhpc.messages import UPLOAD_HEADER
 from fedhpc.methods import Method, make_method
+from fedhpc.models import no_surprise
 from fedhpc.packing import largest_pack
-from fedhpc.pretrained import load_pretrained
+from fedhpc.pretrained import run_config
 from fedhpc.rehearsal import Rehearsal, rehearsal
 from fedhpc.report import human_bytes
 from fedhpc.selection import SCORED, num_selected
 from fedhpc.spectrum import LANCZOS_STEPS
-from fedhpc.weights import stored_weights
+from fedhpc.tuning.base import ModuleTuning
+from fedhpc.tuning.weights import FullTuning
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROGRAM_BYTES = 330e6
@@ -26,18 +29,23 @@ PROGRAM_BYTES = 330e6
 thread a rank; benchmarks/plan.py compares with runs."""
 DEVICE_BYTES = 75e6
 """What a device rank loads besides: the model's code, kernels and their buffers."""
-STRUCTURE_BYTES = 45e6
-"""What a rank without a backbone loads for a tuning that names modules of it: the model's code."""
+STRUCTURE_BYTES = 50e6
+"""What any rank loads for a tuning that names modules of a backbone: its code, and its outline for a while."""
 COMPILER_BYTES = 60e6
 """PyTorch's compiler, which its recomputation of activations loads."""
-SMALL_FLOAT_BYTES = 70e6
+SMALL_FLOAT_BYTES = 85e6
 """Kernels for 16 bits, which oneDNN compiles for every shape of a batch."""
 ROOM = 1.3
 """Memory that the allocator takes for tensors of many sizes, by what they hold."""
+ROOM_RECOMPUTED = 2.4
+"""The same with recomputation, whose layers' inputs stay between what each layer frees: 1.7 to 3.3."""
 TOKENIZER_FACTOR = 15
 """Bytes of memory that a tokenizer takes while it is loaded, for each byte of its file."""
-STRUCTURED = ("adapter", "lora", "bitfit", "full")
-"""Tunings that look into a model's layers on every rank."""
+TOKENIZER_LEFT = 0.1
+"""Of these, what the allocator cannot use for anything else."""
+STRUCTURED = (ModuleTuning, FullTuning)
+"""Tunings that do so."""
+STRUCTURE = "a look into the model's layers"
 TOKENIZER = "tokenizer, while the data are checked"
 Parts = dict[str, float]
 """What memory is for -> bytes."""
@@ -45,7 +53,13 @@ Parts = dict[str, float]
 
 def memory_lines(job: Job, ranks: int) -> Iterator[str]:
     """Every role's memory and its parts, a line each."""
-    for role, parts in memory_parts(job, ranks).items():
+    try:
+        with no_surprise("memory of the ranks: not known, its work cannot be rehearsed"):
+            roles = memory_parts(job, ranks)
+    except ModelError as error:
+        yield str(error)
+        return
+    for role, parts in roles.items():
         yield f"memory of {role}: {human_bytes(sum(parts.values()))}"
         yield from (f"  {human_bytes(size):>9}  {part}" for part, size in parts.items() if size)
     yield "  with a GPU, backbone and tensors are in its memory, beside what CUDA takes there and on the host"
@@ -68,8 +82,9 @@ def memory_parts(job: Job, ranks: int) -> dict[str, Parts]:
 
 
 def _one_process(server: Parts, device: Parts) -> Parts:
-    """A process that is both: it loads the program once, and needs no tokenizer any more when it trains."""
-    return {**server, **device, "model code": 0, TOKENIZER: 0}
+    """A process that is both: it loads the program once, and has freed the tokenizer when it trains, but for pieces."""
+    left = TOKENIZER_LEFT * server[TOKENIZER]
+    return {**server, **device, TOKENIZER: 0, "pieces of the tokenizer's memory": left}
 
 
 def _server(job: Job) -> Parts:
@@ -87,7 +102,7 @@ def _server(job: Job) -> Parts:
     tokenizer = TOKENIZER_FACTOR * _tokenizer_bytes(config.model.name)
     return {
         "program": PROGRAM_BYTES,
-        "model code": STRUCTURE_BYTES * (config.tuning.kind in STRUCTURED),
+        STRUCTURE: STRUCTURE_BYTES * isinstance(job.tuning, STRUCTURED),
         **state,
         TOKENIZER: max(0, tokenizer - sum(state.values())),
     }
@@ -99,10 +114,11 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     sampled = config.federation.devices_per_round
     here = -(-sampled // max(1, ranks - 1))
     record = UPLOAD_HEADER.itemsize + n * method.num_uploaded * make_encoding(config, method).dtype.itemsize / 4
+    room = ROOM_RECOMPUTED if config.model.gradient_checkpointing else ROOM
     phases = {
-        "training": ROOM * work.training(pack, -(-sampled // count_packs(sampled, pack))),
+        "training": room * work.training(pack, -(-sampled // count_packs(sampled, pack))),
         "evaluation": ROOM * work.evaluation() + everything,
-        "loading": work.loading - work.weights + _narrowed_bytes(job),
+        "loading": work.loading - work.weights + _narrowed_bytes(job, work.loading),
     }
     if config.selection.strategy in SCORED:
         phases["layer scores"] = ROOM * work.scoring()
@@ -118,6 +134,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     return {
         "program": PROGRAM_BYTES,
         "model's code, kernels and their buffers": code,
+        STRUCTURE: STRUCTURE_BYTES * isinstance(job.tuning, STRUCTURED),
         f"backbone, {config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
@@ -125,11 +142,14 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     }
 
 
-def _narrowed_bytes(job: Job) -> int:
-    """What a backbone's files hold in more bits than are wanted: in memory until all of it is converted."""
-    stored = load_pretrained(stored_weights, job.config.model.name) or {}
-    wanted = getattr(torch, job.config.model.dtype)
-    return sum(each.nbytes for each in stored.values() if each.dtype.itemsize > wanted.itemsize)
+def _narrowed_bytes(job: Job, loading: int) -> float:
+    """What a backbone's files hold, if in more bits than are wanted: in memory until all of it is converted.
+
+    The files may not be here yet; the model's configuration says their type, unless it is PyTorch's own.
+    """
+    stored = run_config(job.config.model).dtype or torch.float32
+    wider = stored.itemsize / DTYPE_BYTES[job.config.model.dtype]
+    return loading * wider if wider > 1 else 0
 
 
 def _tokenizer_bytes(name: str) -> int:

@@ -5,6 +5,7 @@ every operation says which tensors it would make, and nothing is computed. So th
 attention kernel, recomputation and pack as the run does. It is that of a CPU.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from fedhpc.sensitivity import layer_sensitivity
 from fedhpc.spectrum import BatchLoss
 
 CPU = torch.device("cpu")
+FAKE_LOG = logging.getLogger(FakeTensorMode.__module__)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -193,8 +195,10 @@ def longest(split: Split, examples: Sequence[int] | NDArray[np.int64], count: in
 @contextmanager
 def rehearsal(job: Job) -> Iterator[Rehearsal]:
     """A rehearsal of a job; in this context tensors have no numbers."""
+    FAKE_LOG.disabled = True  # it reports with a traceback what is raised, and then may be caught
     try:
         with FakeTensorMode(), LiveBytes() as live:
             yield Rehearsal(job, live)
     finally:
+        FAKE_LOG.disabled = False
         forget_masks()

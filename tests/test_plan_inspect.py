@@ -156,10 +156,21 @@ def test_plan_counts_what_the_largest_moment_needs(plan_job):
     assert together - alone > 2 * one
 
 
+def test_a_plan_says_where_memory_is_not_known(fedhpc, run_config, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no fake tensors")
+
+    monkeypatch.setattr(Backbone, "word_scores", refuse)
+    status, out, _ = fedhpc("plan", run_config(), "--ranks", 2)
+    assert status == 0
+    assert "memory of the ranks: not known, its work cannot be rehearsed: no fake tensors" in out
+
+
 def test_plan_knows_that_what_is_stored_wide_is_narrowed_in_memory(plan_job):
     job = plan_job(model__dtype="bfloat16", evaluate__batch_size=1)
     (label,) = [part for part in memory_parts(job, 2)["each device rank"] if "at once" in part]
     stored = sum(each.nbytes for each in stored_weights(job.config.model.name).values())
+    # The output layer's class words are all that stays of it, in 16 bits.
     size = float(re.search(r"loading ([\d.]+) kB", label)[1]) * 1000
     assert stored <= size < 1.02 * stored
 
