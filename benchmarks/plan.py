@@ -33,7 +33,12 @@ CASES = {
     "recomputation": {"model.gradient_checkpointing": True, "device.batch_size": 32},
     "lora": {**BFLOAT16, "tuning.kind": "lora"},
     "prompt_tuning": {**BFLOAT16, "tuning.kind": "prompt_tuning"},
-    "full": {"tuning.kind": "full", "selection.strategy": "all"},
+    "full": {
+        "tuning.kind": "full",
+        "selection.strategy": "all",
+        "federation.num_devices": 2,
+        "server.method": "fedavg",
+    },
     "vocabulary": {**BFLOAT16, "tuning.loss": "vocabulary"},
     "ratio auto": {
         "selection.ratio": "auto",

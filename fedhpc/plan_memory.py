@@ -33,10 +33,10 @@ STRUCTURE_BYTES = 50e6
 """What any rank loads for a tuning that names modules of a backbone: its code, and its outline for a while."""
 COMPILER_BYTES = 60e6
 """PyTorch's compiler, which its recomputation of activations loads."""
-SMALL_FLOAT_BYTES = 85e6
+SMALL_FLOAT_BYTES = 60e6
 """Kernels for 16 bits, which oneDNN compiles for every shape of a batch."""
-ROOM = 1.3
-"""Memory that the allocator takes for tensors of many sizes, by what they hold."""
+ROOM = {"float32": 1.3, "bfloat16": 1.4, "float16": 1.4}
+"""Memory that the allocator takes for tensors of many sizes, by what they hold. In 16 bits kernels lie among them."""
 ROOM_RECOMPUTED = 2.4
 """The same with recomputation, whose layers' inputs stay between what each layer frees: 1.7 to 3.3."""
 TOKENIZER_FACTOR = 15
@@ -95,7 +95,7 @@ def _server(job: Job) -> Parts:
     # The sampled devices' own, and those that a checkpoint has not written yet.
     controls = (1 + config.checkpoint.every) * sampled * has_control(job)
     state: Parts = {
-        f"prompts and server state ({vectors} vectors)": n * vectors,
+        f"prompts and server state ({vectors} vectors), and the next prompts": n * (vectors + 1),
         f"control variates not on disk ({controls})": n * controls,
         f"buffer of {arriving}": size,
     }
@@ -114,19 +114,20 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     sampled = config.federation.devices_per_round
     here = -(-sampled // max(1, ranks - 1))
     record = UPLOAD_HEADER.itemsize + n * method.num_uploaded * make_encoding(config, method).dtype.itemsize / 4
-    room = ROOM_RECOMPUTED if config.model.gradient_checkpointing else ROOM
+    room = ROOM[config.model.dtype]
+    room_of_steps = ROOM_RECOMPUTED if config.model.gradient_checkpointing else room
     phases = {
-        "training": room * work.training(pack, -(-sampled // count_packs(sampled, pack))),
-        "evaluation": ROOM * work.evaluation() + everything,
+        "training": room_of_steps * work.training(pack, -(-sampled // count_packs(sampled, pack))),
+        "evaluation": room * work.evaluation() + everything,
         "loading": work.loading - work.weights + _narrowed_bytes(job, work.loading),
     }
     if config.selection.strategy in SCORED:
-        phases["layer scores"] = ROOM * work.scoring()
+        phases["layer scores"] = room * work.scoring()
     if config.curriculum.order == "fisher":
-        phases["order of the batches"] = ROOM * work.curriculum()
+        phases["order of the batches"] = room * work.curriculum()
     if config.selection.is_automatic and config.selection.warmup_rounds < config.federation.rounds:
         lanczos = 8 * LANCZOS_STEPS * sum(int(np.prod(shape)) for shape in job.tuning.per_layer.values())
-        phases["Hessian"] = ROOM * work.hessian() + lanczos
+        phases["Hessian"] = room * work.hessian() + lanczos
     first, *others = sorted(phases, key=lambda name: -phases[name])
     then = ", ".join(f"{name} {human_bytes(phases[name])}" for name in others if phases[name] > 0)
     code = DEVICE_BYTES + (config.model.dtype != "float32") * SMALL_FLOAT_BYTES
