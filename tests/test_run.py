@@ -647,3 +647,13 @@ def test_packs_that_leave_ranks_without_work_are_noticed(run_config, monkeypatch
     assert said == []
     job.log_notices(loaded, 5)
     assert said == ["device.pack: 3 makes 2 pack(s) of a round's 6 devices: 3 of 5 device ranks have nothing to train"]
+
+
+def test_kernels_of_a_few_shapes_are_kept_unless_the_user_says_how_many(fedhpc, run_config, monkeypatch):
+    """oneDNN's own 1024 would take hundreds of MB in bfloat16."""
+    for given, kept in ((None, "32"), ("7", "7")):
+        monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+        if given:
+            monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
+        assert fedhpc("run", run_config(f"run {given}", federation__rounds=1))[0] == 0
+        assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
