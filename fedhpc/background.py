@@ -1,7 +1,21 @@
 """Work beside the main thread, which must go on looking at the mail."""
 
 import threading
+import time
 from collections.abc import Callable
+
+_RUNNING: set[threading.Thread] = set()
+
+
+def settle(seconds: float) -> None:
+    """Wait for all work under way in this process, at most so long.
+
+    The interpreter's end kills daemons where they are. One that is in h5py then keeps h5py's lock, for which that end
+    waits for ever.
+    """
+    until = time.monotonic() + seconds
+    for thread in list(_RUNNING):
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 class Background:
@@ -30,6 +44,9 @@ class Background:
                 work()
             except BaseException as error:
                 self._on_failure(error)
+            finally:
+                _RUNNING.discard(threading.current_thread())
 
         self._thread = threading.Thread(target=guarded, daemon=True)
+        _RUNNING.add(self._thread)
         self._thread.start()

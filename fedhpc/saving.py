@@ -99,8 +99,12 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         """Give up the checkpoint under way if ranks are missing in it."""
-        self._notes.put(Note(kind=Kind.STOP))
+        self.give_up_waiting()
         self._writing.finish()
+
+    def give_up_waiting(self) -> None:
+        """Nobody will finish a file of the checkpoint under way any more."""
+        self._notes.put(Note(kind=Kind.STOP))
 
     def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int], after: Position | None) -> None:
         position, keep = Position.of(state), self.job.config.checkpoint.keep

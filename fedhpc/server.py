@@ -87,6 +87,9 @@ class Server:
         except RanksLost:
             self.saving.abandon()
             raise
+        except BaseException:
+            self.saving.give_up_waiting()
+            raise
         digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
         log.info(
             "done after round %d; results in %s; final prompts sha256 %s",

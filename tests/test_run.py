@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 
 import h5py
@@ -16,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metrics, run_dir, server_file
 
-from fedhpc import device, job
+from fedhpc import device, job, saving
 from fedhpc.checkpoint import Checkpoints
 from fedhpc.checkpoint_files import CONTROL, LOCAL, Position, device_of, read_sums
 from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.config_file import load_config
+from fedhpc.device import NOTHING, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate import evaluation_examples
 from fedhpc.pages import read_run
@@ -407,6 +410,28 @@ def test_a_full_disk_ends_the_run_and_with_space_made_it_goes_on_to_the_same_bit
     assert [record["accuracy"] for record in RunFiles(disk / "run").read_metrics()] == [
         r["accuracy"] for r in metrics(undisturbed)
     ]
+
+
+def test_a_fault_leaves_no_thread_that_writes(fedhpc, run_config, monkeypatch):
+    """The interpreter's end would kill it within h5py, and then wait for h5py's lock for ever."""
+    writers, encoding = [], saving.server_file
+
+    def slow(*arguments):
+        writers.append(threading.current_thread())
+        time.sleep(1)
+        return encoding(*arguments)
+
+    def failing(self, *arguments):
+        raise OSError("no more")
+
+    monkeypatch.setattr(saving, "server_file", slow)
+    config = run_config(federation__rounds=2, device__pack=1)
+    monkeypatch.setattr(Worker, "evaluate", lambda *_: failing(None) if writers else NOTHING)
+    monkeypatch.setattr(Worker, "save", lambda *_: NOTHING)
+    with pytest.raises(SystemExit):
+        fedhpc("run", config, "--set", "evaluate.every=2")
+    assert len(writers) == 1
+    assert not writers[0].is_alive()
 
 
 @pytest.mark.parametrize("method", ["fedpeptao", "mime"])  # the momentum of mime grows tenfold from round 0 on

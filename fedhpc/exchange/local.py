@@ -5,11 +5,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fedhpc.background import settle
 from fedhpc.errors import Halt, UserError
 from fedhpc.exact_sum import SumSize
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.messages import Command, Note, RecordType
 from fedhpc.stopping import StopRequest
+
+LONGEST_WRITE_S = 10.0
+"""So long a failed process waits for what it is writing."""
 
 
 class LocalExchange(Exchange):
@@ -71,5 +75,6 @@ class LocalExchange(Exchange):
         """See :class:`Exchange`."""
 
     def abort(self, status: int) -> None:
-        """See :class:`Exchange`."""
+        """See :class:`Exchange`; a checkpoint under way is waited for, unless its file system hangs."""
+        settle(LONGEST_WRITE_S)
         raise SystemExit(status)
