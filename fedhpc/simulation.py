@@ -5,6 +5,7 @@ It changes nothing but the time that is reported, so a report can set it anew fr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fedhpc.config import SimulationConfig
@@ -45,11 +46,16 @@ def device_seconds(
         measured: seconds a step, for a clock that gives none.
     """
     step = measured if simulation.step_seconds == "measured" else simulation.step_seconds
-    slowness = generator(seed, purpose="slowness", device=device).lognormal(0.0, simulation.slowness)
-    seconds = 2 * simulation.latency_s + steps * step * float(slowness)
+    seconds = 2 * simulation.latency_s + steps * step * _slowness(seed, device, simulation.slowness)
     for count, rate in ((load.down, simulation.down_mbit), (load.up, simulation.up_mbit)):
         seconds += 0.0 if rate is None else BITS * count / (MEGA * rate)
     return seconds
+
+
+@cache
+def _slowness(seed: int, device: int, sigma: float) -> float:
+    """How many times as long as the usual device this one takes for a step, in every round."""
+    return float(generator(seed, purpose="slowness", device=device).lognormal(0.0, sigma))
 
 
 def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, Any]) -> float | None:

@@ -17,13 +17,13 @@ from fedhpc.pages.tables import Column, Summary, Table
 from fedhpc.pages.units import Quantity, unit_for
 
 PHASE_NAMES = {"local": "local work", "idle": "waiting for others"}
-AXES = {
-    "rounds": "rounds",
-    "bytes": "bytes moved ({})",
-    "seconds": "time ({})",
-    "seconds_simulated": "simulated time ({})",
+AXES: dict[str, tuple[str, Quantity]] = {
+    "rounds": ("rounds", "rounds"),
+    "bytes": ("bytes moved ({})", "bytes"),
+    "seconds": ("time ({})", "seconds"),
+    "seconds_simulated": ("simulated time ({})", "seconds"),
 }
-"""What a chart goes along."""
+"""What a chart goes along -> its title, and what it is counted in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,9 @@ def _series(index: int, group: Group, key: str, along: str) -> Series | None:
 
 
 def _axis(along: str, largest: float) -> Axis:
-    quantities: dict[str, Quantity] = {"rounds": "rounds", "bytes": "bytes"}
-    unit = unit_for(quantities.get(along, "seconds"), [largest])
-    return Axis(title=AXES[along].format(unit.name), unit=unit.size)
+    title, quantity = AXES[along]
+    unit = unit_for(quantity, [largest])
+    return Axis(title=title.format(unit.name), unit=unit.size)
 
 
 def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -> Iterator[Table]:

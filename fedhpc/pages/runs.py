@@ -52,8 +52,6 @@ class Run:
     path: Path
     config: Mapping[str, Any]
     """Dotted key -> value."""
-    simulation: SimulationConfig
-    """The clock of the simulated time."""
     records: Sequence[Record]
     """Lines of metrics.jsonl by ascending round."""
     is_cut: bool = False
@@ -130,10 +128,21 @@ class Run:
         """Sum of every round's slowest device's local seconds up to the end of every record, as papers count time."""
         return np.cumsum(np.nan_to_num(self.phase("slowest_device")))
 
+    @property
+    def simulation(self) -> SimulationConfig:
+        """The clock of the simulated time; none where the configuration's cannot be understood."""
+        start = "simulation."
+        values = {key.removeprefix(start): value for key, value in self.config.items() if key.startswith(start)}
+        try:
+            return SimulationConfig.model_validate(values)
+        except ValidationError:
+            return SimulationConfig()
+
     @cached_property
     def seconds_simulated(self) -> Floats:
         """Seconds of the rounds by the simulated clock up to the end of every record; 0 without one."""
-        seconds = [round_seconds(self.simulation, self.seed or 0, record) for record in self.records]
+        simulation = self.simulation
+        seconds = [round_seconds(simulation, self.seed or 0, record) for record in self.records]
         return np.cumsum([0.0 if None in seconds else value for value in seconds])
 
     @cached_property
@@ -188,21 +197,7 @@ def read_run(
     config |= anew
     recorded = files.read_metrics()
     records = counted(recorded, rounds, budget_bytes)
-    return Run(
-        path=path,
-        config=config,
-        records=records,
-        simulation=_simulation(config),
-        is_cut=len(records) < len(counted(recorded, rounds, None)),
-    )
-
-
-def _simulation(config: Mapping[str, Any]) -> SimulationConfig:
-    keys = [key for key in config if key.startswith("simulation.")]
-    try:
-        return SimulationConfig.model_validate({key.partition(".")[2]: config[key] for key in keys})
-    except ValidationError:
-        return SimulationConfig()
+    return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))
 
 
 def counted(records: Sequence[Record], rounds: int | None, budget_bytes: float | None) -> Sequence[Record]:
