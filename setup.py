@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedhpc", "fedhpc.*"]),
-    package_data={"fedhpc.pages": ["page.html", "page.css"]},
+    package_data={"fedhpc.commands.report": ["page.html", "page.css"]},
     install_requires=[
         "mpi4py>=4.1",
         "torch>=2.10",
@@ -39,5 +39,5 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML", "accelerate", "peft>=0.21"],
         "bench": ["peft>=0.18"],
     },
-    entry_points={"console_scripts": ["fedhpc = fedhpc.cli:main"]},
+    entry_points={"console_scripts": ["fedhpc = fedhpc.commands.cli:main"]},
 )

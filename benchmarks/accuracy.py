@@ -14,8 +14,8 @@ from pathlib import Path
 
 import h5py
 
-from fedhpc.checkpoint import Checkpoints
-from fedhpc.checkpoint_files import SERVER_FILE
+from fedhpc.checkpoint.files import SERVER_FILE
+from fedhpc.checkpoint.store import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

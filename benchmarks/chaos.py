@@ -26,10 +26,10 @@ from pathlib import Path
 
 import yaml
 
-from fedhpc.checkpoint import Checkpoints
-from fedhpc.checkpoint_files import verify
+from fedhpc.checkpoint.files import verify
+from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
-from fedhpc.report import RunFiles
+from fedhpc.job.log import RunFiles
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/mpi")]

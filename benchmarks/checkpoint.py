@@ -24,25 +24,25 @@ import h5py
 import numpy as np
 from stand_in import EXAMPLES, make_job
 
-from fedhpc import device as device_module
-from fedhpc import federation
-from fedhpc import server as server_module
-from fedhpc.checkpoint import Checkpoints
-from fedhpc.checkpoint_files import CONTROL, verify
-from fedhpc.device import Worker, serve
+from fedhpc.checkpoint.files import CONTROL, verify
+from fedhpc.checkpoint.state_file import RunState, control_file
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.device import worker as device_module
+from fedhpc.device.local_update import DeviceState, DeviceUpdate
+from fedhpc.device.worker import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
+from fedhpc.exchange.messages import NO_RECORD, Kind, Note
+from fedhpc.federation import sampling as federation
 from fedhpc.files import fsync
-from fedhpc.jobenv import JobEnvironment
-from fedhpc.local_update import DeviceState, DeviceUpdate
-from fedhpc.lock import RunLock
-from fedhpc.messages import NO_RECORD, Kind, Note
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.lock import RunLock
+from fedhpc.job.log import start_log
+from fedhpc.job.stopping import StopRequest
 from fedhpc.methods import Population, make_method
-from fedhpc.report import start_log
-from fedhpc.saving import CheckpointWriter
-from fedhpc.server import Server
-from fedhpc.state_file import RunState, control_file
-from fedhpc.stopping import StopRequest
-from fedhpc.updates import RoundUploads
+from fedhpc.methods.updates import RoundUploads
+from fedhpc.server import server as server_module
+from fedhpc.server.saving import CheckpointWriter
+from fedhpc.server.server import Server
 
 NUM_DEVICES, SAMPLED, LOCAL_WORK_S = 100, 10, 1.0
 BLOCK, BLOCKS = 6, 6

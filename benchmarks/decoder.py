@@ -24,11 +24,11 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from fedhpc.config import Config
-from fedhpc.data import Batch, PreparedData, Split
-from fedhpc.evaluate import class_scores, evaluation_batches
-from fedhpc.local_update import Assignment, DeviceState, local_updates
-from fedhpc.models import Backbone
-from fedhpc.pretrained import read_shape
+from fedhpc.data.prepared import Batch, PreparedData, Split
+from fedhpc.device.local_update import Assignment, DeviceState, local_updates
+from fedhpc.evaluate.predictions import class_scores, evaluation_batches
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.pretrained import read_shape
 from fedhpc.tuning import make_tuning
 
 NUM_TOKENS, BATCH, EVALUATION_BATCH, EXAMPLES, MAX_LENGTH = 20, 8, 32, 64, 128

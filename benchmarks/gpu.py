@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, LlamaConfig
 from transformers.utils import logging
 
 from fedhpc.config import Config
-from fedhpc.data import Description, Split
-from fedhpc.job import choose_torch_device
-from fedhpc.jobenv import JobEnvironment
-from fedhpc.local_update import Assignment, DeviceState, local_updates
-from fedhpc.models import Backbone
-from fedhpc.pretrained import read_shape
+from fedhpc.data.prepared import Description, Split
+from fedhpc.device.local_update import Assignment, DeviceState, local_updates
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.pretrained import read_shape
+from fedhpc.server.job import choose_torch_device
 from fedhpc.tuning import make_tuning
 
 BATCH, LENGTH, STEPS, TURNS = 8, 64, 4, 5

@@ -27,10 +27,10 @@ from transformers import AttentionInterface, RobertaConfig, RobertaForMaskedLM, 
 from transformers.utils import logging
 
 from fedhpc.config import Config
-from fedhpc.data import Description, Split
-from fedhpc.local_update import Assignment, DeviceState, local_updates
-from fedhpc.models import Backbone
-from fedhpc.pretrained import read_shape
+from fedhpc.data.prepared import Description, Split
+from fedhpc.device.local_update import Assignment, DeviceState, local_updates
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.pretrained import read_shape
 from fedhpc.tuning import make_tuning
 
 NUM_TOKENS, BATCH, STEPS, PACK = 20, 8, 4, 8

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import yaml
 
+from fedhpc.commands.plan_memory import memory_parts
 from fedhpc.config_file import load_config
-from fedhpc.data import PreparedData
-from fedhpc.job import load_job
-from fedhpc.plan_memory import memory_parts
+from fedhpc.data.prepared import PreparedData
+from fedhpc.server.job import load_job
 
 ROOT = Path(__file__).parents[1]
 BFLOAT16 = {"model.dtype": "bfloat16"}

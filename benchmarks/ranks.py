@@ -58,7 +58,7 @@ class LeaveOut(MetaPathFinder, Loader):
 
 def sleeping_updates(step_s):
     """Local updates that sleep so long a step; the result depends on all that a device is given."""
-    from fedhpc.local_update import DeviceState, DeviceUpdate
+    from fedhpc.device.local_update import DeviceState, DeviceUpdate
 
     def local_updates(config, backbone, tuning, layers, *, start, assignments, round_index, beat, **_):
         for assignment in assignments:
@@ -92,8 +92,8 @@ def rank_process(part, folder):
     """One rank of a part's job; rank 0 leaves what it found in the folder."""
     sys.meta_path.insert(0, LeaveOut())
     from fedhpc.exchange import MpiExchange
-    from fedhpc.report import start_log
-    from fedhpc.stopping import StopRequest
+    from fedhpc.job.log import start_log
+    from fedhpc.job.stopping import StopRequest
 
     start_log(0, 1, "benchmark")
     exchange = MpiExchange(StopRequest())
@@ -107,7 +107,7 @@ def equal_rounds(exchange, folder):
     """What each round of each exchange mode took."""
     from stand_in import make_job, run_job
 
-    from fedhpc import device as device_module
+    from fedhpc.device import worker as device_module
 
     device_module.local_updates = sleeping_updates([STEP_S] * DEVICES)
     found = {}
@@ -146,7 +146,7 @@ def unequal_rounds(exchange, folder, work=True):
     """Local seconds of each round, what they could be, and the digest of the final parameters."""
     from stand_in import make_job, run_job
 
-    from fedhpc import device as device_module
+    from fedhpc.device import worker as device_module
 
     steps, step_s = unequal_devices()
     device_module.local_updates = sleeping_updates(step_s * work)

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from stand_in import EXAMPLES, make_job, run_job
 
-from fedhpc import device as device_module
+from fedhpc.device import worker as device_module
+from fedhpc.device.local_update import DeviceUpdate
 from fedhpc.exchange import MpiExchange
-from fedhpc.local_update import DeviceUpdate
-from fedhpc.report import start_log
-from fedhpc.stopping import StopRequest
+from fedhpc.job.log import start_log
+from fedhpc.job.stopping import StopRequest
 
 RATIO = 2 / 3
 BLOCKS, ROUNDS, WARM = 5, 12, 2

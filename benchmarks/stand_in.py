@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from fedhpc.config import Config, TuningConfig
-from fedhpc.device import Worker, serve
-from fedhpc.jobenv import JobEnvironment
-from fedhpc.lock import RunLock
-from fedhpc.pretrained import BackboneShape
-from fedhpc.server import Server
+from fedhpc.device.worker import Worker, serve
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.lock import RunLock
+from fedhpc.model.pretrained import BackboneShape
+from fedhpc.server.server import Server
 from fedhpc.tuning import make_tuning
 
 EXAMPLES = 64

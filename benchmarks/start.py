@@ -27,12 +27,12 @@ LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12
 
 def rank_process(folder, arguments):
     """fedhpc, but every rank notes when its first local step begins, and its memory then."""
-    from fedhpc import cli
+    from fedhpc.commands import cli
 
     set_up = cli.set_up
 
     def set_up_and_note(*given):
-        from fedhpc import device
+        from fedhpc.device import worker as device
 
         local_updates, begun = device.local_updates, []
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from fedhpc.console import run_command
+from fedhpc.job.console import run_command
 from fedhpc.seeding import generator
 
 VERSION = 1

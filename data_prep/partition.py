@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.arguments import positive_number
-from fedhpc.console import run_command, show
-from fedhpc.data import PreparedData
+from fedhpc.commands.arguments import positive_number
+from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import DataError
+from fedhpc.federation.partition import PARTITIONS, class_counts, label_skew, make_partition
 from fedhpc.files import check_target, write_target
-from fedhpc.partition import PARTITIONS, class_counts, label_skew, make_partition
+from fedhpc.job.console import run_command, show
 
 PICTURES = (".png", ".svg", ".pdf")
 SHOWN_DEVICES = 8

@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fedhpc.arguments import positive_number
-from fedhpc.console import run_command
-from fedhpc.preparing import Recipe, prepare
-from fedhpc.tasks import TASKS
+from fedhpc.commands.arguments import positive_number
+from fedhpc.data.preparing import Recipe, prepare
+from fedhpc.data.tasks import TASKS
+from fedhpc.job.console import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import sys
 
-from fedhpc.cli import main
+from fedhpc.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from fedhpc.config import Config, ModelConfig, TuningConfig
-from fedhpc.data import Batch, Description
-from fedhpc.models import Backbone
-from fedhpc.overlay import Overlay
-from fedhpc.pretrained import read_shape
+from fedhpc.data.prepared import Batch, Description
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.overlay import Overlay
+from fedhpc.model.pretrained import read_shape
 from fedhpc.tuning import make_tuning
 
 torch.set_num_threads(1)  # these are too small to share

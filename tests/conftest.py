@@ -4,8 +4,8 @@ import signal
 import pytest
 import tiny
 
-from fedhpc import cli
-from fedhpc.stopping import STOP_SIGNALS
+from fedhpc.commands import cli
+from fedhpc.job.stopping import STOP_SIGNALS
 
 
 @pytest.fixture(scope="session")

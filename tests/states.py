@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedhpc.config import TuningConfig
-from fedhpc.pretrained import BackboneShape
+from fedhpc.model.pretrained import BackboneShape
 from fedhpc.tuning import make_tuning
 
 SHAPE = BackboneShape(

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fedhpc import device
-from fedhpc.device import Worker
+from fedhpc.device import worker as device
+from fedhpc.device.worker import Worker
 from fedhpc.exchange import LocalExchange
-from fedhpc.stopping import StopRequest
+from fedhpc.job.stopping import StopRequest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

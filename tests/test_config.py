@@ -8,7 +8,7 @@ from fedhpc import yaml_files
 from fedhpc.config import Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import ConfigError
-from fedhpc.notices import notices
+from fedhpc.server.notices import notices
 
 MINIMAL = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}
 

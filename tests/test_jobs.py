@@ -10,8 +10,8 @@ import yaml
 
 from fedhpc.config import Config, flatten
 from fedhpc.config_file import load_config
-from fedhpc.notices import notices
-from fedhpc.tasks import TASKS
+from fedhpc.data.tasks import TASKS
+from fedhpc.server.notices import notices
 
 ROOT = Path(__file__).parent.parent
 JOBS = ROOT / "jobs"

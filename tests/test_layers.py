@@ -1,63 +1,63 @@
-"""The house: imports only downward."""
+"""The house: imports only downward, from folder to folder and within each folder without circles."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
-FLOORS = [
-    {"__init__", "errors", "files", "seeding", "stopping", "background", "arguments", "yaml_files"},
-    {"config", "jobenv", "quick_start", "weights", "last_layer", "word_head", "bounded", "plain_hdf5", "console"},
-    {"lock", "tables", "config_file", "notices", "pretrained", "identity", "report"},
-    {"data", "tasks", "partition", "metrics", "updates"},
-    {"methods", "messages", "answers", "attention", "exact_sum", "overlay", "tokens", "limits"},
-    {"models", "encoding", "packing", "federation", "texts"},
-    {"structure", "simulation", "preparing"},
-    {"tuning", "selection"},
-    {"step_rules", "curriculum", "sensitivity"},
-    {"local_update", "evaluate", "spectrum"},
-    {"measuring", "state_file", "rounds"},
-    {"exchange", "checkpoint_files"},
-    {"checkpoint", "trace", "soundness"},
-    {"device", "control"},
-    {"job"},
-    {"rehearsal"},
-    {"plan_memory"},
-    {"saving", "plan", "inspection", "trained", "pages"},
-    {"server", "export", "predict"},
-    {"sweep", "role"},
-    {"cli"},
-    {"__main__"},
+FOLDERS = [
+    *("root", "job", "data", "methods", "federation", "model", "tuning", "selection", "evaluate"),
+    *("exchange", "checkpoint", "device", "server", "commands"),
 ]
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+"""From the ground up: a folder imports from itself and from those before it."""
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fedhpc":
-            parts = node.module.split(".")
-            yield from (
-                [parts[1]] if len(parts) > 1 else [a.name for a in node.names if (PACKAGE / f"{a.name}.py").exists()]
-            )
+def folder_of(module):
+    """The folder of fedhpc/ that a module is in, `root` for those at the top."""
+    path = MODULES[module].relative_to(PACKAGE)
+    return path.parts[0] if len(path.parts) > 1 else "root"
+
+
+def imported(module):
+    """The modules of fedhpc that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module for name in names if name.startswith("fedhpc"))
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("fedhpc."))
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downward(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in FLOOR, f"{room} has no floor"
-    upward = {other for other in imported(path) if other != room and FLOOR[other] >= FLOOR[room]}
-    assert not upward, f"{path} imports upward: {upward}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downward(module):
+    above = FOLDERS[FOLDERS.index(folder_of(module)) + 1 :]
+    upward = {other for other in imported(module) if folder_of(other) in above and module != "fedhpc.__main__"}
+    assert not upward
+
+
+def test_no_circles():
+    TopologicalSorter({module: set(imported(module)) for module in MODULES}).prepare()
+
+
+def test_server_and_devices_do_not_know_each_other():
+    for module in MODULES:
+        if folder_of(module) == "server":
+            assert not {other for other in imported(module) if folder_of(other) == "device"}
 
 
 def test_only_the_exchange_imports_mpi():
-    users = {path.parent.name for path in PACKAGE.rglob("*.py") if "mpi4py import" in path.read_text()}
+    users = {folder_of(module) for module, path in MODULES.items() if "mpi4py import" in path.read_text()}
     assert users == {"exchange"}
 
 
 def test_methods_need_no_model_file_or_mpi():
-    for path in (PACKAGE / "methods").glob("*.py"):
-        assert set(imported(path)) <= {"config", "updates", "methods"}
-        assert "import torch" not in path.read_text()
+    for module in MODULES:
+        if folder_of(module) == "methods":
+            assert {folder_of(other) for other in imported(module)} <= {"root", "methods"}
+            assert "import torch" not in MODULES[module].read_text()

@@ -11,8 +11,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedhpc.checkpoint import Checkpoints
-from fedhpc.checkpoint_files import SERVER_FILE
+from fedhpc.checkpoint.files import SERVER_FILE
+from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.seeding import generator
 
 ROOT = Path(__file__).parent.parent

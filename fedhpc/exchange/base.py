@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from fedhpc.config import ExchangeConfig
 from fedhpc.errors import Halt
-from fedhpc.exact_sum import SumSize, Terms
-from fedhpc.messages import Command, Kind, Note, Op, RecordType
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.messages import Command, Kind, Note, Op, RecordType
+from fedhpc.job.stopping import StopRequest
 
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
 DEFAULT_TIMEOUT_S = ExchangeConfig().timeout_s

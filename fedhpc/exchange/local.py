@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedhpc.background import settle
 from fedhpc.errors import Halt, UserError
-from fedhpc.exact_sum import SumSize
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
-from fedhpc.messages import Command, Note, RecordType
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.exact_sum import SumSize
+from fedhpc.exchange.messages import Command, Note, RecordType
+from fedhpc.job.background import settle
+from fedhpc.job.stopping import StopRequest
 
 LONGEST_WRITE_S = 10.0
 """So long a failed process waits for what it is writing."""

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fedhpc.exchange.base import LONGEST_GAP_S
-from fedhpc.messages import NOTE, Kind, Note
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.messages import NOTE, Kind, Note
+from fedhpc.job.stopping import StopRequest
 
 BEAT_S = 5.0
 BEATS_PER_TIMEOUT = 5

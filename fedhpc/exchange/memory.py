@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from fedhpc.messages import RecordType
+from fedhpc.exchange.messages import RecordType
 
 NAME = "fedhpc"
 ADDRESS = np.dtype([("file", "<i8"), ("nbytes", "<i8")])

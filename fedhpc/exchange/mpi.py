@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
-from fedhpc.exact_sum import NOTHING, SumSize, Terms
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
+from fedhpc.exchange.exact_sum import NOTHING, SumSize, Terms
 from fedhpc.exchange.mail import NOTES, Mail
 from fedhpc.exchange.memory import ADDRESS, TOKEN, Bell, HostMemory, bell_of, ring
+from fedhpc.exchange.messages import HEADER, Command, Note, Op, RecordType
 from fedhpc.exchange.room import PACKS, PAYLOAD, Room, sums_record
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
-from fedhpc.messages import HEADER, Command, Note, Op, RecordType
-from fedhpc.stopping import StopRequest
+from fedhpc.job.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
 DIGEST_BYTES = 64

@@ -11,10 +11,10 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.exact_sum import SumSize, Terms
+from fedhpc.exchange.exact_sum import SumSize, Terms
 from fedhpc.exchange.memory import HostMemory
-from fedhpc.messages import Command, RecordType
-from fedhpc.updates import Vector
+from fedhpc.exchange.messages import Command, RecordType
+from fedhpc.methods.updates import Vector
 
 LINE_BYTES = 64
 """Parts begin at multiples of this."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedhpc.report import log
+from fedhpc.job.log import log
 
 TICK_S = 0.5
 ABORT_S = 15.0

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
-from fedhpc.updates import BLOCK, RoundUploads, Sums, Vector
+from fedhpc.methods.updates import BLOCK, RoundUploads, Sums, Vector
 
 _THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 

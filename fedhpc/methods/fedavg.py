@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.methods.base import ServerState, SummedMethod, f32
-from fedhpc.updates import RoundUploads, Sums, Vector
+from fedhpc.methods.updates import RoundUploads, Sums, Vector
 
 
 class FedAvg(SummedMethod):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedhpc.methods.base import ServerState, f32
 from fedhpc.methods.fedavg import FedAvg
-from fedhpc.updates import RoundUploads, Sums, Vector
+from fedhpc.methods.updates import RoundUploads, Sums, Vector
 
 
 class FedAvgM(FedAvg):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedhpc.methods.base import ServerState, f32
 from fedhpc.methods.fedavg import FedAvg
-from fedhpc.updates import RoundUploads, Sums, Vector
+from fedhpc.methods.updates import RoundUploads, Sums, Vector
 
 Array = NDArray[np.float64]
 

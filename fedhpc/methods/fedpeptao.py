@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedhpc.config import ServerConfig
 from fedhpc.methods.base import Method, Population, ServerState, SummedMethod, f32, weighted_mean
-from fedhpc.updates import RoundUploads, Sums, Vector
+from fedhpc.methods.updates import RoundUploads, Sums, Vector
 
 SERVER_LEARNING_RATE_DECAY = 0.99
 SERVER_LEARNING_RATE_FLOOR = 1e-4

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fedhpc.methods.base import LocalRule
 from fedhpc.methods.fedavg import FedAvg
-from fedhpc.updates import Vector
+from fedhpc.methods.updates import Vector
 
 
 class FedProx(FedAvg):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedhpc.methods.base import LocalRule, Method, ServerState, f32, weighted_mean
-from fedhpc.updates import RoundUploads, Vector
+from fedhpc.methods.updates import RoundUploads, Vector
 
 
 class Mime(Method):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedhpc.methods.base import LocalRule, Method, ServerState, f32
-from fedhpc.updates import RoundUploads, Vector
+from fedhpc.methods.updates import RoundUploads, Vector
 
 
 class Scaffold(Method):

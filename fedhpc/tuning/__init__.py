@@ -5,7 +5,7 @@ the exchange. The tests compare with PEFT what it has too, and export gives it a
 """
 
 from fedhpc.config import TuningConfig
-from fedhpc.pretrained import BackboneShape
+from fedhpc.model.pretrained import BackboneShape
 from fedhpc.tuning.adapter import Adapter
 from fedhpc.tuning.attempt import Attempt
 from fedhpc.tuning.base import Tuning

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.overlay import Edit, each_device
-from fedhpc.pretrained import BackboneShape
-from fedhpc.structure import read_structure
+from fedhpc.model.overlay import Edit, each_device
+from fedhpc.model.pretrained import BackboneShape
+from fedhpc.model.structure import read_structure
 from fedhpc.tuning.base import ModuleTuning, Rows
 
 BLOCKS = (

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
+from fedhpc.data.prepared import Batch
 from fedhpc.errors import ConfigError
-from fedhpc.models import Backbone
-from fedhpc.overlay import Overlay, each_device
-from fedhpc.pretrained import BackboneShape, load_pretrained
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.overlay import Overlay, each_device
+from fedhpc.model.pretrained import BackboneShape, load_pretrained
+from fedhpc.model.weight_files import weights_sha256
 from fedhpc.tuning.base import Params, Tuning
-from fedhpc.weights import weights_sha256
 
 CONFIG_FILE, ADAPTER_FILE, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 BACKBONE_SHA256 = "backbone_sha256"

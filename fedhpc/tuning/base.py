@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
+from fedhpc.data.prepared import Batch
 from fedhpc.errors import ModelError
-from fedhpc.models import LOSS_SCALE, Backbone, at_least_float32, no_surprise
-from fedhpc.overlay import Edit, Overlay, SoftTokens
-from fedhpc.pretrained import BackboneShape
+from fedhpc.methods.updates import Layout, Vector
+from fedhpc.model.backbone import LOSS_SCALE, Backbone, at_least_float32, no_surprise
+from fedhpc.model.overlay import Edit, Overlay, SoftTokens
+from fedhpc.model.pretrained import BackboneShape
 from fedhpc.seeding import generator
-from fedhpc.updates import Layout, Vector
 
 OTHER_KIND = "choose another tuning.kind (docs/configuration.md says which models take which)"
 Params = Mapping[str, Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhpc.config import TuningConfig
-from fedhpc.overlay import each_device
+from fedhpc.model.overlay import each_device
 from fedhpc.tuning.base import Params
 
 

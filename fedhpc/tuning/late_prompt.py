@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
+from fedhpc.data.prepared import Batch
 from fedhpc.errors import ConfigError
-from fedhpc.models import Backbone, mean_over_text
-from fedhpc.overlay import Overlay
-from fedhpc.pretrained import BackboneShape
+from fedhpc.model.backbone import Backbone, mean_over_text
+from fedhpc.model.overlay import Overlay
+from fedhpc.model.pretrained import BackboneShape
 from fedhpc.tuning.base import Params, Tuning
 from fedhpc.tuning.generator import generate, generator_shapes
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
-from fedhpc.models import Backbone
-from fedhpc.overlay import Overlay
-from fedhpc.pretrained import BackboneShape
+from fedhpc.data.prepared import Batch
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.overlay import Overlay
+from fedhpc.model.pretrained import BackboneShape
 from fedhpc.tuning.base import Params, Tuning, dropout
 
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedhpc.config import TuningConfig
-from fedhpc.data import Batch
+from fedhpc.data.prepared import Batch
 from fedhpc.errors import ModelError
-from fedhpc.models import Backbone
-from fedhpc.overlay import Overlay
-from fedhpc.pretrained import BackboneShape
-from fedhpc.structure import read_structure
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.overlay import Overlay
+from fedhpc.model.pretrained import BackboneShape
+from fedhpc.model.structure import read_structure
 from fedhpc.tuning.base import Params, Tuning
 
 

@@ -10,14 +10,14 @@ import signal
 import sys
 from pathlib import Path
 
-from fedhpc import cli
+from fedhpc.commands import cli
 
 FILE = Path(sys.argv.pop(1)) / f"{os.getpid()}.txt"
 set_up = cli.set_up
 
 
 def set_up_and_count(*arguments):
-    from fedhpc import device as devices
+    from fedhpc.device import worker as devices
 
     local_updates = devices.local_updates
     notes = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

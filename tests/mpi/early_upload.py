@@ -5,8 +5,8 @@ from blind import make_blind
 from mpi4py import MPI
 
 from fedhpc.exchange import MpiExchange
-from fedhpc.messages import Command, Op, upload_headers, upload_payloads, upload_record
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.messages import Command, Op, upload_headers, upload_payloads, upload_record
+from fedhpc.job.stopping import StopRequest
 
 FLOATS = 1 << 20  # too many to leave before anyone takes them
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from fedhpc import cli, device
-from fedhpc.checkpoint import Checkpoints
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.commands import cli
+from fedhpc.device import worker as device
 from fedhpc.errors import CheckpointError
 
 FAULT = sys.argv.pop(1)

@@ -9,8 +9,8 @@ import numpy as np
 from blind import make_blind
 
 from fedhpc.exchange import MpiExchange
-from fedhpc.messages import Command, Op, upload_headers, upload_payloads, upload_record
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.messages import Command, Op, upload_headers, upload_payloads, upload_record
+from fedhpc.job.stopping import StopRequest
 
 FLOATS = (1 << 29) + 1000
 assert 4 * FLOATS > 1 << 31

@@ -8,8 +8,8 @@ from blind import make_blind
 
 from fedhpc.errors import RanksLost
 from fedhpc.exchange import MpiExchange
-from fedhpc.messages import Command, Kind, Note, Op, upload_headers, upload_record
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.messages import Command, Kind, Note, Op, upload_headers, upload_record
+from fedhpc.job.stopping import StopRequest
 
 
 def die(*arguments):

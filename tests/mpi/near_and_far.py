@@ -5,10 +5,10 @@ import sys
 import numpy as np
 from blind import make_blind
 
-from fedhpc.exact_sum import SumSize, Terms
 from fedhpc.exchange import MpiExchange
-from fedhpc.messages import Command, Op, upload_headers, upload_payloads, upload_record
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.messages import Command, Op, upload_headers, upload_payloads, upload_record
+from fedhpc.job.stopping import StopRequest
 
 COUNTS = [2, 0, 1, 3]
 SIZES = [10, 150_000, 7, 70_000]  # several blocks, and a part of the last one

@@ -10,8 +10,9 @@ from pathlib import Path
 import run_each
 from blind import make_blind
 
-from fedhpc import measuring, models
-from fedhpc.messages import Op
+from fedhpc.device import measuring
+from fedhpc.exchange.messages import Op
+from fedhpc.model import backbone as models
 
 fisher_traces = measuring.fisher_traces
 

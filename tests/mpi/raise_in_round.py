@@ -3,7 +3,8 @@
 import os
 import sys
 
-from fedhpc import cli, device
+from fedhpc.commands import cli
+from fedhpc.device import worker as device
 
 local_updates = device.local_updates
 

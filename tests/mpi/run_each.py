@@ -9,11 +9,12 @@ from argparse import Namespace
 from contextlib import ExitStack
 from unittest import mock
 
-from fedhpc import cli, models
+from fedhpc.commands import cli
 from fedhpc.exchange import connect
-from fedhpc.jobenv import JobEnvironment
-from fedhpc.messages import Op
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.messages import Op
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.stopping import StopRequest
+from fedhpc.model import backbone as models
 
 _LOAD, _LOADED = models.load_frozen, {}
 

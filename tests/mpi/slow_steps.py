@@ -3,8 +3,8 @@
 import time
 
 from fedhpc.exchange import MpiExchange, mail
-from fedhpc.messages import NO_RECORD, Command, Op
-from fedhpc.stopping import StopRequest
+from fedhpc.exchange.messages import NO_RECORD, Command, Op
+from fedhpc.job.stopping import StopRequest
 
 mail.LONGEST_GAP_S = 0.25
 exchange = MpiExchange(StopRequest())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch import command, environment
 
-from fedhpc.jobenv import start_ticks
+from fedhpc.job.environment import start_ticks
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 POLL_S = 0.02

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import final_tensors, metrics, traces, write_world
 
 from fedhpc.config import WITHOUT_LAYERS
-from fedhpc.messages import Op
+from fedhpc.exchange.messages import Op
 from fedhpc.methods import METHODS
 from fedhpc.tuning import TUNINGS
 

@@ -11,9 +11,9 @@ from launch import MPIRUN, WITH_ULFM, has_ulfm, mpirun
 from strike import CheckpointFiles, Job
 from tiny import final_prompts, metrics, run_dir
 
-from fedhpc import cli
-from fedhpc.checkpoint import Checkpoints
-from fedhpc.checkpoint_files import verify
+from fedhpc.checkpoint.files import verify
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.commands import cli
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")

@@ -16,11 +16,11 @@ import yaml
 from launch import MPIRUN, mpirun
 from tiny import final_prompts, metrics, run_dir
 
-from fedhpc import cli
-from fedhpc.checkpoint import Checkpoints
-from fedhpc.checkpoint_files import Position, verify
-from fedhpc.models import Backbone
-from fedhpc.trained import load_trained
+from fedhpc.checkpoint.files import Position, verify
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.commands import cli
+from fedhpc.commands.trained import load_trained
+from fedhpc.model.backbone import Backbone
 from fedhpc.tuning.base import as_parameters
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from launch import MPIRUN, environment
 
+from fedhpc.commands.sweep.experiment import load_experiment
 from fedhpc.errors import EXIT_STOPPED
-from fedhpc.report import RunFiles
-from fedhpc.sweep.experiment import load_experiment
+from fedhpc.job.log import RunFiles
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun")
 TIMEOUT_S = 120

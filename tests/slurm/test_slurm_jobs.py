@@ -13,7 +13,7 @@ import pytest
 import tiny
 from cluster import Cluster, missing_program
 
-from fedhpc import cli
+from fedhpc.commands import cli
 
 ROOT = Path(__file__).parent.parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"

@@ -1,0 +1,1 @@
+"""Checkpoints and traces: HDF5 files, and what identifies a run."""

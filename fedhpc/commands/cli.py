@@ -1,0 +1,284 @@
+"""The command line: parse, validate, choose the role by rank."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from fedhpc.commands.arguments import make_parser
+from fedhpc.config_file import load_config, read_clock
+from fedhpc.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    ConfigError,
+    UserError,
+    users_fault,
+)
+from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExchange, connect
+from fedhpc.exchange.messages import Op
+from fedhpc.files import check_target, write_target
+from fedhpc.job.console import run_command, show
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.lock import RunLock
+from fedhpc.job.log import RunFiles, log, log_to_file, start_log
+from fedhpc.job.quick_start import quick_start
+from fedhpc.job.stopping import StopRequest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    actions = {
+        "run": run,
+        "plan": plan,
+        "inspect": inspect,
+        "report": report,
+        "export": export,
+        "predict": predict,
+        "sweep": sweep,
+    }
+
+    def command() -> int:
+        arguments = make_parser(actions).parse_args(argv)
+        status: int = arguments.action(arguments)
+        return status
+
+    return run_command(command, "fedhpc: ")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`fedhpc run`: the whole job, in the role of this process's rank."""
+    stop, environment = StopRequest(), JobEnvironment()
+    stop.listen()
+    try:
+        timeout_s = load_config(arguments.config, arguments.set).exchange.timeout_s
+    except UserError:  # rank 0 will say it
+        timeout_s = DEFAULT_TIMEOUT_S
+    try:
+        exchange = connect(stop, environment, timeout_s)
+    except UserError:
+        if not environment.is_first_task:
+            return EXIT_USER_ERROR
+        raise
+    start_log(exchange.rank, exchange.size, exchange.host)
+    with ExitStack() as held:
+        try:
+            with faults_end_every_rank(exchange, but_for=UserError), quick_start():
+                role = set_up(arguments, exchange, environment, held)
+        except UserError:
+            if exchange.rank > 0:  # rank 0 says it
+                return EXIT_USER_ERROR
+            raise
+        with faults_end_every_rank(exchange):
+            status = EXIT_STOPPED if role() == Op.SUSPEND else 0
+            if exchange.rank == 0 and status == 0:
+                environment.mark("FINISHED")
+    with faults_end_every_rank(exchange):
+        exchange.part(status)
+    return status
+
+
+def set_up(
+    arguments: argparse.Namespace, exchange: Exchange, environment: JobEnvironment, held: ExitStack
+) -> Callable[[], Op]:
+    """Check everything, load what this rank needs; what the rank then does until the job ends.
+
+    Args:
+        held: takes what is to be released at the end, the run directory's lock.
+
+    Raises:
+        UserError: on every rank with the same message, whichever rank found the problem.
+    """
+    from fedhpc.commands.role import follow, lead
+    from fedhpc.server import job as jobs
+
+    def load() -> jobs.Job:
+        config = load_config(arguments.config, arguments.set)
+        jobs.limit_threads(config.device.threads)
+        return jobs.load_job(config)
+
+    is_server = exchange.rank == 0
+    with all_ranks_or_none(exchange):
+        # Rank 0 checks first and for all: one message instead of one per rank.
+        if is_server:
+            job = load()
+            jobs.check_data(job)
+            jobs.check_run_dir(job.config)
+            lock = held.enter_context(RunLock(job.config.run_dir, environment, exchange.attend))
+            log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
+            if lock.notice:
+                log.warning("%s", lock.notice)
+            state = jobs.load_state(job, arguments.resume, exchange.attend)
+            jobs.log_notices(job, exchange.num_workers)
+            jobs.stop_before_end(job.config, environment, exchange.stop)
+    with all_ranks_or_none(exchange) as digests:
+        if not is_server:
+            job = load()
+            log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
+        digests.append(job.digest)
+        if not is_server or isinstance(exchange, LocalExchange):
+            worker = jobs.make_worker(job, exchange, environment)
+    if isinstance(exchange, MpiExchange) and not is_server:
+        return partial(follow, exchange, worker)
+    if isinstance(exchange, LocalExchange):
+        exchange.handler = worker.handle
+    return partial(lead, job, exchange, environment, lock, state)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """`fedhpc plan`: what a run would need, without training."""
+    with quick_start():
+        from fedhpc.commands.plan import plan_text
+
+    config = load_config(arguments.config, arguments.set)
+    show(plan_text(config, ranks=arguments.ranks, examples_per_second=arguments.examples_per_second))
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """`fedhpc inspect`: a run directory or checkpoint in words."""
+    from fedhpc.commands.inspect import inspect_text
+
+    text, valid = inspect_text(arguments.path)
+    show(text)
+    return 0 if valid else EXIT_USER_ERROR
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """`fedhpc report`: a page about runs, and its tables."""
+    clock = read_clock(arguments.set)
+    with quick_start():
+        from fedhpc.commands.report import read_reference, read_run, write_report
+
+        runs = [read_run(Path(path), clock=clock) for path in dict.fromkeys(map(os.path.realpath, arguments.run_dirs))]
+        tasks = (run.task for run in runs)
+        reference = read_reference(arguments.reference, tasks) if arguments.reference else None
+        write_report(runs, arguments.out, arguments.target, reference=reference)
+    endings = (".csv", ".tex", *((".published.csv",) if reference else ()))
+    print(f"page: {arguments.out}; tables: {', '.join(str(arguments.out.with_suffix(ending)) for ending in endings)}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`fedhpc export`: what a run has tuned, for other tools."""
+    with quick_start():
+        from fedhpc.commands.export import export_peft
+
+    print(export_peft(arguments.run_dir, arguments.out, device=arguments.device))
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """`fedhpc predict`: class and probability for new text."""
+    if arguments.out is not None:
+        check_out(arguments.out)
+    with quick_start():
+        from fedhpc.commands.predict import predict_text
+
+    text = predict_text(
+        arguments.run_dir,
+        texts=arguments.text or (),
+        file=arguments.file,
+        device=arguments.device,
+        all_classes=arguments.all_classes,
+    )
+    if arguments.out is not None:
+        write_target(Path(arguments.out), text.encode())
+    else:
+        show(text.removesuffix("\n"))
+    return 0
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """`fedhpc sweep`: the runs of an experiment."""
+    from fedhpc.commands.sweep.experiment import load_experiment
+    from fedhpc.commands.sweep.job_array import task_arguments
+
+    experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
+    if arguments.cell is not None:
+        show(task_arguments(experiment, arguments.cell, arguments.expect), exactly=True)
+        return 0
+    with quick_start():
+        from fedhpc.commands.sweep.local import LocalSweep, check_launch, conclude, failed_cells, find_work, overview
+        from fedhpc.commands.sweep.results import check_out
+        from fedhpc.commands.sweep.standing import check_run_dirs, waiting
+
+    check_out(experiment)
+    check_run_dirs(experiment)
+    if arguments.report:
+        return conclude(experiment, failed_cells(experiment))
+    needed = experiment.needs if waiting(experiment) else ()
+    for one in needed:
+        check_out(one)
+        check_run_dirs(one)
+    launches = [arguments.launch if arguments.launch is not None else one.launch for one in (*needed, experiment)]
+    for launch in () if arguments.submit else launches:
+        check_launch(launch)
+    with quick_start():
+        work = find_work(experiment, arguments.sources)
+    local = LocalSweep(work, launch=arguments.launch, at_once=arguments.jobs, run=main)
+    if arguments.submit:
+        return local.submit(arguments.submit, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        show(overview(work))
+        return 0
+
+    def load_libraries() -> None:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs that cells can be forked after
+        if None in launches:
+            with quick_start():
+                from fedhpc.device import worker as device  # noqa: F401
+                from fedhpc.server import (
+                    job,  # noqa: F401
+                    server,  # noqa: F401
+                )
+
+    return local.run(load_libraries)
+
+
+@contextmanager
+def all_ranks_or_none(exchange: Exchange) -> Iterator[list[str]]:
+    """A part of the set-up that succeeds on all ranks, or raises one UserError on all.
+
+    It may add a digest of what it has read, which must be the same on all.
+    """
+    problem, digests = None, [""]
+    try:
+        yield digests
+    except (UserError, OSError) as error:
+        if (problem := users_fault(error)) is None:
+            raise
+    exchange.agree(problem, digests[-1])
+
+
+@contextmanager
+def faults_end_every_rank(exchange: Exchange, but_for: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Log an exception with rank, host and, unless it is the user's fault, traceback; then end the whole job."""
+    try:
+        yield
+    except but_for:
+        raise
+    except BaseException as error:
+        try:
+            is_known = isinstance(error, UserError | KeyboardInterrupt)
+            where = "" if is_known else f"\n{traceback.format_exc().rstrip()}"
+            log.critical("%s: %s; ending all ranks%s", type(error).__name__, error, where)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # even where there is nothing left to log to
+            is_users = isinstance(error, FloatingPointError | UserError)
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            exchange.abort(EXIT_USER_ERROR if is_users else EXIT_INTERRUPTED if is_interrupt else EXIT_FAILURE)
+
+
+def check_out(name: str) -> None:
+    """Refuse a file that could not be written, before there is anything to write."""
+    try:
+        check_target(Path(name))
+    except OSError as error:
+        raise ConfigError(f"--out: {Path(name)} cannot be written: {error.strerror}") from None

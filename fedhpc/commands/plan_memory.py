@@ -1,0 +1,213 @@
+"""The memory that a run's ranks take at most, part by part; `fedhpc plan` shows it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import cached_file
+
+from fedhpc.commands.rehearsal import Rehearsal, rehearsal
+from fedhpc.errors import ModelError
+from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.messages import UPLOAD_HEADER
+from fedhpc.federation.packing import largest_pack
+from fedhpc.federation.sampling import count_packs, population
+from fedhpc.job.log import human_bytes
+from fedhpc.methods import Method, make_method
+from fedhpc.model.backbone import no_surprise
+from fedhpc.model.pretrained import run_config
+from fedhpc.selection.spectrum import LANCZOS_STEPS
+from fedhpc.selection.strategies import SCORED, num_selected
+from fedhpc.server.job import Job
+from fedhpc.tuning.base import ModuleTuning
+from fedhpc.tuning.weights import FullTuning
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROGRAM_BYTES = 330e6
+"""Python with PyTorch, transformers and MPI. This and the numbers below: Linux, PyTorch's CPU build, glibc 2.36, one
+thread a rank; benchmarks/plan.py compares with runs."""
+DEVICE_BYTES = 75e6
+"""What a device rank loads besides: the model's code, kernels and their buffers."""
+STRUCTURE_BYTES = 50e6
+"""What any rank loads for a tuning that names modules of a backbone: its code, and its outline for a while."""
+COMPILER_BYTES = 60e6
+"""PyTorch's compiler, which its recomputation of activations loads."""
+SMALL_FLOAT_BYTES = 60e6
+"""Kernels for 16 bits, which oneDNN compiles for every shape of a batch."""
+ROOM = {"float32": 1.3, "bfloat16": 1.4, "float16": 1.4}
+"""Memory that the allocator takes for tensors of many sizes, by what they hold. In 16 bits kernels lie among them."""
+ROOM_RECOMPUTED = 2.4
+"""The same with recomputation, whose layers' inputs stay between what each layer frees: 1.7 to 3.3."""
+TOKENIZER_FACTOR = 15
+"""Bytes of memory that a tokenizer takes while it is loaded, for each byte of its file."""
+TOKENIZER_LEFT = 0.1
+"""Of these, what the allocator cannot use for anything else."""
+STRUCTURED = (ModuleTuning, FullTuning)
+"""Tunings that do so."""
+STRUCTURE = "a look into the model's layers"
+TOKENIZER = "tokenizer, while the data are checked"
+Parts = dict[str, float]
+"""What memory is for -> bytes."""
+
+
+def memory_lines(job: Job, ranks: int) -> Iterator[str]:
+    """Every role's memory and its parts, a line each."""
+    try:
+        with no_surprise("memory of the ranks: not known, its work cannot be rehearsed"):
+            roles = memory_parts(job, ranks)
+    except ModelError as error:
+        yield str(error)
+        return
+    for role, parts in roles.items():
+        yield f"memory of {role}: {human_bytes(sum(parts.values()))}"
+        yield from (f"  {human_bytes(size):>9}  {part}" for part, size in parts.items() if size)
+    yield "  with a GPU, backbone and tensors are in its memory, beside what CUDA takes there and on the host"
+
+
+def memory_parts(job: Job, ranks: int) -> dict[str, Parts]:
+    """The parts of the most that each kind of rank takes at a time, by role."""
+    server = _server(job)
+    with rehearsal(job) as work:
+        packs = [pack_of(job)]
+        if job.config.device.pack == "auto":
+            packs.append(largest_pack(job.config.federation.devices_per_round, max(1, ranks - 1)))
+        devices = {pack: _device(job, ranks, pack, work) for pack in dict.fromkeys(packs)}
+    role = "each device rank" if ranks > 1 else "the one process"
+    named = {
+        role + (f", for pack {pack}" if len(devices) > 1 else ""): parts if ranks > 1 else _one_process(server, parts)
+        for pack, parts in devices.items()
+    }
+    return named if ranks == 1 else {"rank 0, server": server, **named}
+
+
+def _one_process(server: Parts, device: Parts) -> Parts:
+    """A process that is both: it loads the program once, and has freed the tokenizer when it trains, but for pieces."""
+    left = TOKENIZER_LEFT * server[TOKENIZER]
+    return {**server, **device, TOKENIZER: 0, "pieces of the tokenizer's memory": left}
+
+
+def _server(job: Job) -> Parts:
+    config, n = job.config, exchanged_bytes(job)
+    vectors, method, sampled = server_vectors(job), method_of(job), config.federation.devices_per_round
+    summed, uploaded = make_encoding(config, method).num_sums, sampled * method.num_uploaded
+    arriving, size = (f"{summed} sums", 4 * n * summed) if summed else (f"{sampled} uploads", 2 * n * uploaded)
+    # The sampled devices' own, and those that a checkpoint has not written yet.
+    controls = (1 + config.checkpoint.every) * sampled * has_control(job)
+    state: Parts = {
+        f"prompts and server state ({vectors} vectors), and the next prompts": n * (vectors + 1),
+        f"control variates not on disk ({controls})": n * controls,
+        f"buffer of {arriving}": size,
+    }
+    tokenizer = TOKENIZER_FACTOR * _tokenizer_bytes(config.model.name)
+    return {
+        "program": PROGRAM_BYTES,
+        STRUCTURE: STRUCTURE_BYTES * isinstance(job.tuning, STRUCTURED),
+        **state,
+        TOKENIZER: max(0, tokenizer - sum(state.values())),
+    }
+
+
+def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
+    config = job.config
+    method, n, everything = method_of(job), exchanged_bytes(job), 4 * trainable(job)
+    sampled = config.federation.devices_per_round
+    here = -(-sampled // max(1, ranks - 1))
+    record = UPLOAD_HEADER.itemsize + n * method.num_uploaded * make_encoding(config, method).dtype.itemsize / 4
+    room = ROOM[config.model.dtype]
+    room_of_steps = ROOM_RECOMPUTED if config.model.gradient_checkpointing else room
+    phases = {
+        "training": room_of_steps * work.training(pack, -(-sampled // count_packs(sampled, pack))),
+        "evaluation": room * work.evaluation() + everything,
+        "loading": work.loading - work.weights + _narrowed_bytes(job, work.loading),
+    }
+    if config.selection.strategy in SCORED:
+        phases["layer scores"] = room * work.scoring()
+    if config.curriculum.order == "fisher":
+        phases["order of the batches"] = room * work.curriculum()
+    if config.selection.is_automatic and config.selection.warmup_rounds < config.federation.rounds:
+        lanczos = 8 * LANCZOS_STEPS * sum(int(np.prod(shape)) for shape in job.tuning.per_layer.values())
+        phases["Hessian"] = room * work.hessian() + lanczos
+    first, *others = sorted(phases, key=lambda name: -phases[name])
+    then = ", ".join(f"{name} {human_bytes(phases[name])}" for name in others if phases[name] > 0)
+    code = DEVICE_BYTES + (config.model.dtype != "float32") * SMALL_FLOAT_BYTES
+    code += config.model.gradient_checkpointing * COMPILER_BYTES
+    return {
+        "program": PROGRAM_BYTES,
+        "model's code, kernels and their buffers": code,
+        STRUCTURE: STRUCTURE_BYTES * isinstance(job.tuning, STRUCTURED),
+        f"backbone, {config.model.dtype}": work.weights,
+        "what was received, uploads": n * (1 + len(method.sends)) + here * record,
+        "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
+        f"{first}: tensors at once (at other times: {then})": phases[first],
+    }
+
+
+def _narrowed_bytes(job: Job, loading: int) -> float:
+    """What a backbone's files hold, if in more bits than are wanted: in memory until all of it is converted.
+
+    The files may not be here yet; the model's configuration says their type, unless it is PyTorch's own.
+    """
+    stored = run_config(job.config.model).dtype or torch.float32
+    wider = stored.itemsize / DTYPE_BYTES[job.config.model.dtype]
+    return loading * wider if wider > 1 else 0
+
+
+def _tokenizer_bytes(name: str) -> int:
+    file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    return Path(file).stat().st_size if file else 0
+
+
+def selected(job: Job) -> int:
+    """How many layers will be exchanged, as far as that is known before the run."""
+    selection, num_layers = job.config.selection, job.shape.num_layers
+    if selection.strategy == "explicit":
+        return len(selection.layers or [])
+    if selection.strategy == "all" or selection.ratio == "auto":
+        return num_layers
+    return num_selected(selection.ratio, num_layers)
+
+
+def exchanged_bytes(job: Job) -> int:
+    """Of a vector of the exchanged tensors."""
+    return job.tuning.exchanged(range(selected(job))).nbytes
+
+
+def trainable(job: Job) -> int:
+    """Trained parameters of a device."""
+    return job.tuning.exchanged(range(job.shape.num_layers)).size
+
+
+def kept_bytes(job: Job) -> int:
+    """What a device keeps between its rounds: its own layers, what is left of its uploads, Adam's moments."""
+    local = job.tuning.local(range(selected(job))).nbytes
+    method = method_of(job)
+    uploads = make_encoding(job.config, method).keeps + len(method.keeps)
+    moments = 2 * 4 * trainable(job) if job.config.device.keeps_moments else 0
+    return local * (1 + is_sparse(job)) + exchanged_bytes(job) * uploads + moments
+
+
+def is_sparse(job: Job) -> bool:
+    """Whether devices measure the Fisher information of their own layers."""
+    return job.config.sparse.fraction < 1
+
+
+def server_vectors(job: Job) -> int:
+    """The parameters and the method's own vectors."""
+    return 1 + len(method_of(job).init(np.zeros(1, np.float32)).vectors)
+
+
+def has_control(job: Job) -> bool:
+    """Whether the server holds control variates."""
+    return method_of(job).has_control and job.config.exchange.mode == "gather"
+
+
+def method_of(job: Job) -> Method:
+    """The server's."""
+    return make_method(job.config.server, population(job.config, job.partition))
+
+
+def pack_of(job: Job) -> int:
+    """Devices side by side; `auto` takes more than one only where there is memory for them."""
+    pack = job.config.device.pack
+    return 1 if pack == "auto" else min(pack, job.config.federation.devices_per_round)

@@ -1,0 +1,144 @@
+"""`fedhpc predict`: class and probability for new text."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.commands.trained import Trained, load_trained
+from fedhpc.data.prepared import Description, Split
+from fedhpc.data.tables import TABLES, Record, read_lines, read_table
+from fedhpc.data.tasks import TASKS, Task, template_fields
+from fedhpc.data.texts import Row, Texts, encode, text_fields
+from fedhpc.errors import DataError
+from fedhpc.evaluate.predictions import class_scores, evaluation_batches
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.model.backbone import Backbone
+from fedhpc.server.job import choose_torch_device
+
+USUAL_COLUMNS = ("text", "sentence")
+"""Where a task of one text may have it, if not in a column of the field's name."""
+
+
+def predict_text(
+    run_dir: str,
+    *,
+    texts: Sequence[Sequence[str]] = (),
+    file: str | None = None,
+    device: int | None = None,
+    all_classes: bool = False,
+) -> str:
+    """A line for each text, a JSON object: `text`, `label`, `probability`.
+
+    Args:
+        texts: each a text for every field of the task's template.
+        file: or a file of them: TSV with a header line, JSON lines, or one text a line.
+        device: whose personal parameters to use; None: the global ones.
+        all_classes: also `probabilities`, by label.
+
+    Raises:
+        UserError: the run, a text or the file cannot be used.
+    """
+    trained = load_trained(run_dir, device)
+    description = trained.job.data.description
+    fields = template_fields(description.template)
+    given = _given(texts, fields) if file is None else _read(Path(file), description, fields)
+    if not given.rows:
+        raise DataError(f"{file}: holds no text")
+    given.check_blank(fields)
+    probabilities = class_probabilities(trained, given.rows, given.place)
+    records = (_record(*pair, description, all_classes) for pair in zip(given.rows, probabilities, strict=True))
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def class_probabilities(
+    trained: Trained, rows: Sequence[Row], place: Callable[[int], str] = "text {}".format
+) -> NDArray[np.float32]:
+    """Probabilities [n, C] of texts that are put and cut as the prepared data were.
+
+    Args:
+        place: says by its index where a text comes from, if it has to be refused.
+    """
+    job, description = trained.job, trained.job.data.description
+    examples = encode(rows, place, trained.text_encoder(), job.shape.vocabulary_size)
+    encoded = [(example.ids, example.slot) for example in examples]
+    split = Split.of(encoded, [0] * len(rows), pad_id=description.pad_id)
+    backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, JobEnvironment()))
+    if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
+        job.tuning.check(backbone)
+    batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)
+    found = np.empty((len(rows), len(description.class_names)), np.float32)
+    for indices, scores in class_scores(backbone, job.tuning, trained.tensors, split, batches):
+        found[indices] = scores.softmax(1).cpu().numpy()
+    return found
+
+
+def _record(
+    row: Row, probabilities: NDArray[np.float32], description: Description, all_classes: bool
+) -> dict[str, Any]:
+    best, names = int(probabilities.argmax()), description.class_names
+    (text, *more) = row.values()
+    record = {"text": dict(row) if more else text, "label": names[best], "probability": float(probabilities[best])}
+    if all_classes:
+        record["probabilities"] = dict(zip(names, probabilities.tolist(), strict=True))
+    return record
+
+
+def _given(texts: Sequence[Sequence[str]], fields: Sequence[str]) -> Texts:
+    rows = []
+    for number, values in enumerate(texts, 1):
+        if len(values) != len(fields):
+            raise DataError(
+                f"--text {number}: {len(values)} texts given, this task takes {len(fields)}: {', '.join(fields)}; "
+                "write --text " + " ".join(field.upper() for field in fields)
+            )
+        rows.append(dict(zip(fields, values, strict=True)))
+    return _texts("--text", rows, {field: [field] for field in fields})
+
+
+def _read(file: Path, description: Description, fields: Sequence[str]) -> Texts:
+    if file.suffix.lower() in TABLES:
+        task = _built_in(description)
+        columns = {field: _column_names(field, fields, task) for field in fields}
+        records, first = read_table(file, headerless=task.headerless, labels=task.classes) if task else read_table(file)
+        return _texts(f"{file} line", records, columns, first=first)
+    lines = read_lines(file)
+    if len(fields) > 1:
+        raise DataError(f"{file}: this task takes {', '.join(fields)}; give a file {' or '.join(TABLES)} of them")
+    return _texts(f"{file} line", ({fields[0]: line} for line in lines), {fields[0]: fields})
+
+
+def _texts(unit: str, records: Iterable[Record], names: Mapping[str, Sequence[str]], *, first: int = 1) -> Texts:
+    """The texts of records, each field's in the first of the columns that may have it."""
+    rows: list[Row] = []
+    columns: dict[str, str] = {}
+    try:
+        for record in records:
+            columns = columns or {field: _column(names[field], record) for field in names}
+            rows.append(text_fields(record, columns))
+    except ValueError as error:
+        raise DataError(f"{unit} {first + len(rows)}: {error}") from None
+    return Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows)
+
+
+def _built_in(description: Description) -> Task | None:
+    """The task that the data were prepared for, if it is one of those that come with fedhpc."""
+    task = TASKS.get(description.task)
+    return task if task and list(task.classes) == description.class_names else None
+
+
+def _column_names(field: str, fields: Sequence[str], task: Task | None) -> list[str]:
+    """The columns in which a field's text may be."""
+    names = [field, *(task.column_names(field) if task and field in task.columns else ())]
+    return names + [name for name in USUAL_COLUMNS if len(fields) == 1 and name not in names]
+
+
+def _column(names: Sequence[str], record: Record) -> str:
+    found = next((name for name in names if name in record), None)
+    if found is None:
+        wanted, available = " or ".join(map(repr, names)), ", ".join(record)
+        raise ValueError(f"no column {wanted}, where this task has its text; there are {available}")
+    return found

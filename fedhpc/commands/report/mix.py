@@ -1,0 +1,68 @@
+"""Class mixes of the devices: a run's partition once more, from the prepared data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedhpc.commands.report.runs import Run
+from fedhpc.errors import UserError
+from fedhpc.federation.partition import class_counts, label_skew, make_partition
+
+STRENGTH = {"dirichlet": "alpha", "shards": "shards_per_device"}
+"""Partition -> the key that says how skewed it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMix:
+    """Training examples of every device by class."""
+
+    setting: str
+    class_names: list[str]
+    counts: np.ndarray
+    """[devices, classes], from the largest device to the smallest."""
+    device_ids: list[int]
+    skew: float
+    """See :func:`fedhpc.federation.partition.label_skew`."""
+
+
+def partition_setting(run: Run) -> str:
+    """The partition in words; equal words of runs on the same data and seed are equal partitions."""
+    federation = {key: run.config.get(f"federation.{key}") for key in ("num_devices", "partition", *STRENGTH.values())}
+    kind = str(federation["partition"])
+    strength = f" {STRENGTH[kind]} {federation[STRENGTH[kind]]}" if kind in STRENGTH else ""
+    return f"{federation['num_devices']} devices, {kind}{strength}"
+
+
+def class_mix(run: Run) -> ClassMix:
+    """What the run's devices hold.
+
+    Raises:
+        UserError: the prepared data are not there any more, or cannot be divided as configured.
+    """
+    from fedhpc.data.prepared import PreparedData  # noqa: PLC0415 - imports torch, which nothing else in a report needs
+
+    config = run.config
+    data = PreparedData.open(Path(str(config["data.path"])), verify=False)
+    train, validation = (np.asarray(data.split(name).labels) for name in ("train", "validation"))
+    try:
+        partition = make_partition(
+            train,
+            validation,
+            num_devices=config["federation.num_devices"],
+            kind=config["federation.partition"],
+            alpha=config["federation.alpha"],
+            shards_per_device=config["federation.shards_per_device"],
+            seed=config["seed"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path}: the configuration says too little about the partition: {error}") from None
+    counts = class_counts(partition.train, train, len(data.description.class_names))
+    order = np.argsort(-counts.sum(axis=1), kind="stable")
+    return ClassMix(
+        setting=f"{partition_setting(run)}, seed {run.seed}",
+        class_names=data.description.class_names,
+        counts=counts[order],
+        device_ids=order.tolist(),
+        skew=label_skew(counts),
+    )

@@ -1,0 +1,223 @@
+"""Tables of groups: columns of means and deviations, the best in bold."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedhpc.commands.report.groups import Goal, Group, Stat, facts, stat
+from fedhpc.commands.report.units import Quantity, Unit, unit_for
+
+UNKNOWN = "–"
+UNFINISHED = "\u00a0†"
+"""Marks what comes of no finished run."""
+NO_RUN_IS_FINISHED = "† no run is finished: the latest values, not compared with the others"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What stands in a row's column."""
+
+    text: str
+    is_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as text; the first column names the row."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
+    is_text: bool = False
+    """Whether the cells hold words rather than numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One number of the groups."""
+
+    heading: str
+    key: str
+    quantity: Quantity
+    best: Literal["highest", "lowest"] | None = None
+
+
+Summary = Mapping[str, Stat | None]
+
+
+def summarise(group: Group, goal: Goal) -> Summary:
+    """Every number of a group."""
+    numbers = [facts(run, goal) for run in group.counted]
+    keys = dict.fromkeys(key for run in numbers for key in run)
+    return {key: stat(run.get(key, math.nan) for run in numbers) for key in keys}
+
+
+def group_table(
+    title: str,
+    groups: Sequence[Group],
+    summaries: Sequence[Summary],
+    columns: Sequence[Column],
+    *,
+    with_runs: bool = False,
+    notes: Sequence[str] = (),
+) -> Table:
+    """One row for each group; only those with as many finished runs as any, all of them known, can be the best."""
+    columns = [column for column in columns if any(summary.get(column.key) for summary in summaries)]
+    drawn = [_column(groups, [summary.get(column.key) for summary in summaries], column) for column in columns]
+    names = [[name_cell(group), *([Cell(text=group.state)] if with_runs else [])] for group in groups]
+    rows = [[*name, *(cells[index] for _, cells in drawn)] for index, name in enumerate(names)]
+    headings = ["configuration", *(["runs"] if with_runs else []), *(heading for heading, _ in drawn)]
+    if any(not group.is_finished for group in groups):
+        notes = [*notes, NO_RUN_IS_FINISHED]
+    return Table(title=title, headings=headings, rows=rows, notes=[*notes, *_fewer(groups)])
+
+
+def name_cell(group: Group) -> Cell:
+    """The group's label; a dagger on those without a finished run."""
+    return Cell(text=group.label + ("" if group.is_finished else UNFINISHED))
+
+
+def _are_rivals(groups: Sequence[Group], stats: Sequence[Stat | None]) -> list[bool]:
+    """Whether each may be the best: of as many finished runs as any, and known for all of them."""
+    most = max((len(group.counted) for group in groups if group.is_finished), default=0)
+    return [
+        found is not None and group.is_finished and found.runs == most
+        for group, found in zip(groups, stats, strict=True)
+    ]
+
+
+def _fewer(groups: Sequence[Group]) -> list[str]:
+    """A note if some groups have fewer runs than others."""
+    numbers = {len(group.counted) for group in groups if group.is_finished}
+    return [f"only configurations with {max(numbers)} finished runs are compared"] if len(numbers) > 1 else []
+
+
+def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
+    """Heading with unit, and the cells; the best are all that look like the best."""
+    unit = unit_for(column.quantity, (found.mean for found in stats if found))
+    are_rivals = _are_rivals(groups, stats)
+    rivals = [found.mean for found, is_rival in zip(stats, are_rivals, strict=True) if found and is_rival]
+    choose = {"highest": max, "lowest": min}.get(column.best or "")
+    best = unit.text(choose(rivals)) if choose and len(rivals) > 1 else None
+    cells = [
+        Cell(
+            text=stat_text(found, unit, len(group.counted)),
+            is_best=found is not None and is_rival and unit.text(found.mean) == best,
+        )
+        for group, found, is_rival in zip(groups, stats, are_rivals, strict=True)
+    ]
+    return f"{column.heading} ({unit.name})" if unit.name else column.heading, cells
+
+
+def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summary]]]) -> Table:
+    """The task's own metric, configurations by tasks, and its mean over all tasks where it is known for each.
+
+    Only configurations with as many finished runs as any of the task count for the mean.
+    """
+    columns: list[dict[str, Cell]] = []
+    means: dict[str, list[float]] = {}
+    labels: dict[str, Cell] = {}
+    for _, column, groups, summaries in tasks:
+        stats = [summary.get(column.key) for summary in summaries]
+        columns.append({})
+        cells, are_rivals = _column(groups, stats, column)[1], _are_rivals(groups, stats)
+        for group, found, cell, is_rival in zip(groups, stats, cells, are_rivals, strict=True):
+            text = cell.text if group.is_finished else cell.text + UNFINISHED
+            columns[-1][group.label] = Cell(text=text, is_best=cell.is_best)
+            labels[group.label] = Cell(text=group.label)
+            means.setdefault(group.label, []).extend([found.mean] if found and is_rival else [])
+    whole = {label: f"{sum(known) / len(known):.3f}" for label, known in means.items() if len(known) == len(tasks)}
+    best = max(whole.values(), key=float) if len(whole) > 1 else None
+    none = Cell(text=UNKNOWN)
+    rows = [
+        [
+            cell,
+            *(column.get(label, none) for column in columns),
+            Cell(text=whole[label], is_best=whole[label] == best) if label in whole else none,
+        ]
+        for label, cell in labels.items()
+    ]
+    headings = [task if column.key == "accuracy" else f"{task} ({column.heading})" for task, column, *_ in tasks]
+    dagger = any("†" in cell.text for row in rows for cell in row)
+    fewer = [f"{task}: {note}" for task, _, groups, _ in tasks for note in _fewer(groups)]
+    return Table(
+        title="final accuracy, personalised",
+        headings=["configuration", *headings, "mean"],
+        rows=rows,
+        notes=[*([NO_RUN_IS_FINISHED] if dagger else []), *fewer],
+    )
+
+
+def stat_text(found: Stat | None, unit: Unit, runs: int) -> str:
+    """Mean and deviation, and of how many of the runs they are if not of all."""
+    if found is None:
+        return UNKNOWN
+    deviation = "" if math.isnan(found.deviation) else f" ± {unit.text(found.deviation)}"
+    return unit.text(found.mean) + deviation + (f" ({found.runs} of {runs})" if found.runs < runs else "")
+
+
+SCORE_KINDS = {
+    "accuracy": "accuracy",
+    "matthews": "Matthews correlation",
+    "f1": "F1",
+    "accuracy_f1": "mean of accuracy and F1",
+}
+
+
+def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]:
+    """The task's metrics, its own one first; personalised, then of the whole evaluation split."""
+    columns: list[Column] = []
+    for name in reversed(metrics):
+        words = SCORE_KINDS.get(name, name)
+        columns.append(Column(heading=words, key=name, quantity="score", best="highest"))
+        if name == metrics[-1] and budget is not None:
+            within = f"{words} within {unit_for('bytes', [budget]).full_text(budget)}"
+            columns.append(Column(heading=within, key="at_equal_bytes", quantity="score", best="highest"))
+        columns.append(Column(heading=f"{words}, global", key=f"{name}_global", quantity="score", best="highest"))
+    return columns
+
+
+def best_columns(metric: str) -> list[Column]:
+    """The best evaluation of the task's own metric, personalised and global; when that was; how steady the last are."""
+    words = SCORE_KINDS.get(metric, metric)
+    return [
+        Column(heading=words, key=f"best_{metric}", quantity="score", best="highest"),
+        Column(heading=f"{words}, global", key=f"best_{metric}_global", quantity="score", best="highest"),
+        Column(heading="after round", key="best_round", quantity="rounds"),
+        Column(
+            heading=f"deviation of {words}, global, over the last five evaluations",
+            key="last_five_deviation",
+            quantity="score",
+            best="lowest",
+        ),
+    ]
+
+
+LOSS = Column(heading="training loss", key="loss", quantity="score")
+COST = (
+    Column(heading="rounds", key="rounds", quantity="rounds"),
+    Column(heading="local steps", key="steps", quantity="steps"),
+    Column(heading="bytes", key="bytes", quantity="bytes"),
+    Column(heading="time", key="seconds", quantity="seconds"),
+    Column(heading="time of slowest devices", key="seconds_slowest_device", quantity="seconds"),
+    Column(heading="simulated time", key="seconds_simulated", quantity="seconds"),
+    Column(heading="rounds skipped", key="skipped_rounds", quantity="rounds"),
+)
+TO_TARGET = (
+    Column(heading="rounds", key="rounds_to_target", quantity="rounds", best="lowest"),
+    Column(heading="local steps", key="steps_to_target", quantity="steps", best="lowest"),
+    Column(heading="bytes", key="bytes_to_target", quantity="bytes", best="lowest"),
+    Column(heading="time", key="seconds_to_target", quantity="seconds", best="lowest"),
+    Column(
+        heading="time of slowest devices", key="seconds_slowest_device_to_target", quantity="seconds", best="lowest"
+    ),
+    Column(heading="simulated time", key="seconds_simulated_to_target", quantity="seconds", best="lowest"),
+)
+SPREAD = (
+    Column(heading="mean of devices", key="device_mean", quantity="score", best="highest"),
+    Column(heading="deviation", key="device_deviation", quantity="score", best="lowest"),
+    Column(heading="worst tenth", key="device_worst", quantity="score", best="highest"),
+    Column(heading="best tenth", key="device_best", quantity="score"),
+)

@@ -1,0 +1,51 @@
+"""What a rank does until the job ends, whichever other ranks are lost on the way."""
+
+from fedhpc.checkpoint.state_file import RunState
+from fedhpc.device.worker import Worker, serve
+from fedhpc.errors import RanksLost
+from fedhpc.exchange import Exchange, MpiExchange
+from fedhpc.exchange.messages import Op
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.lock import RunLock
+from fedhpc.job.log import log
+from fedhpc.server.job import Job, load_state
+from fedhpc.server.server import Server
+
+
+def follow(exchange: MpiExchange, worker: Worker) -> Op:
+    """A device rank, until the server says how to end.
+
+    Raises:
+        RanksLost: the run is to stop then, or cannot go on.
+    """
+    while True:
+        try:
+            return serve(exchange, worker)
+        except RanksLost:
+            if worker.config.exchange.on_rank_failure == "stop":
+                raise
+            worker.writing.finish()  # its notes belong to the ranks as they were
+            exchange.repair()
+            worker.start_over()
+
+
+def lead(job: Job, exchange: Exchange, environment: JobEnvironment, lock: RunLock, state: RunState | None) -> Op:
+    """The server's rank, from a state or from the start; after a loss from the last checkpoint.
+
+    Raises:
+        RanksLost: the run is to stop then, or cannot go on.
+    """
+    while True:
+        server = Server(job, exchange, lock)
+        try:
+            how = server.run(state)
+        except RanksLost as loss:
+            if job.config.exchange.on_rank_failure == "stop":
+                raise
+            exchange.repair()
+            log.warning("%s; going on from the last checkpoint with %d ranks", loss, exchange.size)
+            state = load_state(job, "auto")
+            continue
+        if how == Op.SUSPEND and server.has_trained:
+            environment.mark("TRAINED")
+        return how

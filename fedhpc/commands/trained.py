@@ -1,0 +1,94 @@
+"""What a run has tuned, as of its newest valid checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from fedhpc.checkpoint.files import LOCAL, SERVER_FILE, Position, files_of, stem_of
+from fedhpc.checkpoint.state_file import RunState
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.config_file import load_config
+from fedhpc.data.tasks import Kind
+from fedhpc.data.tokens import TextEncoder
+from fedhpc.errors import CheckpointError
+from fedhpc.job.log import RunFiles
+from fedhpc.methods.updates import Vector
+from fedhpc.model.limits import most_tokens
+from fedhpc.server.job import Job, checked_tokenizer, load_job, load_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run's tuned parameters."""
+
+    job: Job
+    device: int | None
+    """Whose personal parameters these are; None: the global ones, untrained where they are not exchanged."""
+    rounds: int
+    """Rounds completed."""
+    tensors: dict[str, np.ndarray]
+    """Whole, by the names that the tuning gives them."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a new text is cut to."""
+        return most_tokens(self.job.config, self.job.data.description, self.job.shape)
+
+    def text_encoder(self) -> TextEncoder:
+        """What puts and cuts new text as the prepared data were."""
+        found, tokenizer = self.job.data.description, checked_tokenizer(self.job)
+        return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=self.max_length)
+
+
+def load_trained(run_dir: str, device: int | None = None) -> Trained:
+    """The global parameters of a run, or one device's personal ones.
+
+    Raises:
+        CheckpointError: there is no run, no checkpoint, or nothing of that device's own in it.
+        UserError: the model or the prepared data are not what they were.
+    """
+    path = RunFiles(run_dir).config
+    if not path.is_file():
+        found = "holds no config.yaml" if Path(run_dir).is_dir() else "is no folder"
+        raise CheckpointError(f"{run_dir} {found}; give the run_dir of a run")
+    job = load_job(load_config(path).model_copy(update={"run_dir": run_dir}))
+    needed = {SERVER_FILE} if device is None else {SERVER_FILE, f"{LOCAL}/{device:06d}"}
+
+    def load() -> tuple[RunState, Vector]:
+        state = load_state(job, "auto", needs=lambda name: stem_of(name) in needed, to_train=False)
+        if state is None:
+            raise CheckpointError(
+                f"{run_dir} has no checkpoint yet; `fedhpc run` writes one every checkpoint.every rounds"
+            )
+        return state, state.unseen_local if device is None else _local_of(device, job, state)
+
+    state, local = Checkpoints(run_dir).undisturbed(load)
+    tensors = job.tuning.merge(state.server.params, local, state.layers)
+    return Trained(job=job, device=device, rounds=state.server.round, tensors=tensors)
+
+
+def _local_of(device: int, job: Job, state: RunState) -> Vector:
+    last = job.config.federation.num_devices - 1
+    if not 0 <= device <= last:
+        raise CheckpointError(f"--device {device}: this run has the devices 0 to {last}")
+    if not state.unseen_local.size:
+        raise CheckpointError(
+            f"--device {device}: this run exchanges everything it trains, so devices have nothing of their own; leave "
+            "--device out"
+        )
+    checkpoints, position = Checkpoints(job.config.run_dir), Position.of(state)
+    states = checkpoints.load_states(position, {device}, job.tuning, state.layers, state.unseen_local)
+    if device in states and np.array_equal(states[device].local, state.unseen_local):
+        when = "in the warm-up of selection.ratio: auto only" if job.config.selection.is_automatic else "in vain so far"
+        raise CheckpointError(
+            f"--device {device}: has nothing of its own up to round {state.server.round}: it was trained {when}; leave "
+            "--device out"
+        )
+    if device not in states:
+        seen = ", ".join(map(str, sorted(files_of(checkpoints.device_files(position), LOCAL)))) or "none"
+        raise CheckpointError(
+            f"--device {device}: has not been trained up to round {state.server.round}; those that have: {seen}"
+        )
+    return states[device].local

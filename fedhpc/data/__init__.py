@@ -1,0 +1,1 @@
+"""Tasks, files of examples, prepared data."""

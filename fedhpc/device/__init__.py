@@ -1,0 +1,1 @@
+"""The other ranks: the devices' local work."""

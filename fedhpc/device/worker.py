@@ -1,0 +1,402 @@
+"""The devices' side: a worker holds the devices that live on its rank and answers the server's commands."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import compress, islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.checkpoint.files import Position
+from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_file
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.config import Config
+from fedhpc.data.prepared import PreparedData
+from fedhpc.device.curriculum import Batches, easy_first
+from fedhpc.device.local_update import (
+    Assignment,
+    DeviceState,
+    DeviceUpdate,
+    UnfinishedUpdate,
+    epoch_batches,
+    learning_rate,
+    local_updates,
+)
+from fedhpc.device.measuring import Measurements
+from fedhpc.errors import CheckpointError, Halt
+from fedhpc.evaluate.metrics import confusion
+from fedhpc.evaluate.predictions import class_scores, evaluation_batches, evaluation_examples
+from fedhpc.exchange import Exchange, MpiExchange, messages
+from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.messages import Command, Op
+from fedhpc.exchange.rounds import plan_round
+from fedhpc.exchange.simulation import Load
+from fedhpc.federation.partition import Partition
+from fedhpc.federation.sampling import (
+    Homes,
+    Packs,
+    batches_per_epoch,
+    local_steps,
+    population,
+    sample_devices,
+)
+from fedhpc.job.background import Background
+from fedhpc.methods import make_method
+from fedhpc.methods.updates import Fault, Vector, distance, fault_of
+from fedhpc.model.backbone import Backbone
+from fedhpc.seeding import generator
+from fedhpc.tuning import Tuning
+
+NO_ROUND = -1
+NOTHING = messages.NO_RECORD.zeros(0)
+ELSEWHERE = -1
+"""In place of a class: another worker predicts it."""
+
+
+def serve(exchange: MpiExchange, worker: "Worker") -> Op:
+    """Receive, update the local devices, reply, until the server says how to end."""
+    while (command := exchange.receive()).op not in (Op.STOP, Op.SUSPEND):
+        exchange.reply(worker.handle(command))
+    return command.op
+
+
+class Worker:
+    """The devices of one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedData,
+        partition: Partition,
+        backbone: Backbone,
+        tuning: Tuning,
+        exchange: Exchange,
+    ) -> None:
+        self.config = config
+        self.train, self.validation = data.split("train"), data.split("validation")
+        self.num_classes = len(data.description.class_names)
+        self.partition = partition
+        self.backbone = backbone
+        self.tuning = tuning
+        self.exchange = exchange
+        self.measurements = Measurements(config, self.train, partition, backbone, tuning, exchange.beat)
+        self.checkpoints = Checkpoints(config.run_dir)
+        self.writing = Background(exchange.fail)
+        self.method = make_method(config.server, population(config, partition))
+        self.encoding = make_encoding(config, self.method)
+        self.keeps = (
+            bool(self.encoding.keeps or self.method.keeps)
+            or config.device.keeps_moments
+            or config.curriculum.order != "random"
+        )
+        """Whether a device keeps more between its rounds than its own layers."""
+        self.states: dict[int, DeviceState] = {}
+        self.touched: set[int] = set()
+        """Devices whose state is newer than the last checkpoint."""
+        self.progress = RoundProgress(round=NO_ROUND)
+        self.unseen = DeviceState(local=np.empty(0, np.float32))
+        """The state of a device before its first round."""
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget all that the server did not tell, and take the share of this rank's new number."""
+        self.index, self.num_workers = max(0, self.exchange.rank - 1), self.exchange.num_workers
+        self.homes = Homes(self.config.federation.num_devices, self.num_workers)
+        self.share = self.homes.devices_of(self.index)
+        """Of work that needs no device's state."""
+        self.states, self.touched, self.progress = {}, set(), RoundProgress(round=NO_ROUND)
+
+    def handle(self, command: Command) -> np.ndarray | None:
+        """Do what the server asks; the records to reply with, or None if it was halted."""
+        actions = {
+            Op.SCORE: self.score,
+            Op.SELECT: self.select,
+            Op.PROBE: self.probe,
+            Op.RESTORE: self.restore,
+            Op.TRAIN: self.train_devices,
+            Op.RATIO: self.ratio,
+            Op.EVALUATE: self.evaluate,
+            Op.SAVE: self.save,
+        }
+        if command.op not in actions:
+            return NOTHING
+        try:
+            return actions[command.op](command)
+        except Halt:
+            return None
+
+    def train_devices(self, command: Command) -> np.ndarray:
+        """Local updates of the packs placed here, but for what was done before an interruption."""
+        if self.progress.round != command.round:
+            self.progress = RoundProgress(round=command.round)
+        packs = self._packs(command)
+        self._take_over(self.homes.move(packs, command.workers.tolist()), command)
+        mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
+        records = self._records(sum(map(len, mine)), self.tuning.exchanged(command.layers).size)
+        rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
+        for device in rows.keys() & self.progress.finished.keys():
+            rows[device][:] = self.progress.finished[device]
+            self.progress.finished[device] = rows[device]
+        for pack in mine:
+            self._train(pack, command, rows)
+        if not self.encoding.num_sums:
+            return records
+        self.exchange.add(self._terms(records, command, num_terms=sum(map(len, packs))))
+        return records[:, : messages.UPLOAD_HEADER_FLOATS]
+
+    def _packs(self, command: Command) -> Packs:
+        load = Load.of(self.tuning.exchanged(command.layers).size, self.method, self.encoding)
+        return plan_round(self.config, self.partition, command.round, load).packs(command.pack)
+
+    def _terms(self, records: np.ndarray, command: Command, *, num_terms: int) -> Terms:
+        """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
+        headers, size = messages.upload_headers(records), self.tuning.exchanged(command.layers).size
+        sound = headers["fault"] == Fault.NONE
+        num_examples = headers["num_examples"][sound]
+        return Terms(
+            coefficients=np.stack([num_examples, np.ones_like(num_examples)][: self.encoding.num_sums], axis=1),
+            vectors=list(compress(messages.upload_payloads(records, size), sound)),
+            of=SumSize(num_sums=self.encoding.num_sums, size=size, num_terms=num_terms),
+        )
+
+    def _records(self, count: int, size: int) -> np.ndarray:
+        """Room for so many upload records; those of terms stay here, all but their headers."""
+        record_type = messages.upload_record(size * self.method.num_uploaded, self.encoding.dtype)
+        place = self.exchange.buffer if self.encoding.num_sums else self.exchange.rows
+        return place(record_type, count)
+
+    def _payload(self, record: np.ndarray, size: int, place: int = 0) -> np.ndarray:
+        """The part for one vector [n] in an upload record."""
+        part = slice(place * size, (place + 1) * size)
+        vector: np.ndarray = messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part]
+        return vector
+
+    def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
+        """Pass on the states of devices that train elsewhere from now on, and take those that come."""
+        leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
+        coming = [(device, old) for device, old, new in moves if new == self.index]
+        self.touched.difference_update(device for device, old, _ in moves if old == self.index)
+        if not self.has_states:
+            return
+        outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
+        received = self.exchange.trade(outgoing, [old for _, old in coming])
+        for (device, _), data in zip(coming, received, strict=True):
+            self._unpack_state(device, data, command)
+
+    def _pack_state(self, state: DeviceState | None, is_touched: bool, command: Command) -> bytes:
+        """What another worker needs of a device."""
+        return bytes([is_touched]) + (local_file(state, command.round, command.layers, self.tuning) if state else b"")
+
+    def _unpack_state(self, device: int, data: bytes, command: Command) -> None:
+        if data[0]:
+            self.touched.add(device)
+        if data[1:]:
+            name = f"state of device {device}"
+            self.states[device] = read_local_file(data[1:], name, command.layers, self.tuning, self.unseen.local)
+
+    def _train(self, pack: list[int], command: Command, records: dict[int, np.ndarray]) -> None:
+        """The local updates of a pack; their upload records."""
+        began = time.perf_counter()
+        finished, unfinished = self.progress.finished, self.progress.unfinished
+        start, sent = self._received(command)
+        waiting = [device for device in pack if device not in finished]
+        if not waiting:
+            return
+        plans = {device: self._curriculum(device, command.round) for device in waiting}  # before anything is taken out
+        assignments = [
+            Assignment(
+                device=device,
+                state=(state := self.states.get(device, self.unseen)),
+                examples=self.partition.train[device],
+                begun=unfinished.pop(device, None),
+                rule=self.method.local_rule(sent, state.kept),
+                plan=plans[device],
+                out=self._payload(records[device], start.size) if self.encoding.is_plain else None,
+            )
+            for device in waiting
+        ]
+        try:
+            for device, update in local_updates(
+                self.config,
+                self.backbone,
+                self.tuning,
+                command.layers,
+                start=start,
+                assignments=assignments,
+                split=self.train,
+                round_index=command.round,
+                pack=command.pack,
+                with_gradient=self.method.uploads_gradient,
+                beat=self.exchange.beat,
+            ):
+                if isinstance(update, UnfinishedUpdate):
+                    unfinished[device] = update
+                else:
+                    self._upload(device, update, command, records[device])
+                    finished[device] = records[device]
+        finally:
+            sizes = {device: len(self.partition.train[device]) for device in waiting}
+            steps = {device: local_steps(self.config, size, command.round) for device, size in sizes.items()}
+            share = (time.perf_counter() - began) / sum(steps.values())
+            for device in waiting:
+                if device in finished:
+                    messages.upload_headers(finished[device][None])["seconds"] = share * steps[device]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether devices keep anything between their rounds; in a warm-up they have taken steps, if no more."""
+        return self.keeps or bool(self.unseen.local.size) or self.config.selection.is_automatic
+
+    def _curriculum(self, device: int, round_index: int) -> Batches | None:
+        """A device's batches of a round where a curriculum orders them; measured when it first takes part."""
+        if self.config.curriculum.order == "random":
+            return None
+        examples, state = self.partition.train[device], self.states.get(device, self.unseen)
+        rng = generator(self.config.seed, purpose="curriculum batches", device=device)
+        given = epoch_batches(examples, self.train.lengths[examples], self.config.device.batch_size, rng)
+        traces = state.traces
+        if traces is None:
+            traces = self.measurements.fisher_traces(given)
+            self.states[device] = replace(state, traces=traces)
+            self.touched.add(device)
+        if len(traces) != len(given):
+            raise CheckpointError(f"device {device}: Fisher information of {len(traces)} batches, not {len(given)}")
+        used = batches_per_epoch(self.config, len(examples), round_index)
+        return easy_first(given, traces)[:used] * self.config.device.epochs
+
+    def _received(self, command: Command) -> tuple[Vector, dict[str, Vector]]:
+        """P^t and the method's vectors that came with it."""
+        layout = self.tuning.exchanged(command.layers)
+        start, *sent = np.split(command.payload, len(self.method.sends) + 1)
+        assert start.size == layout.size
+        return start, dict(zip(self.method.sends, sent, strict=True))
+
+    def _upload(self, device: int, update: DeviceUpdate, command: Command, record: np.ndarray) -> None:
+        """Fill in the upload record of an update, whose state is kept if all of it is sound."""
+        before, (start, sent) = self.states.get(device, self.unseen), self._received(command)
+        steps, rate = update.num_steps, learning_rate(self.config, command.round)
+        fault = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
+        gradient = [] if update.gradient is None else [update.gradient]
+        if fault == Fault.NONE and not all(np.isfinite(vector).all() for vector in gradient):
+            fault = Fault.NAN
+        if fault == Fault.NONE:
+            payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
+            kept |= self.method.kept_after(start, update.params, sent, before.kept, num_steps=steps, learning_rate=rate)
+            for place, vector in enumerate([payload, *gradient]):
+                part = self._payload(record, start.size, place)
+                if not np.may_share_memory(part, vector):
+                    part[:] = vector
+            local_fault = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
+            self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
+            self.touched.add(device)
+        (header,) = messages.upload_headers(record[None])
+        header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
+        header["num_examples"], header["fault"] = update.num_examples, fault
+        header["norm"] = 0.0 if fault == Fault.NONE else distance(update.params, start)
+
+    def score(self, command: Command) -> np.ndarray:
+        """Layer scores of the devices in this worker's share."""
+        return self.measurements.layer_scores(self.share)
+
+    def probe(self, command: Command) -> np.ndarray:
+        """Seconds of a step by the number of devices side by side."""
+        return self.measurements.step_seconds(self.share, command, self.unseen, ranks_here=self.exchange.ranks_here)
+
+    def ratio(self, command: Command) -> np.ndarray:
+        """Lossless ratios of the sampled devices in this worker's share."""
+        devices = [device for device in sample_devices(self.config, command.round) if device in self.share]
+        return self.measurements.lossless_ratios(devices, command, self.unseen)
+
+    def select(self, command: Command) -> np.ndarray:
+        """Take over the selected layers; every device goes on from the same local tensors."""
+        self.unseen = DeviceState(local=command.payload.copy())
+        kept = self.tuning.kept_elements(command.layers)
+        self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}
+        return NOTHING
+
+    def evaluate(self, command: Command) -> np.ndarray:
+        """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
+        record = messages.evaluation_record(self.num_classes, len(self.partition.validation)).zeros(1)
+        labels, size = self.validation.labels, self.config.evaluate.batch_size
+        is_last = command.round == self.config.federation.rounds
+        chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
+        # Interleaved batches give every worker short and long texts alike.
+        everything = evaluation_batches(self.validation, chosen, size)
+        shared = np.full(len(self.validation), ELSEWHERE, np.int64)
+        self._predict(command, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
+        personal = shared
+        if self.unseen.local.size:
+            personal = np.full_like(shared, ELSEWHERE)
+            of_device, sampled = self.partition.validation, self._sampled_before(command.round)
+            for device in set(range(len(of_device))) - sampled:  # it has what the server has
+                personal[of_device[device]] = shared[of_device[device]]
+            for device in sampled.intersection(self.homes.devices_of(self.index)):
+                if len(own := np.intersect1d(of_device[device], chosen)):
+                    batches = evaluation_batches(self.validation, own, size)
+                    self._predict(command, self.states.get(device, self.unseen), batches, personal)
+        record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
+        for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
+            record[name] = [np.count_nonzero(counts[examples]) for examples in self.partition.validation]
+        return record
+
+    def _sampled_before(self, round_index: int) -> set[int]:
+        """Devices that may have a state of their own in round t."""
+        return {device for t in range(round_index) for device in sample_devices(self.config, t)}
+
+    def save(self, command: Command) -> np.ndarray:
+        """Begin to write the states of the devices that took part since the last checkpoint."""
+        states = {device: self.states[device] for device in sorted(self.touched)} if self.has_states else {}
+        self.touched.clear()
+        progress = self.progress if self.progress.round == command.round else None
+        self.writing.start(
+            partial(
+                self.checkpoints.save_devices,
+                states,
+                progress,
+                generation=command.generation,
+                round_index=command.round,
+                rank=self.index + 1,
+                layers=command.layers,
+                tuning=self.tuning,
+                post=self.exchange.post,
+            )
+        )
+        return NOTHING
+
+    def restore(self, command: Command) -> np.ndarray:
+        """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
+        position = Position(command.round, command.generation)
+        self.homes.move(self._packs(command), command.workers.tolist())
+        mine = set(self.homes.devices_of(self.index))
+        self.states, self.progress = self.checkpoints.load_devices(
+            position, mine, self.tuning, command.layers, self.unseen.local
+        )
+        self.touched.clear()
+        size = self.tuning.exchanged(command.layers).size * self.method.num_uploaded
+        words = messages.upload_record(size, self.encoding.dtype).shape
+        self.progress.check(words, with_moments=self.config.device.optimizer == "adamw")
+        return NOTHING
+
+    def _predict(
+        self,
+        command: Command,
+        state: DeviceState,
+        batches: Iterator[NDArray[np.int64]],
+        predictions: NDArray[np.int64],
+    ) -> None:
+        tensors = self.tuning.merge(command.payload, state.local, command.layers)
+
+        def announced() -> Iterator[NDArray[np.int64]]:
+            for batch in batches:
+                self.exchange.beat("evaluating")
+                yield batch
+
+        for examples, scores in class_scores(self.backbone, self.tuning, tensors, self.validation, announced()):
+            predictions[examples] = scores.argmax(1).cpu().numpy()
+
+    def _confusion(self, predictions: NDArray[np.int64]) -> np.ndarray:
+        here = predictions != ELSEWHERE
+        return confusion(self.validation.labels[here], predictions[here], self.num_classes)

@@ -1,0 +1,226 @@
+"""What crosses ranks: commands from the server, fixed records back. No pickle; every byte has a declared place."""
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.methods.updates import Vector
+
+MAX_LAYERS = 256
+PROBES = 6
+"""1 to 32 devices side by side."""
+
+
+class Op(IntEnum):
+    """What the server asks of the workers."""
+
+    STOP = 0
+    SCORE = 1
+    """Score the layers on every device; reply `score_record`."""
+    SELECT = 2
+    """These layers are exchanged from now on; the payload is the local vector of a device not seen before."""
+    RESTORE = 3
+    """Read the device states of this round's checkpoint; `workers` are those of the round that follows it."""
+    TRAIN = 4
+    """Local updates of the round's packs on their workers, from the payload P^t; reply `upload_record`."""
+    RATIO = 5
+    """Lossless ratio of the round's sampled devices at the payload P^t; reply `ratio_record`."""
+    EVALUATE = 6
+    """Evaluate the payload P^t; reply `evaluation_record`."""
+    SAVE = 7
+    """Begin to write checkpoint `generation`; a `SAVED` note follows for every file, and `ALL_SAVED`."""
+    SUSPEND = 8
+    """End, to be started again."""
+    PROBE = 9
+    """Time a step of 1, 2, 4 ... up to `pack` devices side by side; reply `probe_record`."""
+
+
+HEADER = np.dtype(
+    [
+        ("op", "<i2"),
+        ("pack", "<i2"),
+        ("num_packs", "<i4"),
+        ("round", "<i8"),
+        ("payload_size", "<i8"),
+        ("generation", "<i8"),
+        ("layers", "u1", (32,)),
+    ]
+)
+"""The fixed part of a command, 64 bytes; `layers` is a bit mask. The packs' workers (int32) and the payload follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One request of the server to all workers."""
+
+    op: Op
+    round: int = 0
+    generation: int = 0
+    layers: tuple[int, ...] = ()
+    pack: int = 1
+    """N of `device.pack`."""
+    workers: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Where each of the round's packs is trained."""
+    payload: Vector = field(default_factory=lambda: np.empty(0, np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that each worker receives."""
+        return HEADER.itemsize + self.workers.nbytes + self.payload.nbytes
+
+    def header(self) -> np.ndarray:
+        """The header, shape [1]."""
+        mask = np.zeros(MAX_LAYERS, np.uint8)
+        mask[list(self.layers)] = 1
+        header = np.zeros(1, HEADER)
+        header[0] = (
+            self.op,
+            self.pack,
+            self.workers.size,
+            self.round,
+            self.payload.size,
+            self.generation,
+            np.packbits(mask),
+        )
+        return header
+
+    @classmethod
+    def from_header(cls, header: np.ndarray, workers: NDArray[np.int32], payload: Vector) -> "Command":
+        """The command whose parts have arrived."""
+        (op, pack, _, round_index, _, generation, mask) = header[0]
+        return cls(
+            op=Op(int(op)),
+            pack=int(pack),
+            round=int(round_index),
+            generation=int(generation),
+            layers=tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask))),
+            workers=workers,
+            payload=payload,
+        )
+
+
+@dataclass(frozen=True)
+class RecordType:
+    """The fixed form of a reply: a NumPy type, repeated over a shape (one type alone ends at 2 GiB)."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one record."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def zeros(self, count: int) -> np.ndarray:
+        """So many records, contiguous, filled with zeros."""
+        return np.zeros((count, *self.shape), self.dtype)
+
+
+NO_RECORD = RecordType(np.dtype([]))
+
+UPLOAD_HEADER = np.dtype(
+    [
+        ("device", "<i8"),
+        ("num_examples", "<i8"),
+        ("num_steps", "<i8"),
+        ("loss", "<f8"),
+        ("seconds", "<f8"),
+        ("fault", "<i8"),
+        ("norm", "<f8"),
+        ("unused", "<i8"),
+    ]
+)
+"""The fixed part of an upload, 64 bytes. `fault`: what the device's rank found (see `updates.fault_of`); `norm`: how
+far a bad upload is from P^t."""
+FLOAT = np.dtype("<f4")
+UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // FLOAT.itemsize
+
+
+def upload_record(size: int, dtype: np.dtype = FLOAT) -> RecordType:
+    """A device's upload: a header, then its payload of ``size`` elements, filled up to whole words of 4 bytes."""
+    return RecordType(FLOAT, (UPLOAD_HEADER_FLOATS + -(-size * dtype.itemsize // FLOAT.itemsize),))
+
+
+def upload_headers(records: np.ndarray) -> np.ndarray:
+    """Headers [m] inside upload records, sharing their memory."""
+    return records[:, :UPLOAD_HEADER_FLOATS].view(UPLOAD_HEADER)[:, 0]
+
+
+def upload_payloads(records: np.ndarray, size: int, dtype: np.dtype = FLOAT) -> np.ndarray:
+    """Payloads [m, size] inside upload records, sharing their memory."""
+    return records[:, UPLOAD_HEADER_FLOATS:].view(dtype)[:, :size]
+
+
+def score_record(num_layers: int) -> RecordType:
+    """A device's layer scores."""
+    return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), ("scores", "<f8", (num_layers,))]))
+
+
+def ratio_record() -> RecordType:
+    """A device's lossless ratio, and what it follows from."""
+    found = [(name, "<f8") for name in ("ratio", "mass", "gap", "lipschitz")]
+    return RecordType(np.dtype([("device", "<i8"), ("num_examples", "<i8"), *found]))
+
+
+def probe_record() -> RecordType:
+    """A worker's seconds for a device's step, by the binary logarithm of the devices side by side; inf: too many."""
+    return RecordType(np.dtype([("seconds", "<f8", (PROBES,))]))
+
+
+def evaluation_record(num_classes: int, num_devices: int) -> RecordType:
+    """A worker's part of sums: confusion matrices (rows true, columns predicted), right answers of each device."""
+    matrix = (num_classes, num_classes)
+    return RecordType(
+        np.dtype(
+            [
+                ("personal", "<i8", matrix),
+                ("global", "<i8", matrix),
+                ("correct", "<i4", (num_devices,)),
+                ("evaluated", "<i4", (num_devices,)),
+            ]
+        )
+    )
+
+
+class Kind(IntEnum):
+    """What a note is about."""
+
+    BEAT = 0
+    """From any rank: alive; the text says what it is doing."""
+    STOP = 1
+    """To the server: a stop was requested at this rank `seconds` ago, for the reason in the text."""
+    HALT = 2
+    """To the workers: end what is under way at the next local step."""
+    SAVED = 3
+    """To the server: this file of the checkpoint is on disk, with this SHA-256."""
+    ALL_SAVED = 4
+    """To the server: all files of this rank are."""
+
+
+NOTE = np.dtype([("kind", "<i8"), ("seconds", "<f8"), ("text", "S176"), ("sha256", "S64")])
+"""A small message beside the commands, at any time; 256 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A word between ranks outside the order of the commands."""
+
+    kind: Kind
+    text: str = ""
+    seconds: float = 0.0
+    sha256: str = ""
+
+    def packed(self) -> np.ndarray:
+        """As one NOTE, shape [1]."""
+        return np.array([(self.kind, self.seconds, self.text.encode(), self.sha256.encode())], NOTE)
+
+    @classmethod
+    def unpacked(cls, packed: np.ndarray) -> "Note":
+        """The note that has arrived."""
+        kind, seconds, text, sha256 = packed[0]
+        return cls(
+            kind=Kind(int(kind)), seconds=float(seconds), text=text.decode(errors="replace"), sha256=sha256.decode()
+        )

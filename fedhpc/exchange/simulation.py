@@ -1,0 +1,83 @@
+"""The simulated clock: how long a round would take if each device had a link and a processor of its own.
+
+It changes nothing but the time that is reported, so a report can set it anew from what a run's metrics say.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from fedhpc.config import SimulationConfig
+from fedhpc.exchange.encoding import Encoding
+from fedhpc.exchange.messages import FLOAT
+from fedhpc.methods import Method
+from fedhpc.seeding import generator
+
+BITS = 8
+MEGA = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Bytes that a round asks of each of its devices."""
+
+    down: int
+    up: int
+
+    @classmethod
+    def of(cls, size: int, method: Method, encoding: Encoding) -> "Load":
+        """Where so many floats are exchanged."""
+        down = FLOAT.itemsize * size * (1 + len(method.sends))
+        return cls(down=down, up=size * method.num_uploaded * encoding.dtype.itemsize)
+
+
+def device_seconds(
+    simulation: SimulationConfig, seed: int, device: int, *, steps: int, load: Load, measured: float = 0.0
+) -> float:
+    """A device's whole round, from the broadcast until its upload has arrived.
+
+    Args:
+        simulation: the clock.
+        seed: of the run.
+        device: i.
+        steps: K_i.
+        load: its bytes.
+        measured: seconds a step, for a clock that gives none.
+    """
+    step = measured if simulation.step_seconds == "measured" else simulation.step_seconds
+    seconds = 2 * simulation.latency_s + steps * step * _slowness(seed, device, simulation.slowness)
+    for count, rate in ((load.down, simulation.down_mbit), (load.up, simulation.up_mbit)):
+        seconds += 0.0 if rate is None else BITS * count / (MEGA * rate)
+    return seconds
+
+
+@cache
+def _slowness(seed: int, device: int, sigma: float) -> float:
+    """How many times as long as the usual device this one takes for a step, in every round."""
+    return float(generator(seed, purpose="slowness", device=device).lognormal(0.0, sigma))
+
+
+def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, Any]) -> float | None:
+    """A round's time: that of its slowest device, and the server's own; None without a clock.
+
+    A server with a deadline waits until then for a device that is absent.
+
+    Args:
+        simulation: the clock; need not be the run's.
+        seed: of the run.
+        record: the round's metrics; None also if these are from before there was a clock.
+    """
+    if not simulation.has_clock or "device_steps" not in record:
+        return None
+    down, up = record["device_bytes"]
+    absent = {entry["device"] for entry in record["absent"]}
+    measured = record["seconds"]["step"]
+    waited = [
+        device_seconds(simulation, seed, device, steps=steps, load=Load(down=down, up=up), measured=measured)
+        for device, steps in zip(record["devices"], record["device_steps"], strict=True)
+        if device not in absent
+    ]
+    if absent and simulation.deadline_s is not None:
+        waited = [simulation.deadline_s]
+    return max(waited, default=0.0) + float(record["seconds"]["server"])

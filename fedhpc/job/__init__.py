@@ -1,0 +1,1 @@
+"""The batch job around a run: its environment, signals, lock, log."""

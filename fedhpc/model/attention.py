@@ -1,0 +1,111 @@
+"""Prompts in a backbone's attention, through transformers' attention interface.
+
+The registered attention functions are wrapped so that a `prompts` argument [N, L, 2, T, D], when a forward pass carries
+one, puts the layer's prompt keys and values first, those of an example's own device; `sizes` [N] says how many examples
+each device has, `memory` belongs to fedhpc.model.last_layer, `later` is another mask, from some layer on. Without them
+they do what they did before. No model code is patched.
+
+Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fedhpc.model.last_layer import Memory
+
+
+def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function of transformers with the layer's prompt keys and values put first."""
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        prompts: Tensor | None = None,
+        sizes: Sequence[int] = (),
+        memory: Memory | None = None,
+        later: tuple[int, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (later is not None or prompts is not None) and not hasattr(module, "layer_idx"):
+            raise AttributeError("its attention modules do not say which layer they are in")
+        if later is not None and module.layer_idx >= later[0]:
+            attention_mask = later[1]
+        if memory is not None and memory.known is not None:
+            key, value, attention_mask = memory.known
+        elif prompts is not None or memory is not None:
+            num_tokens = 0 if prompts is None else prompts.shape[-2]
+            if prompts is not None:
+                key, value = _with_prompts(module, key, value, prompts, sizes)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            attention_mask = _widen(
+                attention_mask, query, num_tokens, causal=causal and attention is sdpa_attention_forward
+            )
+            if memory is not None:
+                memory.keep(key, value, attention_mask)
+        if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
+            # PyTorch's 16-bit attention is several times slower on a CPU, in the backward pass above all.
+            exact = (tensor.float() for tensor in (query, key, value))
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.float()
+            output, weights = attention(module, *exact, attention_mask, *args, **kwargs)
+            return output.to(query.dtype), weights
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attend
+
+
+def _with_prompts(
+    module: Any, key: Tensor, value: Tensor, prompts: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    heads, head_dim = key.shape[1], key.shape[3]  # heads: of keys and values
+    prefix = prompts[:, module.layer_idx].to(key.device, key.dtype)  # [N, 2, T, D]
+    prefix = prefix.unflatten(3, (heads, head_dim)).transpose(2, 3)  # [N, 2, heads, T, head_dim]
+    return _put_first(prefix[:, 0], key, sizes), _put_first(prefix[:, 1], value, sizes)
+
+
+def _put_first(prefix: Tensor, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Keys or values [b, heads, T + s, head_dim]: before each example's own, the prefix [N, ...] of its device."""
+    if len(set(sizes)) == 1:
+        grouped = tensor.unflatten(0, (len(sizes), sizes[0]))
+        rows = prefix.unsqueeze(1).expand(-1, sizes[0], -1, -1, -1)
+        return torch.cat([rows, grouped], dim=3).flatten(0, 1)
+    rows = torch.cat([row.expand(size, -1, -1, -1) for row, size in zip(prefix, sizes, strict=True)])
+    return torch.cat([rows, tensor], dim=2)
+
+
+def _widen(mask: Tensor | None, query: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:
+    """The mask [b, s] or [b, 1, s, s] with T visible columns in front."""
+    if mask is not None:
+        return functional.pad(mask, (num_tokens, 0), value=0.0 if mask.is_floating_point() else True)
+    # SDPA's causal flag would align causality to the first key; FlashAttention aligns it to the last.
+    return _causal_mask(query.shape[2], num_tokens, query.device) if causal else None
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(length: int, num_tokens: int, device: torch.device) -> Tensor:
+    return torch.ones(length, num_tokens + length, dtype=torch.bool, device=device).tril(num_tokens)[None, None]
+
+
+def forget_masks() -> None:
+    """Make causal masks anew from here on."""
+    _causal_mask.cache_clear()
+
+
+def register() -> None:
+    """Make every backbone's attention take prompts."""
+    AttentionInterface.register("sdpa", prompted(sdpa_attention_forward))
+    for version in (2, 3):
+        AttentionInterface.register(f"flash_attention_{version}", prompted(flash_attention_forward))

@@ -1,0 +1,375 @@
+"""The frozen backbone: its forward pass with what a tuning lays over it, and scores of the classes.
+
+Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width, H hidden size, C classes,
+V words.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc.data.prepared import Batch, Description
+from fedhpc.errors import ModelError, UserError
+from fedhpc.model import attention
+from fedhpc.model.answers import Answers
+from fedhpc.model.last_layer import LastLayer
+from fedhpc.model.overlay import Hooks, Overlay, SoftTokens, with_tokens
+from fedhpc.model.pretrained import (
+    LINEAR_HEAD,
+    POSITIONS_COUNT_TOKENS,
+    BackboneShape,
+    first_line,
+    load_frozen,
+    shape_of,
+)
+from fedhpc.model.word_head import WordHead
+
+attention.register()
+
+NOTHING = Overlay()
+PROBE_TOKENS = 8
+ROUNDING = 3e-5
+"""Relative difference of two float32 results of the same sums in another order, after tens of layers."""
+OTHER_WORDS = f"choose words of one token each in a task file, or {LINEAR_HEAD}"
+NOT_TAKEN = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model raises that does not take what it is given."""
+LOSS_SCALE = 2.0**12
+"""A power of two rounds nothing. Gradients of one example in a batch begin near 1e-3, and float16 ends at 6e-8."""
+
+
+class Backbone(nn.Module):
+    """A frozen backbone and what turns its hidden states into class scores."""
+
+    def __init__(self, config: ModelConfig, tuning: TuningConfig, data: Description, torch_device: torch.device):
+        super().__init__()
+        self.kind = data.kind
+        self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
+        self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
+        self.model = self._load(config, data, torch_device)
+        # Spread over several GPUs, the model takes its input where its embeddings are.
+        self.torch_device = self.model.device if config.device_map == "auto" else torch_device
+        has_head = data.head == "verbalizer"
+        self.base: Any = self.model.base_model if has_head else self.model
+        self._head = WordHead(self.model) if has_head else None
+        self._layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._hooks = Hooks(self._layers)
+        self._modes = LayerModes(self._layers)
+        if config.gradient_checkpointing:
+            self._recompute_layers(config.name)
+        self._last_layer: LastLayer | None = None
+        self._check(config, tuning)
+
+    def _load(self, config: ModelConfig, data: Description, torch_device: torch.device) -> Any:
+        return load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
+
+    def hidden(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+        """The last layer's hidden states [b, s, H] of the texts, without those of soft tokens."""
+        positions = self._positions(batch.input_ids, batch.attention_mask, overlay.first_position)
+        return self._run(batch.input_ids, self._mask(batch), positions, overlay, batch)
+
+    def pooled(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+        """The mean of the last layer's hidden states over each text [b, H], for a trained head."""
+        return mean_over_text(self.hidden(batch, overlay), batch.attention_mask.unsqueeze(-1))
+
+    def word_scores(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+        """Class scores [b, C] in float32: how well each class word fits the answer slot.
+
+        One token per word: its logit (its log-probability where the whole vocabulary is computed). Several: the mean
+        log-probability of the word's tokens; all answers share one forward pass of the text.
+        """
+        if not self.answers.branch_tokens:
+            logits = self._logits(self._at_slots(batch, overlay).unsqueeze(1)).squeeze(1)
+            if not self.answers.needs_vocabulary:
+                return logits
+            return logits.log_softmax(-1)[:, self.answers.first_tokens]
+        ids, positions, mask = self.answers.branch(batch, overlay.first_position)
+        hidden = self._run(ids, mask, positions, overlay, batch)
+        rows = torch.arange(len(batch.slots), device=batch.slots.device)
+        at_slot = hidden[rows, batch.slots].unsqueeze(1)
+        in_branches = hidden[:, batch.input_ids.shape[1] :]
+        log_probabilities = self._logits(torch.cat([at_slot, in_branches], dim=1)).log_softmax(-1)
+        return self.answers.mean_log_probability(log_probabilities)
+
+    @contextmanager
+    def watched_embeddings(self, moved: Tensor | float = 0.0) -> Iterator[list[Tensor]]:
+        """In this context, word embeddings [b, s, H] are moved so far, collected, and can be differentiated by."""
+        seen: list[Tensor] = []
+
+        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            seen.append((output + moved).detach().requires_grad_())
+            return seen[-1]
+
+        hook = self.base.get_input_embeddings().register_forward_hook(replace)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def layer_outputs(self, batch: Batch) -> list[Tensor]:
+        """Each layer's output [b, s, H], without prompts."""
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_hook(keep) for layer in self._layers]
+        try:
+            self.hidden(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    @cached_property
+    def parameters_by_path(self) -> dict[str, Tensor]:
+        """The frozen parameters behind the hidden states."""
+        return dict(self.base.named_parameters())
+
+    def gradients(
+        self, loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> list[Tensor]:
+        """Of a loss. In float16 they pass the backbone enlarged, where most of a small one would become zero."""
+        differentiate = partial(torch.autograd.grad, create_graph=create_graph, retain_graph=retain_graph)
+        if self.base.dtype != torch.float16:
+            return list(differentiate(loss, inputs))
+        enlarged = differentiate(LOSS_SCALE * loss, inputs)
+        return [at_least_float32(gradient) / LOSS_SCALE for gradient in enlarged]
+
+    def training_mode(self, training: bool, *, dropout: bool = True) -> None:
+        """Train mode only where dropout or gradient checkpointing asks for it; weights stay frozen.
+
+        Args:
+            dropout: whether there may be dropout; False for gradients that are measured, not stepped along.
+        """
+        self._modes.drop_out = training and dropout and self._has_dropout
+        self.model.train(self._modes.drop_out)
+        self._modes.set(training and (self._modes.drop_out or self._recomputes))
+
+    def _recompute_layers(self, name: str) -> None:
+        refusal = f"model.gradient_checkpointing: model.name: {name}: a {self.base.config.model_type} model has none"
+        # Transformers renamed it within version 5; the old name warns where the new one exists.
+        old = self.model.gradient_checkpointing_enable
+        enable = getattr(self.model, "activation_checkpointing_enable", old)
+        with no_surprise(refusal):
+            enable({"use_reentrant": False, "context_fn": lambda: (self._modes, self._modes)})
+        if not self._layers:
+            raise ModelError(f"{refusal}: its layers cannot be told apart")
+
+    def _at_slots(self, batch: Batch, overlay: Overlay) -> Tensor:
+        """The last layer's hidden states at the answer slots [b, H]."""
+        positions = self._positions(batch.input_ids, batch.attention_mask, overlay.first_position)
+        first = overlay.tokens.count if overlay.tokens else 0
+        narrow = {"slots": batch.slots + first} if self._last_layer and overlay is not NOTHING else {}
+        hidden = self._run(batch.input_ids, self._mask(batch), positions, overlay, batch, **narrow)
+        if narrow:
+            return hidden[:, 0]
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch.slots]
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """None where an encoder needs none. Without one, transformers looks for several texts in a decoder's row."""
+        return batch.attention_mask if batch.is_padded or self.kind == "decoder" else None
+
+    def _run(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, overlay: Overlay, batch: Batch, **extra: Any
+    ) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **extra}
+        enter, tokens = None, overlay.tokens
+        if tokens is not None:
+            inputs, enter = self._with_tokens(tokens, inputs, batch)
+        if overlay.prompts is not None:
+            inputs |= {"prompts": overlay.prompts.to(self.base.dtype), "sizes": batch.sizes}
+        if self.kind == "decoder":
+            inputs["use_cache"] = False
+        self._hooks.set(overlay.edits, enter)
+        output = (
+            functional_call(self.base, dict(overlay.weights), (), inputs) if overlay.weights else self.base(**inputs)
+        )
+        hidden: Tensor = output.last_hidden_state.to(self.torch_device)
+        return hidden[:, tokens.count :] if tokens is not None and "slots" not in extra else hidden
+
+    def _with_tokens(
+        self, tokens: SoftTokens, inputs: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, Any], tuple[int, Callable[[Tensor], Tensor]] | None]:
+        """The inputs with T tokens first; above the embeddings, also the layer they enter at and how."""
+        ids, mask, count = inputs.pop("input_ids"), inputs["attention_mask"], tokens.count
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        words, causal = self.base.get_input_embeddings()(ids), self.kind == "decoder"
+        num_answer_tokens = ids.shape[1] - batch.input_ids.shape[1]
+        in_text = functional.pad(batch.attention_mask, (0, num_answer_tokens)).unsqueeze(-1)
+        first = ids.new_ones(len(ids), count)
+        no_words = torch.full_like(first, -1)
+        inputs["position_ids"] = torch.cat([self._positions(no_words, first, 0), inputs["position_ids"]], dim=1)
+
+        def put_first(text: Tensor) -> Tensor:
+            return torch.cat([tokens.make(text, in_text).to(text), text], dim=1)
+
+        if tokens.layer == 0:
+            if num_answer_tokens:
+                mask = with_tokens(mask, count, visible=True, causal=causal)
+            else:
+                mask = functional.pad(mask, (count, 0), value=1)
+            return {**inputs, "inputs_embeds": put_first(words), "attention_mask": mask}, None
+        seen, unseen = (with_tokens(mask, count, visible=visible, causal=causal) for visible in (True, False))
+        reserved = functional.pad(words, (0, 0, count, 0))
+        inputs |= {"inputs_embeds": reserved, "attention_mask": unseen, "later": (tokens.layer, seen)}
+        return inputs, (tokens.layer, lambda hidden: put_first(hidden[:, count:]))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, V] of hidden states [b, s, H], in float32; V: the class words, unless all words are needed."""
+        assert self._head is not None
+        return at_least_float32(self._head(hidden).to(self.torch_device))
+
+    def _positions(self, ids: Tensor, mask: Tensor, first_position: int) -> Tensor:
+        if self.base.config.model_type in POSITIONS_COUNT_TOKENS:
+            padding = self.base.config.pad_token_id
+            counted = mask * (ids != padding)  # a text may hold the padding token as a word
+            return (counted.cumsum(1) + first_position) * counted + padding
+        return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
+
+    def probe(self) -> Batch:
+        """A text of a few tokens, all different, from all over the vocabulary."""
+        first = int(getattr(self.base.config, "pad_token_id", None) == 0)  # padding may have a position of its own
+        last = len(self.base.get_input_embeddings().weight) - 1
+        ids = torch.linspace(first, last, PROBE_TOKENS, device=self.torch_device).long()[None]
+        mask, slot = torch.ones_like(ids, dtype=torch.bool), torch.full_like(ids[:, 0], PROBE_TOKENS - 1)
+        return Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
+
+    @torch.no_grad()
+    def _check(self, config: ModelConfig, tuning: TuningConfig) -> None:
+        """Refuse what would not give the model's own numbers; what a tuning needs, `Tuning.check` looks for.
+
+        No logits of other words than the class words are computed from here on, unless they are needed.
+        """
+        who = f"model.name: {config.name}: a {self.base.config.model_type} model"
+        batch = self.probe()
+        plain = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        with no_surprise(f"{who} cannot be used"):
+            hidden = self.base(**plain).last_hidden_state.to(self.torch_device)
+            known = self._same(self.hidden(batch), hidden)
+        if not known:
+            raise ModelError(f"{who} numbers its positions as fedhpc does not know, and cannot be used")
+        if self._head is None:
+            return
+        with no_surprise(f"{who} cannot score class words; {LINEAR_HEAD}"):
+            logits = self.model(**plain).logits.to(self.torch_device)
+            if not self.answers.needs_vocabulary:
+                self._head.keep(self.answers.first_tokens)
+                logits = logits[..., self.answers.first_tokens]
+            known = self._same(self._logits(hidden), at_least_float32(logits))
+        if not known:
+            raise ModelError(f"{who} has logits that fedhpc does not know how to compute; {LINEAR_HEAD}")
+        if self.answers.branch_tokens:
+            with no_surprise(f"{who} cannot score class words of several tokens; {OTHER_WORDS}"):
+                right = self._branches_are_right(batch)
+            if not right:
+                raise ModelError(
+                    f"{who} does not only look where the attention mask says, and so cannot score class words of "
+                    f"several tokens; {OTHER_WORDS}"
+                )
+        if config.attention == "sdpa":
+            self._narrow_last_layer(shape_of(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
+
+    def _branches_are_right(self, text: Batch) -> bool:
+        """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""
+        ids, lengths = text.input_ids.expand(2, -1), text.slots + torch.tensor([1, -2], device=self.torch_device)
+        mask = torch.arange(PROBE_TOKENS, device=self.torch_device) < lengths[:, None]
+        slots = lengths - 1
+        scores = self.word_scores(Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=(2,)))
+        longest = sorted(range(len(self.answers.word_ids)), key=lambda c: -len(self.answers.word_ids[c]))[:2]
+        for row, slot in enumerate(slots.tolist()):
+            for c in longest:
+                word = torch.tensor(self.answers.word_ids[c], device=self.torch_device)
+                alone = torch.cat([ids[row, : slot + 1], word])[None]
+                logits = self.model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits.to(self.torch_device)
+                logits = at_least_float32(logits)[0, slot:-1]
+                score = logits.log_softmax(-1).gather(1, word[:, None]).mean()
+                if not self._same(scores[row, c], score, size=logits):
+                    return False
+        return True
+
+    def _same(self, ours: Tensor, theirs: Tensor, *, size: Tensor | None = None) -> bool:
+        """Whether two results differ by rounding alone.
+
+        Args:
+            size: what the results were computed from, if that is larger than they are: it was rounded already.
+        """
+        size = theirs if size is None else size
+        tolerance = max(ROUNDING, 4 * torch.finfo(self.base.dtype).eps)
+        usual = float(size[size.isfinite()].double().square().mean().sqrt().nan_to_num())
+        return torch.allclose(ours.to(theirs), theirs, rtol=tolerance, atol=tolerance * usual, equal_nan=True)
+
+    @torch.no_grad()
+    def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:
+        """Compute the last layer at the answer slots alone, if that gives the same numbers with this model."""
+        ids = torch.arange(3, device=self.torch_device).expand(3, 3)
+        mask = torch.ones_like(ids, dtype=torch.bool).tril(1)
+        batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[0], labels=ids[0], sizes=(3,))
+        overlays = [Overlay()]
+        if with_prompts:
+            size = (1, shape.num_layers, 2, 1, shape.key_width)
+            overlays.append(Overlay(prompts=torch.full(size, 0.1, device=self.torch_device)))
+        same = False
+        # What raises here does so in `Tuning.check` too, or in nothing that is asked for.
+        with suppress(*NOT_TAKEN):
+            wanted = [self._at_slots(batch, overlay) for overlay in overlays]
+            self._last_layer = LastLayer(self._layers[-1])
+            found = [self._at_slots(batch, overlay) for overlay in overlays]
+            same = self._same(torch.cat(found), torch.cat(wanted))
+        if self._last_layer and not same:
+            self._last_layer.restore()
+            self._last_layer = None
+
+
+class LayerModes:
+    """Train mode of the layers: for gradient checkpointing they must be in it when they are called.
+
+    In the context of this object, which gradient checkpointing enters whenever it computes a layer, they are in it only
+    if they are to drop out: some have dropout of their own.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self.drop_out = False
+
+    def set(self, training: bool) -> None:
+        """Of the layers themselves, not of what is in them."""
+        for layer in self._layers:
+            layer.training = training
+
+    def __enter__(self) -> None:
+        self.set(self.drop_out)
+
+    def __exit__(self, *_: object) -> None:
+        self.set(True)
+
+
+def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
+    """The mean [b, H] of hidden states [b, s, H] where the mask [b, s, 1] is set."""
+    hidden = at_least_float32(hidden)  # float16 ends at 65504
+    mask = in_text.to(hidden)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """16-bit numbers as float32, others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def no_surprise(refusal: str, advice: str = "") -> Iterator[None]:
+    """ModelError in place of what a model raises that is not made as others are."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (*NOT_TAKEN, KeyError) as error:
+        raise ModelError(f"{refusal}: {first_line(error)}{advice}") from None

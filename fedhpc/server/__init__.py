@@ -1,0 +1,1 @@
+"""Rank 0: what a run is made of, the rounds, what is saved."""

@@ -1,0 +1,354 @@
+"""What a run is made of, checked before anything is trained: data, backbone shape, tuning, partition."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from fedhpc.checkpoint.files import CONTROL, LOCAL
+from fedhpc.checkpoint.identity import (
+    MODEL,
+    OLD_DATA,
+    OLD_MODEL,
+    OLD_RELEASED,
+    data_identity,
+    default_settings,
+    differences,
+    is_old_released,
+    model_identity,
+)
+from fedhpc.checkpoint.state_file import RunState
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.config import RELEASED_STEPS, Config
+from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
+from fedhpc.data.tokens import check_known
+from fedhpc.device.worker import Worker
+from fedhpc.errors import CheckpointError, ConfigError, DataError
+from fedhpc.exchange import Exchange
+from fedhpc.federation.partition import Partition, make_partition
+from fedhpc.federation.sampling import count_packs
+from fedhpc.files import check_folder, names_in
+from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.log import log
+from fedhpc.job.stopping import StopRequest
+from fedhpc.model.backbone import OTHER_WORDS, Backbone
+from fedhpc.model.limits import check_lengths
+from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
+from fedhpc.model.weight_files import model_sha256, weights_sha256
+from fedhpc.selection.strategies import check_selection
+from fedhpc.server.notices import notices
+from fedhpc.tuning import Tuning, make_tuning
+
+KERNELS_KEPT = 32
+RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything about a run that is known on every rank without the backbone's weights."""
+
+    config: Config
+    data: PreparedData
+    shape: BackboneShape
+    tuning: Tuning
+    partition: Partition
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What determines the run's numbers: configuration, digest of it, prepared data, model, the tuning's own files.
+
+        Files count by their content, wherever they are.
+
+        Raises:
+            ModelError: the model's cannot be read.
+        """
+        name, description = self.config.model.name, dataclasses.asdict(self.data.description)
+        model = model_identity(config_values(name), load_pretrained(weights_sha256, name))
+        return self._settings | data_identity(description) | model
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """In what the run that wrote a checkpoint differs, a line each; see :attr:`identity`."""
+        ours, settings = self.identity, default_settings()
+        if OLD_MODEL in saved:
+            model = load_pretrained(model_sha256, self.config.model.name)
+            ours = self._settings | {OLD_DATA: self.data.description.sha256, OLD_MODEL: model}
+        theirs = {key: value for key, value in saved.items() if key in ours or key not in settings}
+        # What one version of transformers knows of a backbone and another does not cannot be compared.
+        unknown = {key for key in theirs.keys() ^ ours.keys() if key.startswith(MODEL)}
+        theirs, ours = ({key: side[key] for key in side.keys() - unknown} for side in (theirs, ours))
+        return differences(theirs, ours, "in the checkpoint", settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings = {**self.config.identity(), "sha256": self.config.sha256, **self.tuning.files}
+        return {key: value for key, value in settings.items() if key not in ("model.name", "tuning.sources")}
+
+    @property
+    def digest(self) -> str:
+        """Of the configuration and data that this rank has read, as far as they determine the run's numbers."""
+        return hashlib.sha256(f"{self.config.sha256} {self.data.description.sha256}".encode()).hexdigest()
+
+
+def limit_threads(count: int) -> None:
+    """This process computes with so many CPU threads, in PyTorch and in NumPy's BLAS: sums depend on it."""
+    torch.set_num_threads(count)
+    threadpool_limits(count)
+
+
+def load_job(config: Config) -> Job:
+    """Read and cross-check what a configuration names; cheap, done on every rank.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    data = PreparedData.open(config.data.path, verify=False)
+    _check_data(config, data)
+    _check_attention(config, data)
+    shape = read_shape(config.model.name)
+    check_selection(config.selection, shape.num_layers)
+    check_lengths(config, data.description, shape)
+    tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
+    return Job(config=config, data=data, shape=shape, tuning=tuning, partition=_partition(config, data))
+
+
+def check_data(job: Job) -> None:
+    """The dearer checks, for one rank: the data's checksums and the tokenizer.
+
+    Raises:
+        DataError: the data were altered, prepared with another tokenizer, or have tokens that the model does not know.
+    """
+    data = PreparedData.open(job.config.data.path, verify=True)
+    tokenizer, found, model = checked_tokenizer(job), job.data.description, job.config.model.name
+    tokens = {"padding": [found.pad_id]}
+    tokens |= {f"class word {word!r}": ids for word, ids in zip(found.class_words, found.word_ids, strict=True)}
+    tokens |= {f"split {name}": [int(data.split(name).tokens.max())] for name in found.splits}
+    for what, ids in tokens.items():
+        check_known(f"model.name: {model}: {what} of {data.path}", ids, tokenizer, job.shape.vocabulary_size)
+
+
+def checked_tokenizer(job: Job) -> Any:
+    """The backbone's tokenizer.
+
+    Raises:
+        DataError: the data were prepared with another one.
+    """
+    description, model = job.data.description, job.config.model.name
+    tokenizer = load_tokenizer(model)
+    if tokenizer_fingerprint(tokenizer) != description.tokenizer_sha256:
+        raise DataError(
+            f"data.path: {job.config.data.path} was prepared with the tokenizer of {description.model}, which is not "
+            f"that of model.name: {model}; run data_prep/prepare.py with --model {model}"
+        )
+    return tokenizer
+
+
+def check_run_dir(config: Config, *, create: bool = True) -> None:
+    """Make the run directory, or only see whether it could be made.
+
+    Raises:
+        ConfigError: it cannot be made or written to, or something else has the place of one of its files.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        if create:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        check_folder(run_dir)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run_dir} is not writable: {error.strerror}") from None
+    for name in filter(RUN_FILES.__contains__, names_in(run_dir)):
+        path, is_folder = run_dir / name, name in ("checkpoints", "traces")
+        if not (path.is_dir() if is_folder else path.is_file()):
+            raise ConfigError(f"run_dir: {path} is in the way: it is not a {'folder' if is_folder else 'plain file'}")
+        try:
+            if is_folder:
+                for folder in (path, path / CONTROL, path / LOCAL):
+                    check_folder(folder)
+            elif name != "config.yaml":  # which is written anew
+                path.open("r+b").close()
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: {error.filename} cannot be read and written: {error.strerror}; choose another run_dir"
+            ) from None
+
+
+def job_notices(job: Job) -> list[str]:
+    """What the user should know about configuration and data although it is no error."""
+    found, strategy = notices(job.config), job.config.selection.strategy
+    if strategy in ("score", "lowest_score") and max(map(len, job.partition.train)) < 2:
+        found.append(
+            f"selection.strategy: {strategy} compares the examples of a device, and with federation.num_devices: "
+            f"{job.config.federation.num_devices} none has two: all layers score alike; take fewer devices or another "
+            "strategy"
+        )
+    return found
+
+
+def log_notices(job: Job, num_workers: int) -> None:
+    """Say what the user should know although it is no error."""
+    for notice in job_notices(job):
+        log.warning("%s", notice)
+    if (idle := num_workers - job.config.federation.num_devices) > 0:
+        log.warning(
+            "%d ranks have no device: %d device ranks for federation.num_devices: %d",
+            idle,
+            num_workers,
+            job.config.federation.num_devices,
+        )
+    pack, sampled = job.config.device.pack, job.config.federation.devices_per_round
+    num_packs = 0 if pack == "auto" else count_packs(sampled, pack)
+    if pack not in (1, "auto") and num_packs < min(num_workers, sampled):
+        log.warning(
+            "device.pack: %d makes %d pack(s) of a round's %d devices: %d of %d device ranks have nothing to train",
+            pack,
+            num_packs,
+            sampled,
+            num_workers - num_packs,
+            num_workers,
+        )
+
+
+def load_state(
+    job: Job,
+    resume: str,
+    beat: Callable[[], None] = lambda: None,
+    needs: Callable[[str], bool] = lambda name: True,
+    *,
+    to_train: bool = True,
+) -> RunState | None:
+    """The state to go on from, or None for a new run.
+
+    Args:
+        beat: called while a checkpoint is read.
+        needs: whether a file of a checkpoint has to be whole.
+        to_train: False where only what was tuned is wanted, by whatever server step.
+
+    Raises:
+        CheckpointError: resuming is required but impossible.
+        ConfigError: the checkpoint belongs to another configuration.
+        ModelError: the backbone's files cannot be read.
+    """
+    checkpoints = Checkpoints(job.config.run_dir)
+    if resume == "never":
+        if checkpoints.positions():
+            raise CheckpointError(
+                f"--resume never: {checkpoints.folder} has checkpoints, which a new run would replace; choose another "
+                "run_dir or remove them"
+            )
+        return None
+
+    def check(saved: dict[str, Any]) -> None:
+        if is_old_released(saved):
+            if to_train:
+                raise ConfigError(f"{checkpoints.folder} {OLD_RELEASED}")
+            saved = {**saved, RELEASED_STEPS: job.identity.get(RELEASED_STEPS)}
+        if differing := job.differences(saved):
+            raise ConfigError(
+                f"{checkpoints.folder} was written with another configuration; change it back, or choose another "
+                "run_dir:\n  " + "\n  ".join(differing)
+            )
+
+    state = checkpoints.newest(job.tuning, check=check, report=partial(log.warning, "%s"), beat=beat, needs=needs)
+    if state is None and resume == "require":
+        raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
+    return state
+
+
+def stop_before_end(config: Config, environment: JobEnvironment, stop: StopRequest) -> None:
+    """Ask for a stop `checkpoint.stop_before_end_s` before the batch job's time limit, if there is one.
+
+    Raises:
+        ConfigError: the limit is nearer than that already.
+    """
+    margin = config.checkpoint.stop_before_end_s
+    left = environment.seconds_left() if margin else None
+    if left is None:
+        return
+    if left <= margin:
+        raise ConfigError(
+            f"checkpoint.stop_before_end_s: {margin:g}, but the job's time limit leaves {left:.0f} s; ask for more "
+            "time (sbatch --time) or set a smaller value"
+        )
+    stop.ask_in(left - margin)
+    log.info("the job's time limit leaves %.0f s; a stop %g s before it is requested by itself", left, margin)
+
+
+def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Worker:
+    """Load the backbone and set up one rank's devices."""
+    # oneDNN keeps a compiled kernel of about 0.7 MB for every shape that it met in bfloat16, 1024 of them by default;
+    # a step takes some ten.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+    torch_device = choose_torch_device(exchange.local_rank, environment)
+    backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
+    job.tuning.check(backbone)
+    return Worker(job.config, job.data, job.partition, backbone, job.tuning, exchange)
+
+
+def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.device:
+    """A GPU of its own for each rank of a host while there are enough, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not environment.gpus_allotted:
+        log.warning(
+            "this job was given no GPU, so the CPU is used; ask for one, for example by sbatch --gpus-per-task=1 "
+            "(where SLURM does not manage GPUs, set CUDA_VISIBLE_DEVICES in the job file)"
+        )
+        return torch.device("cpu")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    # As use_deterministic_algorithms, which would load the compiler. A warning alone would leave attention's backward
+    # pass as it is, and cuDNN's has no deterministic form.
+    torch.set_deterministic_debug_mode("error")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # with NaN, by one more kernel each
+    return torch.device("cuda", environment.gpu_index(local_rank, torch.cuda.device_count()))
+
+
+def _partition(config: Config, data: PreparedData) -> Partition:
+    federation = config.federation
+    try:
+        return make_partition(
+            np.asarray(data.split("train").labels),
+            np.asarray(data.split("validation").labels),
+            num_devices=federation.num_devices,
+            kind=federation.partition,
+            alpha=federation.alpha,
+            shards_per_device=federation.shards_per_device,
+            seed=config.seed,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"federation: {config.data.path} cannot be divided: {error}") from None
+
+
+def _check_data(config: Config, data: PreparedData) -> None:
+    found = data.description
+    for key, wanted, prepared in (
+        ("data.task", config.data.task, found.task),
+        ("data.max_length", config.data.max_length, found.max_length),
+        ("tuning.head", config.tuning.head, found.head),
+    ):
+        if wanted is not None and wanted != prepared:
+            raise ConfigError(
+                f"{key}: {wanted}, but {config.data.path} was prepared with {prepared}; change the key or run "
+                "data_prep/prepare.py again"
+            )
+
+
+def _check_attention(config: Config, data: PreparedData) -> None:
+    attention = config.model.attention
+    if attention == "sdpa":
+        return
+    if any(len(ids) > 1 for ids in data.description.word_ids):
+        raise ConfigError(
+            f"model.attention: {attention} cannot score class words of several tokens; use model.attention: sdpa, or "
+            f"{OTHER_WORDS}"
+        )
+    if config.tuning.kind == "late_prompt":
+        raise ConfigError(f"model.attention: {attention} takes no tuning.kind: late_prompt; use model.attention: sdpa")

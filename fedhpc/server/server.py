@@ -1,0 +1,431 @@
+"""Rank 0: select layers, then the rounds. The server holds the global prompts and never sees an example."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fedhpc.checkpoint.state_file import RunState
+from fedhpc.checkpoint.store import Checkpoints
+from fedhpc.checkpoint.trace import write_trace
+from fedhpc.errors import Halt, RanksLost
+from fedhpc.evaluate.metrics import score
+from fedhpc.exchange import Exchange, messages
+from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.exact_sum import SumSize
+from fedhpc.exchange.messages import Command, Op
+from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
+from fedhpc.exchange.simulation import Load, round_seconds
+from fedhpc.federation.packing import choose_pack, largest_pack
+from fedhpc.federation.sampling import Placement, population, sample_devices
+from fedhpc.files import write_whole
+from fedhpc.job.lock import RunLock
+from fedhpc.job.log import Progress, RunFiles, human_bytes, log
+from fedhpc.methods import ServerState, make_method
+from fedhpc.methods.updates import RoundUploads, Sums, distance
+from fedhpc.selection.strategies import (
+    SCORED,
+    choose_layers,
+    describe_ratio,
+    describe_spread,
+    describe_tie,
+    global_ratio,
+    global_scores,
+    undecided_layers,
+)
+from fedhpc.server.job import Job
+from fedhpc.server.saving import CheckpointWriter
+from fedhpc.server.soundness import check_finite, sift, warn_of_growth
+
+
+class Server:
+    """One run, seen from rank 0."""
+
+    def __init__(self, job: Job, exchange: Exchange, lock: RunLock) -> None:
+        self.lock = lock
+        self.config = job.config
+        self.description = job.data.description
+        self.tuning = job.tuning
+        self.exchange = exchange
+        self.partition = job.partition
+        self.placement = Placement(job.config.federation.num_devices, exchange.num_workers)
+        self.num_layers = job.shape.num_layers
+        self.num_workers = exchange.num_workers
+        self.files = RunFiles(job.config.run_dir)
+        self.checkpoints = Checkpoints(job.config.run_dir)
+        self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
+        self.method = make_method(job.config.server, population(job.config, job.partition))
+        self.encoding = make_encoding(job.config, self.method)
+        self.state: RunState | None = None
+        """The run between two steps of the main loop; what a stop saves."""
+        self.in_round = False
+        """Whether devices are at work on the round after the state's."""
+        self.has_trained = False
+        """Whether devices have been, since the start."""
+
+    def run(self, found: RunState | None) -> Op:
+        """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
+        resolved = self.config.resolved(task=self.description.task, max_length=self.description.max_length)
+        write_whole(self.files.config, resolved.to_yaml().encode())
+        try:
+            try:
+                self.state = self.fresh_state() if found is None else self.resumed_state(found)
+                self._log_start(self.state, resumed=found is not None)
+                state = self.run_rounds(self.state)
+            except Halt:
+                self.suspend()
+                return Op.SUSPEND
+            self.saving.wait()
+            self._command(Command(op=Op.STOP))
+        except RanksLost:
+            self.saving.abandon()
+            raise
+        except BaseException:
+            self.saving.give_up_waiting()
+            raise
+        digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
+        log.info(
+            "done after round %d; results in %s; final prompts sha256 %s",
+            state.server.round,
+            self.files.run_dir,
+            digest,
+        )
+        return Op.STOP
+
+    def run_rounds(self, state: RunState) -> RunState:
+        """The main loop; returns the state after the last round."""
+        rounds = self.config.federation.rounds
+        recorded = self.files.read_metrics()
+        unfinished = self.is_unfinished(state, recorded)
+        first = state.server.round - unfinished
+        earlier = [record for record in recorded if record["round"] < first]
+        progress = Progress(earlier, first, rounds)
+        if unfinished:
+            state = self.finish_round(state, progress)
+        while (t := state.server.round) < rounds:
+            # 1. After the warm-up of an automatic ratio: narrow the exchange to the selected layers.
+            if not state.selected and t == self.config.selection.warmup_rounds:
+                state = self.narrow(state)
+            # 2. Sample devices, broadcast P^t, let them update locally, gather their P_i.
+            this = self.next_round(state)
+            if this.present:
+                uploads, record = self.train(state, this)
+                # 3. Server update: P^{t+1}.
+                before, state = state, self.update(state, uploads, record)
+                if self.config.trace:
+                    write_trace(
+                        Path(self.config.run_dir),
+                        t,
+                        self.tuning.exchanged(state.layers),
+                        broadcast=before.server.params,
+                        uploads=uploads,
+                        result=state.server.params,
+                    )
+            else:
+                state = self.skip(state, this)
+            # 4. Evaluate and checkpoint, when due; metrics.
+            state = self.finish_round(state, progress)
+        progress.close()
+        return state
+
+    def is_unfinished(self, state: RunState, recorded: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the last round's server update was done, but not what follows it; as the last one it is evaluated."""
+        if state.part or state.record is None:
+            return False
+        lines = [record for record in recorded if record["round"] == state.record["round"]]
+        is_last = state.server.round == self.config.federation.rounds
+        return not lines or (is_last and lines[0]["accuracy"] is None)
+
+    def finish_round(self, state: RunState, progress: Progress) -> RunState:
+        """What follows the server update; all of it, or after a stop all of it again."""
+        assert state.record
+        self.state = state
+        record: dict[str, Any] = {**state.record, "seconds": dict(state.record["seconds"])}
+        done, config = state.server.round, self.config
+        last = done == config.federation.rounds
+        if record["accuracy"] is None and (last or done % config.evaluate.every == 0):
+            record |= self.evaluate(state, record["seconds"])
+        self.state = state = replace(state, record=record)
+        self.lock.check()
+        seconds = dict(record["seconds"])  # the state's own are being written
+        if last or done % config.checkpoint.every == 0:
+            start = time.perf_counter()
+            self.state = state = self.saving.save(state)
+            seconds["checkpoint"] = time.perf_counter() - start
+        seconds["round"] = sum(value for name, value in seconds.items() if name not in WITHIN_LOCAL)
+        record = {**record, "seconds": seconds}
+        if (simulated := round_seconds(config.simulation, config.seed, record)) is not None:
+            seconds["simulated"] = simulated
+        self.files.append_metrics(record)
+        progress.update(record)
+        return state
+
+    def suspend(self) -> None:
+        """Save what it takes to go on from here, within the round too, and tell every worker to end."""
+        stop, written = self.exchange.stop, 0
+        if self.state is None:
+            log.info("stopping before round 0; nothing to save")
+        else:
+            written = self.saving.save_at_stop(self.state, in_round=self.in_round)
+        self._command(Command(op=Op.SUSPEND))
+        log.info(
+            "stopped on request (%s), %s written; %.1f s since the request; the same command goes on from here",
+            stop.reason,
+            human_bytes(written),
+            time.monotonic() - stop.since,
+        )
+
+    def fresh_state(self) -> RunState:
+        """The initial state, once no lines of earlier rounds are in the run's metrics."""
+        state = self.initial_state()
+        self.lock.check()
+        if aside := self.files.begin_anew():
+            log.warning(
+                "%s has rounds of which no checkpoint is left; they are in %s now", self.files.metrics, aside.name
+            )
+        return state
+
+    def initial_state(self) -> RunState:
+        """Before round 0: layers scored and selected, prompts drawn, every worker told."""
+        selection = self.config.selection
+        scores = self.score_layers() if selection.strategy in SCORED else None
+        ratio = 1.0 if selection.ratio == "auto" else selection.ratio
+        layers = tuple(range(self.num_layers)) if selection.is_automatic else self._choose(ratio, scores)
+        params, local = self.tuning.split(self.tuning.initial(self.config.seed), layers)
+        state = RunState(
+            server=self.method.init(params),
+            layers=layers,
+            selected=not selection.is_automatic,
+            ratio=len(layers) / self.num_layers,
+            scores=scores,
+            unseen_local=local,
+        )
+        self._announce_layers(state)
+        return replace(state, pack=self.choose_pack(state))
+
+    def resumed_state(self, state: RunState) -> RunState:
+        """Tell every worker where a checkpoint left off."""
+        self.saving.go_on_from(state)
+        self._announce_layers(state)
+        this = self.next_round(state)
+        workers = self.placement.place(this.packs(state.pack), this.steps)
+        command = Command(
+            op=Op.RESTORE,
+            round=this.index,
+            generation=state.part,
+            layers=state.layers,
+            pack=state.pack,
+            workers=workers,
+        )
+        self._command(command)
+        return state
+
+    def score_layers(self) -> np.ndarray:
+        """Global layer scores [L] from one batch of every device; see :mod:`fedhpc.selection.strategies`."""
+        counts = self._shares(range(self.config.federation.num_devices))
+        record = messages.score_record(self.num_layers)
+        records = self.exchange.request(Command(op=Op.SCORE), record, counts)
+        records = records[np.argsort(records["device"])]
+        return global_scores(records["scores"], records["num_examples"])
+
+    def choose_pack(self, state: RunState) -> int:
+        """N of `device.pack`; for `auto`, measured by all workers at once, as they will work."""
+        pack = self.config.device.pack
+        if pack != "auto":
+            return pack
+        largest = largest_pack(self.config.federation.devices_per_round, self.num_workers)
+        if largest == 1:
+            return 1
+        command = Command(op=Op.PROBE, layers=state.layers, pack=largest, payload=state.server.params)
+        seconds = self.exchange.request(command, messages.probe_record(), [1] * self.num_workers)["seconds"]
+        pack = choose_pack(seconds)
+        log.info(
+            "device.pack: auto: %d side by side; ms for a device's step: %s",
+            pack,
+            ", ".join(f"{2**i}: {1e3 * mean:.1f}" for i, mean in enumerate(seconds.mean(axis=0)) if np.isfinite(mean)),
+        )
+        return pack
+
+    def next_round(self, state: RunState) -> Round:
+        """The round after the state's."""
+        load = Load.of(state.server.params.size, self.method, self.encoding)
+        return plan_round(self.config, self.partition, state.server.round, load)
+
+    def train(self, state: RunState, this: Round) -> tuple[RoundUploads, dict[str, Any]]:
+        """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
+        t, devices, packs = this.index, this.present, this.packs(state.pack)
+        workers = self.placement.place(packs, this.steps)
+        counts = self._count(workers, [len(pack) for pack in packs])
+        start, encoding = state.server.params, self.encoding
+        sent = [state.server.vectors[name] for name in self.method.sends]
+        payload = np.concatenate([start, *sent]) if sent else start
+        command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=payload)
+        summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
+        size = 0 if encoding.num_sums else start.size * self.method.num_uploaded
+        self.saving.control.prefetch(devices, state.layers)
+        self.state = state
+        if self.exchange.stop:
+            raise Halt
+        self.in_round, self.has_trained = True, True
+        records = self.exchange.request(
+            command, messages.upload_record(size, encoding.dtype), counts, summed=summed if encoding.num_sums else None
+        )
+        self.in_round = False
+        traffic = self.exchange.traffic
+        headers, payloads = messages.upload_headers(records), messages.upload_payloads(records, size, encoding.dtype)
+        busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
+        local = max(traffic.seconds["local"], *busy)
+        for header in headers:
+            self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
+        place = {int(device): row for row, device in enumerate(headers["device"])}
+        order = np.array([place[device] for device in devices])
+        kept, rejected = sift(self.config, t, start, headers[order])
+        order, headers = order[kept], headers[order[kept]]
+        uploads = RoundUploads(
+            device_ids=headers["device"],
+            num_examples=headers["num_examples"],
+            num_steps=headers["num_steps"],
+            params=[] if encoding.num_sums else [encoding.decode(payloads[row][: start.size], start) for row in order],
+            gradients=[payloads[row][start.size :] for row in order] if self.method.uploads_gradient else (),
+            device_learning_rate=this.learning_rate,
+            sums=self._sums(headers) if encoding.num_sums else None,
+        )
+        record = this.record()
+        record["seconds"] |= {
+            **traffic.seconds,  # of a round that was interrupted, as the bytes below, only the rest
+            "local": local,
+            "idle": local - float(np.mean(busy)),
+            "slowest_device": float(headers["seconds"].max(initial=0.0)),
+            "step": float(np.median(headers["seconds"] / headers["num_steps"])),
+        }
+        return uploads, record | {
+            "examples": int(uploads.num_examples.sum()),
+            "steps": int(uploads.num_steps.sum()),
+            "loss": float(uploads.weights @ headers["loss"]),
+            "bytes_down": traffic.bytes_down,
+            "bytes_up": traffic.bytes_up,
+            "rejected": rejected,
+        }
+
+    def skip(self, state: RunState, this: Round) -> RunState:
+        """A round in which no device takes part: all stays as it was."""
+        self.state = state
+        if self.exchange.stop:
+            raise Halt
+        who = ", ".join(f"{device} {reason}" for device, reason in this.absent.items())
+        log.warning("round %d skipped, nobody takes part: %s", this.index, who)
+        record = this.record() | {"server_learning_rate": self._server_learning_rate(state.server)}
+        return replace(state, server=replace(state.server, round=this.index + 1), record=record, part=0)
+
+    def _sums(self, headers: np.ndarray) -> Sums:
+        """What came with the headers of the uploads in use."""
+        weighted, *total = self.exchange.sums
+        return Sums(mean=weighted / headers["num_examples"].sum(), total=total[0] if total else None)
+
+    def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
+        """The method's server step, watched for growth without bound."""
+        start = time.perf_counter()
+        control = self.saving.control
+        server = self.method.update(replace(state.server, control=control.fetched()), uploads)
+        control.update({device: server.control[device] for device in uploads.device_ids.tolist() if server.control})
+        norm = distance(server.params, state.server.params)
+        check_finite(norm, record["round"])
+        norms = (*state.update_norms, norm)
+        warn_of_growth(self.config, norms, self.method.usual_growth)
+        record["update_norm"] = norm
+        record["server_learning_rate"] = self._server_learning_rate(server)
+        record["seconds"]["server"] = time.perf_counter() - start
+        return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
+
+    def _server_learning_rate(self, server: ServerState) -> float | None:
+        return server.scalars.get("server_learning_rate", self.config.server.learning_rate)
+
+    def narrow(self, state: RunState) -> RunState:
+        """End of the warm-up: the lossless ratio decides how many layers stay in the exchange."""
+        last = state.server.round - 1
+        devices = sample_devices(self.config, last)
+        command = Command(op=Op.RATIO, round=last, layers=state.layers, payload=state.server.params)
+        counts = self._shares(devices)
+        records = self.exchange.request(command, messages.ratio_record(), counts)
+        records = records[np.argsort(records["device"])]
+        by = self.config.selection.auto_by
+        ratio = global_ratio(records["ratio"], records["num_examples"], by)
+        layers = self._choose(max(ratio, 1 / self.num_layers), state.scores)
+        tensors = self.tuning.merge(state.server.params, state.unseen_local, state.layers)
+        log.info("lossless ratio by %s, %s", by, "; ".join(map(partial(describe_ratio, by), records)))
+        words = describe_spread(by, records["ratio"])
+        log.info("lossless ratio %.3f (%s): exchanging layers %s", ratio, words, list(layers))
+        kept = self.tuning.kept_elements(layers)
+        self.saving.control.restrict(kept)
+        state = replace(
+            state,
+            server=state.server.restrict(kept),
+            layers=layers,
+            selected=True,
+            ratio=ratio,
+            unseen_local=self.tuning.split(tensors, layers)[1],
+        )
+        self._announce_layers(state)
+        return state
+
+    def evaluate(self, state: RunState, seconds: dict[str, float]) -> dict[str, Any]:
+        """Personalised and global metrics of the current prompts."""
+        start = time.perf_counter()
+        record = messages.evaluation_record(len(self.description.class_names), len(self.partition.validation))
+        command = Command(op=Op.EVALUATE, round=state.server.round, layers=state.layers, payload=state.server.params)
+        records = self.exchange.request(command, record, [1] * self.num_workers)
+        personal = score(records["personal"].sum(axis=0), self.description.metric)
+        overall = score(records["global"].sum(axis=0), self.description.metric)
+        seconds["evaluate"] = time.perf_counter() - start
+        correct, evaluated = (records[name].sum(axis=0).tolist() for name in ("correct", "evaluated"))
+        devices = [round(right / size, 6) if size else None for right, size in zip(correct, evaluated, strict=True)]
+        return {
+            **personal,
+            **{f"{name}_global": value for name, value in overall.items()},
+            "device_accuracy": devices,
+            "evaluated": sum(evaluated),
+        }
+
+    def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
+        selection, num_layers = self.config.selection, self.num_layers
+        if scores is not None:
+            alike = undecided_layers(selection, ratio=ratio, num_layers=num_layers, scores=scores)
+            if alike:
+                log.warning("%s", describe_tie(selection, alike, scores))
+        return choose_layers(selection, ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
+
+    def _log_start(self, state: RunState, *, resumed: bool) -> None:
+        done, rounds = state.server.round, self.config.federation.rounds
+        if done >= rounds:
+            log.info("nothing left to train: %d rounds are done, federation.rounds is %d", done, rounds)
+        log.info(
+            "%s round %d of %d: %d devices, %d a round, %d ranks; exchanging layers %s, %s per device and direction",
+            "starting at" if not resumed else "resuming within" if state.part else "resuming after",
+            done,
+            rounds,
+            self.config.federation.num_devices,
+            self.config.federation.devices_per_round,
+            self.exchange.size,
+            list(state.layers),
+            human_bytes(state.server.params.nbytes),
+        )
+
+    def _shares(self, devices: Iterable[int]) -> list[int]:
+        """How many of the devices are in each worker's share of work that needs no state."""
+        return self._count([device % self.num_workers for device in devices])
+
+    def _count(self, workers: ArrayLike, weights: ArrayLike | None = None) -> list[int]:
+        counts = np.bincount(workers, weights, minlength=self.num_workers)
+        return [int(count) for count in counts]
+
+    def _announce_layers(self, state: RunState) -> None:
+        self._command(Command(op=Op.SELECT, layers=state.layers, payload=state.unseen_local))
+
+    def _command(self, command: Command) -> None:
+        self.exchange.request(command, messages.NO_RECORD, [0] * self.num_workers)
