@@ -24,11 +24,12 @@ import h5py
 import numpy as np
 from stand_in import EXAMPLES, make_job
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.checkpoint.files import CONTROL, verify
 from fedhpc.checkpoint.state_file import RunState, control_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.device import worker as device_module
-from fedhpc.device.local_update import DeviceState, DeviceUpdate
+from fedhpc.device.local_update import DeviceUpdate
 from fedhpc.device.worker import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
 from fedhpc.exchange.messages import NO_RECORD, Kind, Note

@@ -23,9 +23,10 @@ from torch.nn import functional
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, PreparedData, Split
-from fedhpc.device.local_update import Assignment, DeviceState, local_updates
+from fedhpc.device.local_update import Assignment, local_updates
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import read_shape

@@ -22,13 +22,14 @@ from local_step import NUM_TOKENS, WORDS
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, LlamaConfig, RobertaConfig
 from transformers.utils import logging
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import Description, Split
-from fedhpc.device.local_update import Assignment, DeviceState, local_updates
+from fedhpc.device.local_update import Assignment, local_updates
+from fedhpc.device.processor import choose_torch_device
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import read_shape
-from fedhpc.server.job import choose_torch_device
 from fedhpc.tuning import make_tuning
 
 BATCH, LENGTH, STEPS, TURNS = 8, 64, 4, 5

@@ -26,9 +26,10 @@ from torch.nn import functional
 from transformers import AttentionInterface, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
 from transformers.utils import logging
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import Description, Split
-from fedhpc.device.local_update import Assignment, DeviceState, local_updates
+from fedhpc.device.local_update import Assignment, local_updates
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import read_shape
 from fedhpc.tuning import make_tuning

@@ -58,7 +58,8 @@ class LeaveOut(MetaPathFinder, Loader):
 
 def sleeping_updates(step_s):
     """Local updates that sleep so long a step; the result depends on all that a device is given."""
-    from fedhpc.device.local_update import DeviceState, DeviceUpdate
+    from fedhpc.checkpoint.device_state import DeviceState
+    from fedhpc.device.local_update import DeviceUpdate
 
     def local_updates(config, backbone, tuning, layers, *, start, assignments, round_index, beat, **_):
         for assignment in assignments:

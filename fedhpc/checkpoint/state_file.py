@@ -14,9 +14,8 @@ import h5py
 import numpy as np
 
 import fedhpc
+from fedhpc.checkpoint.device_state import FISHER, DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.plain_hdf5 import FORMAT, VERSION, open_state
-from fedhpc.device.local_update import DeviceState, UnfinishedUpdate
-from fedhpc.device.step_rules import FISHER
 from fedhpc.errors import CheckpointError
 from fedhpc.exchange import messages
 from fedhpc.job.log import is_record

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.checkpoint.files import (
     CONTROL,
     DAMAGE,
@@ -39,7 +40,6 @@ from fedhpc.checkpoint.state_file import (
     read_progress_file,
     read_server_file,
 )
-from fedhpc.device.local_update import DeviceState
 from fedhpc.errors import CheckpointError
 from fedhpc.exchange.messages import Kind, Note
 from fedhpc.files import fsync, names_in, write_whole

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from fedhpc.commands.arguments import make_parser
+from fedhpc.config import Config
 from fedhpc.config_file import load_config, read_clock
 from fedhpc.errors import (
     EXIT_FAILURE,
@@ -94,12 +95,13 @@ def set_up(
     Raises:
         UserError: on every rank with the same message, whichever rank found the problem.
     """
-    from fedhpc.commands.role import follow, lead
+    from fedhpc.commands.role import follow, lead, make_worker
+    from fedhpc.device.processor import limit_threads
     from fedhpc.server import job as jobs
 
     def load() -> jobs.Job:
         config = load_config(arguments.config, arguments.set)
-        jobs.limit_threads(config.device.threads)
+        limit_threads(config.device.threads)
         return jobs.load_job(config)
 
     is_server = exchange.rank == 0
@@ -115,14 +117,14 @@ def set_up(
                 log.warning("%s", lock.notice)
             state = jobs.load_state(job, arguments.resume, exchange.attend)
             jobs.log_notices(job, exchange.num_workers)
-            jobs.stop_before_end(job.config, environment, exchange.stop)
+            stop_before_end(job.config, environment, exchange.stop)
     with all_ranks_or_none(exchange) as digests:
         if not is_server:
             job = load()
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
         digests.append(job.digest)
         if not is_server or isinstance(exchange, LocalExchange):
-            worker = jobs.make_worker(job, exchange, environment)
+            worker = make_worker(job, exchange, environment)
     if isinstance(exchange, MpiExchange) and not is_server:
         return partial(follow, exchange, worker)
     if isinstance(exchange, LocalExchange):
@@ -239,6 +241,25 @@ def sweep(arguments: argparse.Namespace) -> int:
                 )
 
     return local.run(load_libraries)
+
+
+def stop_before_end(config: Config, environment: JobEnvironment, stop: StopRequest) -> None:
+    """Ask for a stop `checkpoint.stop_before_end_s` before the batch job's time limit, if there is one.
+
+    Raises:
+        ConfigError: the limit is nearer than that already.
+    """
+    margin = config.checkpoint.stop_before_end_s
+    left = environment.seconds_left() if margin else None
+    if left is None:
+        return
+    if left <= margin:
+        raise ConfigError(
+            f"checkpoint.stop_before_end_s: {margin:g}, but the job's time limit leaves {left:.0f} s; ask for more "
+            "time (sbatch --time) or set a smaller value"
+        )
+    stop.ask_in(left - margin)
+    log.info("the job's time limit leaves %.0f s; a stop %g s before it is requested by itself", left, margin)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from fedhpc.data.prepared import Description, Split
 from fedhpc.data.tables import TABLES, Record, read_lines, read_table
 from fedhpc.data.tasks import TASKS, Task, template_fields
 from fedhpc.data.texts import Row, Texts, encode, text_fields
+from fedhpc.device.processor import choose_torch_device
 from fedhpc.errors import DataError
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.model.backbone import Backbone
-from fedhpc.server.job import choose_torch_device
 
 USUAL_COLUMNS = ("text", "sentence")
 """Where a task of one text may have it, if not in a column of the field's name."""

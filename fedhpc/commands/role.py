@@ -1,6 +1,9 @@
 """What a rank does until the job ends, whichever other ranks are lost on the way."""
 
+import os
+
 from fedhpc.checkpoint.state_file import RunState
+from fedhpc.device.processor import choose_torch_device
 from fedhpc.device.worker import Worker, serve
 from fedhpc.errors import RanksLost
 from fedhpc.exchange import Exchange, MpiExchange
@@ -8,8 +11,22 @@ from fedhpc.exchange.messages import Op
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
+from fedhpc.model.backbone import Backbone
 from fedhpc.server.job import Job, load_state
 from fedhpc.server.server import Server
+
+KERNELS_KEPT = 32
+
+
+def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Worker:
+    """Load the backbone and set up one rank's devices."""
+    # oneDNN keeps a compiled kernel of about 0.7 MB for every shape that it met in bfloat16, 1024 of them by default;
+    # a step takes some ten.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+    torch_device = choose_torch_device(exchange.local_rank, environment)
+    backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
+    job.tuning.check(backbone)
+    return Worker(job.config, job.data, job.partition, backbone, job.tuning, exchange)
 
 
 def follow(exchange: MpiExchange, worker: Worker) -> Op:

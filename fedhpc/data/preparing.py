@@ -232,7 +232,7 @@ def load_backbone(name: str) -> Backbone:
     """A model's tokenizer and what its configuration says, without its weights, or ModelError."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from fedhpc.model.pretrained import tokenizer_advice
+    from fedhpc.data.tokenizer_files import tokenizer_advice
 
     try:
         Path(name, "config.json").exists()  # of a folder that is closed to us, transformers says that it is empty

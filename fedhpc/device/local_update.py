@@ -1,7 +1,7 @@
 """The devices' local epochs: from the broadcast parameters to DeviceUpdates, a pack of devices side by side."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fedhpc.checkpoint.device_state import FISHER, DeviceState, Moments, UnfinishedUpdate
 from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, Split
-from fedhpc.device.step_rules import FISHER, Changes, Sparse
+from fedhpc.device.step_rules import Changes, Sparse
 from fedhpc.errors import CheckpointError, Halt
+from fedhpc.federation.schedule import learning_rate
 from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.methods.updates import Vector
 from fedhpc.model.backbone import Backbone
@@ -21,35 +23,9 @@ from fedhpc.seeding import derive_seed, generator
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params, as_parameters
 
-Moments = dict[str, NDArray[np.float32]]
-"""Adam's moments and step count by name, `<tensor>.<exp_avg|exp_avg_sq|step>`."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 WINDOW = 4
 """Batches; with more of them texts of one length would meet again and again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceState:
-    """What a device keeps between its rounds; it never leaves the devices' ranks but for a checkpoint."""
-
-    local: Vector
-    """p_i, tensors of the layers that are not exchanged."""
-    steps_taken: int = 0
-    moments: Moments | None = None
-    """Only with `device.reset_moments: false`."""
-    fisher: Vector | None = None
-    """Diagonal Fisher information of p_i from its first round, where `sparse.fraction` asks for it."""
-    traces: NDArray[np.float64] | None = None
-    """Of each of its batches, the Fisher information before round 0, where a curriculum orders them."""
-    kept: dict[str, Vector] = field(default_factory=dict)
-    """In the layout of the exchanged tensors: what is left of its uploads, see
-    :class:`fedhpc.exchange.encoding.Encoding`, and what the server's method asks it to keep, see
-    :attr:`fedhpc.methods.Method.keeps`."""
-
-    def narrowed(self, kept_elements: NDArray[np.intp], unseen_local: Vector) -> "DeviceState":
-        """The state after layers have left the exchange; their tensors start anew."""
-        kept = {name: vector[kept_elements] for name, vector in self.kept.items()}
-        return replace(self, local=unseen_local, fisher=None, kept=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +39,6 @@ class DeviceUpdate:
     state: DeviceState
     gradient: Vector | None = None
     """Of the whole shard at P^t; uploaded where the method asks for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnfinishedUpdate:
-    """A local update that was stopped between two steps, with all that it takes to go on to the same bits."""
-
-    tensors: dict[str, NDArray[np.float32]]
-    """All trainable tensors, whole."""
-    moments: Moments
-    losses: NDArray[np.float32]
-    """One for each step taken; shape [k]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +57,6 @@ class Assignment:
     """How the server's method changes this device's steps."""
     out: Vector | None = None
     """Memory for P_i; new memory if there is none."""
-
-
-def learning_rate(config: Config, round_index: int) -> float:
-    """eta of a round; `linear` falls to zero over the whole run, in steps of one round."""
-    if config.device.schedule == "constant":
-        return config.device.learning_rate
-    return config.device.learning_rate * (1 - round_index / config.federation.rounds)
 
 
 def local_updates(

@@ -8,10 +8,11 @@ from itertools import cycle, islice
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import Split
 from fedhpc.device.curriculum import Batches, fisher_traces
-from fedhpc.device.local_update import Assignment, DeviceState, DeviceUpdate, local_updates
+from fedhpc.device.local_update import Assignment, DeviceUpdate, local_updates
 from fedhpc.exchange import messages
 from fedhpc.exchange.messages import Command
 from fedhpc.federation.packing import probe

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedhpc.checkpoint.device_state import FISHER
 from fedhpc.config import SparseConfig
 from fedhpc.methods import LocalRule
 from fedhpc.methods.updates import Vector
 from fedhpc.tuning import Tuning
-
-FISHER = ".fisher"
-"""What a tensor's name ends with where its Fisher information is stored beside the optimizer's moments."""
 
 
 class Changes:

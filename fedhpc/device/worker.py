@@ -9,6 +9,7 @@ from itertools import compress, islice
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.files import Position
 from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.checkpoint.store import Checkpoints
@@ -17,11 +18,8 @@ from fedhpc.data.prepared import PreparedData
 from fedhpc.device.curriculum import Batches, easy_first
 from fedhpc.device.local_update import (
     Assignment,
-    DeviceState,
     DeviceUpdate,
-    UnfinishedUpdate,
     epoch_batches,
-    learning_rate,
     local_updates,
 )
 from fedhpc.device.measuring import Measurements
@@ -43,6 +41,7 @@ from fedhpc.federation.sampling import (
     population,
     sample_devices,
 )
+from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
 from fedhpc.methods import make_method
 from fedhpc.methods.updates import Fault, Vector, distance, fault_of

@@ -7,11 +7,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.federation.sampling import PROBES
 from fedhpc.methods.updates import Vector
-
-MAX_LAYERS = 256
-PROBES = 6
-"""1 to 32 devices side by side."""
+from fedhpc.selection.strategies import MAX_LAYERS
 
 
 class Op(IntEnum):

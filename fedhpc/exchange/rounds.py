@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedhpc.config import Config
-from fedhpc.device.local_update import learning_rate
 from fedhpc.exchange.simulation import Load, device_seconds
 from fedhpc.federation.partition import Partition
 from fedhpc.federation.sampling import Packs, make_packs, round_steps, sample_devices
+from fedhpc.federation.schedule import learning_rate
 from fedhpc.seeding import generator
 
 WITHIN_LOCAL = ("idle", "slowest_device", "step")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedhpc.exchange.messages import PROBES
+from fedhpc.federation.sampling import PROBES
 
 CLOSE = 0.97
 """A larger pack has to be faster than this share of a smaller one's time: below are chance and padding."""

@@ -13,6 +13,8 @@ from fedhpc.seeding import generator
 
 Packs = list[list[int]]
 """The devices of a round; those of one pack train on one worker, side by side."""
+PROBES = 6
+"""Sizes of packs that `device.pack: auto` tries: 1, 2, 4 to 32 devices side by side."""
 
 
 def sample_devices(config: Config, round_index: int) -> list[int]:

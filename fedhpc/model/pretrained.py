@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,10 +18,11 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
 )
-from transformers.utils import CONFIG_NAME, cached_file, is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import CONFIG_NAME, is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig
+from fedhpc.data.tokenizer_files import tokenizer_advice
 from fedhpc.errors import ModelError
 from fedhpc.model.weight_files import mapped_weights
 
@@ -37,9 +38,6 @@ KERNELS = {
     "flash_attention_3": ("_supports_flash_attn", is_flash_attn_3_available),
 }
 """Attention kernels: the flag of the model classes that can use one, and whether it can be used here."""
-SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-SENTENCEPIECE_START = b"\n"
-"""Of a protobuf file whose first field is text; a tiktoken file may have the same name, and begins with a letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,26 +115,6 @@ def config_values(name: str) -> dict[str, Any]:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a local or hub model."""
     return load_pretrained(AutoTokenizer.from_pretrained, name, advice=tokenizer_advice)
-
-
-def tokenizer_advice(name: str) -> str:
-    """Why a tokenizer cannot be loaded, where it is packages that transformers does not name; else an empty text."""
-    absent = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
-    with suppress(OSError):
-        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SENTENCEPIECE_FILES]
-        if absent and any(file and Path(file).read_bytes()[:1] == SENTENCEPIECE_START for file in files):
-            return (
-                "its tokenizer is a SentencePiece file, which transformers converts with packages that are not "
-                "installed: pip install -e '.[sentencepiece]'"
-            )
-    return ""
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that this one is in
-        return False
 
 
 def auto_class(*, head: str, kind: str) -> Any:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from fedhpc.config import SelectionConfig
 from fedhpc.errors import ConfigError
-from fedhpc.exchange.messages import MAX_LAYERS
 from fedhpc.seeding import generator
 
+MAX_LAYERS = 256
+"""A command names the layers in a mask of so many bits."""
 EIGENVALUE_OFFSET = 1e-5
 ROUNDING = 1e-6
 """Scores that differ by less, relative to the largest, are the same: hidden states are float32 at best."""

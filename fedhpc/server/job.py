@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from threadpoolctl import threadpool_limits
 
 from fedhpc.checkpoint.files import CONTROL, LOCAL
 from fedhpc.checkpoint.identity import (
@@ -30,16 +27,12 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import RELEASED_STEPS, Config
 from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
 from fedhpc.data.tokens import check_known
-from fedhpc.device.worker import Worker
 from fedhpc.errors import CheckpointError, ConfigError, DataError
-from fedhpc.exchange import Exchange
 from fedhpc.federation.partition import Partition, make_partition
 from fedhpc.federation.sampling import count_packs
 from fedhpc.files import check_folder, names_in
-from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.log import log
-from fedhpc.job.stopping import StopRequest
-from fedhpc.model.backbone import OTHER_WORDS, Backbone
+from fedhpc.model.backbone import OTHER_WORDS
 from fedhpc.model.limits import check_lengths
 from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.model.weight_files import model_sha256, weights_sha256
@@ -47,7 +40,6 @@ from fedhpc.selection.strategies import check_selection
 from fedhpc.server.notices import notices
 from fedhpc.tuning import Tuning, make_tuning
 
-KERNELS_KEPT = 32
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
 
 
@@ -95,12 +87,6 @@ class Job:
     def digest(self) -> str:
         """Of the configuration and data that this rank has read, as far as they determine the run's numbers."""
         return hashlib.sha256(f"{self.config.sha256} {self.data.description.sha256}".encode()).hexdigest()
-
-
-def limit_threads(count: int) -> None:
-    """This process computes with so many CPU threads, in PyTorch and in NumPy's BLAS: sums depend on it."""
-    torch.set_num_threads(count)
-    threadpool_limits(count)
 
 
 def load_job(config: Config) -> Job:
@@ -259,56 +245,6 @@ def load_state(
     if state is None and resume == "require":
         raise CheckpointError(f"--resume require: no checkpoint in {checkpoints.folder}")
     return state
-
-
-def stop_before_end(config: Config, environment: JobEnvironment, stop: StopRequest) -> None:
-    """Ask for a stop `checkpoint.stop_before_end_s` before the batch job's time limit, if there is one.
-
-    Raises:
-        ConfigError: the limit is nearer than that already.
-    """
-    margin = config.checkpoint.stop_before_end_s
-    left = environment.seconds_left() if margin else None
-    if left is None:
-        return
-    if left <= margin:
-        raise ConfigError(
-            f"checkpoint.stop_before_end_s: {margin:g}, but the job's time limit leaves {left:.0f} s; ask for more "
-            "time (sbatch --time) or set a smaller value"
-        )
-    stop.ask_in(left - margin)
-    log.info("the job's time limit leaves %.0f s; a stop %g s before it is requested by itself", left, margin)
-
-
-def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Worker:
-    """Load the backbone and set up one rank's devices."""
-    # oneDNN keeps a compiled kernel of about 0.7 MB for every shape that it met in bfloat16, 1024 of them by default;
-    # a step takes some ten.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
-    torch_device = choose_torch_device(exchange.local_rank, environment)
-    backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
-    job.tuning.check(backbone)
-    return Worker(job.config, job.data, job.partition, backbone, job.tuning, exchange)
-
-
-def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.device:
-    """A GPU of its own for each rank of a host while there are enough, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not environment.gpus_allotted:
-        log.warning(
-            "this job was given no GPU, so the CPU is used; ask for one, for example by sbatch --gpus-per-task=1 "
-            "(where SLURM does not manage GPUs, set CUDA_VISIBLE_DEVICES in the job file)"
-        )
-        return torch.device("cpu")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
-    # As use_deterministic_algorithms, which would load the compiler. A warning alone would leave attention's backward
-    # pass as it is, and cuDNN's has no deterministic form.
-    torch.set_deterministic_debug_mode("error")
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # with NaN, by one more kernel each
-    return torch.device("cuda", environment.gpu_index(local_rank, torch.cuda.device_count()))
 
 
 def _partition(config: Config, data: PreparedData) -> Partition:

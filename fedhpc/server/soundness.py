@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.config import Config
-from fedhpc.device.local_update import learning_rate
+from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.log import log
 from fedhpc.methods.updates import Fault, Vector, longest_change
 

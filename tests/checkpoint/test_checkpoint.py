@@ -19,12 +19,12 @@ from fedhpc.checkpoint import files as checkpoint_files
 from fedhpc.checkpoint import state_file
 from fedhpc.checkpoint import store as checkpoint
 from fedhpc.checkpoint.control_variates import ControlVariates
+from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_sums, verify
 from fedhpc.checkpoint.state_file import RoundProgress, RunState, read_server_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import inspect as inspection
 from fedhpc.config import TuningConfig
-from fedhpc.device.local_update import DeviceState, UnfinishedUpdate
 from fedhpc.errors import CheckpointError, ConfigError
 from fedhpc.exchange import LocalExchange, messages
 from fedhpc.files import write_whole

@@ -7,18 +7,17 @@ import pytest
 import torch
 from backbones import NUM_TOKENS, VOCABULARY, load_backbone, make_config, read_tuning, save_backbone
 
+from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
 from fedhpc.data.prepared import Split
 from fedhpc.device import local_update
 from fedhpc.device.local_update import (
     Assignment,
-    DeviceState,
     DeviceUpdate,
-    UnfinishedUpdate,
     batches,
-    learning_rate,
     local_updates,
 )
 from fedhpc.errors import Halt
+from fedhpc.federation.schedule import learning_rate
 from fedhpc.methods.base import UNCHANGED, LocalRule
 from fedhpc.tuning.base import as_parameters
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import NUM_DEVICES
 
+from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config_file import load_config
-from fedhpc.device.local_update import DeviceState
 from fedhpc.device.measuring import Measurements
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.model.backbone import Backbone
