@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fedhpc.config import Config, TuningConfig
+from fedhpc.config import Config, section_of
 from fedhpc.device.worker import Worker, serve
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
 from fedhpc.model.pretrained import BackboneShape
+from fedhpc.registry import TUNINGS
 from fedhpc.server.server import Server
 from fedhpc.tuning import make_tuning
 
@@ -86,7 +87,7 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examp
         initializer_range=0.02,
         max_positions=512,
     )
-    tuning = make_tuning(TuningConfig(num_tokens=20), shape, num_classes=2)
+    tuning = make_tuning(section_of(TUNINGS, num_tokens=20), shape, num_classes=2)
     description = SimpleNamespace(task="stand-in", max_length=128, class_names=["no", "yes"], metric="accuracy")
     data = SimpleNamespace(description=description, split=lambda name: [])
     train = [np.arange(count) for count in examples or [EXAMPLES] * num_devices]

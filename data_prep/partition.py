@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from fedhpc.commands.arguments import positive_number
+from fedhpc.config import section_of
+from fedhpc.config_file import describe
 from fedhpc.data.prepared import PreparedData
-from fedhpc.errors import DataError
-from fedhpc.federation.partition import PARTITIONS, class_counts, label_skew, make_partition
+from fedhpc.errors import ConfigError, DataError
+from fedhpc.federation.partition import class_counts, label_skew, make_partition
 from fedhpc.files import check_target, write_target
 from fedhpc.job.console import run_command, show
+from fedhpc.registry import PARTITIONS
 
 PICTURES = (".png", ".svg", ".pdf")
 SHOWN_DEVICES = 8
@@ -94,13 +98,15 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
         check_target(Path(file))
     data = PreparedData.open(arguments.data, verify=False)
     splits = [data.split(name).labels for name in ("train", "validation")]
+    keys = {key: getattr(arguments, key) for key in ("num_devices", "partition", "alpha", "shards_per_device")}
+    try:
+        config = section_of(PARTITIONS, **keys)
+    except ValidationError as error:
+        raise ConfigError("; ".join(describe(error.errors()))) from None
     partition = make_partition(
         *splits,
-        num_devices=arguments.num_devices,
-        kind=arguments.partition,
-        alpha=arguments.alpha,
-        shards_per_device=arguments.shards_per_device,
-        seed=arguments.seed,
+        config,
+        arguments.seed,
     )
     names = data.description.class_names
     train, validation = (

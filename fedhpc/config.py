@@ -3,11 +3,35 @@
 import hashlib
 import json
 import os
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from fedhpc import yaml_files
+from fedhpc.registry import (
+    ENCODINGS,
+    METHODS,
+    PARTITIONS,
+    SECTIONS,
+    STRATEGIES,
+    TRACKERS,
+    TUNINGS,
+    Registry,
+    load_plugins,
+    source_sha256,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -22,17 +46,12 @@ Rate = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
 """A bit a second is the slowest, in megabits."""
 
 
-WITHOUT_LAYERS = ("prompt_tuning", "late_prompt", "instance_prompt", "attempt")
-"""Kinds of tuning without tensors per layer: nothing to select from."""
-WITH_TOKENS = ("prompt", *WITHOUT_LAYERS)
-RELEASED_STEPS = "server.variant released, its steps"
-"""In the identity of runs since that variant has been what the published code computes; before, it was `paper`."""
 WITHOUT_EFFECT = (
-    *("run_dir", "trace", "data.", "checkpoint.", "evaluate."),
+    *("run_dir", "trace", "data.", "checkpoint.", "evaluate.", "plugins", "trackers"),
     *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),
 )
-"""Keys, and beginnings of keys, that do not determine a run's numbers; those of the data say where they are and what is
-expected of them, and their content counts by itself."""
+"""Keys, and beginnings of keys, that do not determine a run's numbers; those of the data and plug-ins say where they
+are and what is expected of them, and their content counts by itself."""
 CLOCK = ("down_mbit", "up_mbit", "latency_s", "step_seconds", "slowness")
 """Keys of the simulation that tell the time alone, unless a deadline depends on it."""
 
@@ -72,17 +91,14 @@ class DataConfig(Section):
 
 
 class FederationConfig(Section):
-    """Who takes part: devices, their shards of the data, rounds."""
+    """Who takes part: devices, their shards of the data, rounds; a partition's own keys come in a subclass."""
 
     num_devices: Positive = 100
     sample_rate: Fraction = 0.1
     """Share of the devices sampled in a round; at least one device is."""
     rounds: Positive = 100
-    partition: Literal["dirichlet", "quantity", "iid", "shards"] = "dirichlet"
-    alpha: PositiveFloat = 1.0
-    """Concentration of the class mix (`dirichlet`); smaller is further from iid."""
-    shards_per_device: Positive = 2
-    """Shards of one class each on a device (`shards`)."""
+    partition: str = PARTITIONS.default
+    """How the examples are divided among the devices."""
 
     @property
     def devices_per_round(self) -> int:
@@ -92,67 +108,48 @@ class FederationConfig(Section):
 
 
 class TuningConfig(Section):
-    """What is trained on top of the backbone."""
+    """What is trained on top of the backbone; a tuning's own keys come in a subclass."""
 
-    kind: Literal[
-        "prompt",
-        "prompt_tuning",
-        "late_prompt",
-        "instance_prompt",
-        "attempt",
-        "adapter",
-        "lora",
-        "bitfit",
-        "full",
-    ] = "prompt"
-    """Keys and values in every layer (`prompt`); tokens before the text (`prompt_tuning`), made for each text
-    (`instance_prompt`), mixed from those of other tasks (`attempt`), or from a layer in the middle on (`late_prompt`);
-    networks behind each block (`adapter`); changes of weights: of low rank (`lora`), of biases, or `full`."""
-    num_tokens: Annotated[int, Field(gt=0, le=1 << 16)] = 20
-    """Prompt tokens, T; with `prompt`, per layer."""
-    layer: Positive | None = None
-    """Of `late_prompt`: tokens enter where this layer begins; the middle one unless given."""
-    bottleneck: Positive = 32
-    """Width of the small networks of `adapter`, `late_prompt`, `instance_prompt` and `attempt`."""
-    sources: list[PathName] = []
-    """Of `attempt`: folders with the prompts of other tasks, from `fedhpc export` of runs with `prompt_tuning`."""
-    rank: Positive = 8
-    """Of `lora`, r."""
-    alpha: PositiveFloat = 16.0
-    """Of `lora`: the change of a weight is alpha / r B A."""
+    kind: str = TUNINGS.default
+    """The tuning."""
     head: Literal["verbalizer", "linear"] = "verbalizer"
     """`verbalizer`: class words at the answer slot; `linear`: a trained head, exchanged with the prompts."""
     loss: Literal["verbalizer", "vocabulary"] = "verbalizer"
     """Cross-entropy over the class words, or over the whole vocabulary at the answer slot (released code)."""
-    position_offset: bool = True
-    """Sequence positions start after T prompt positions, as in P-tuning v2 and the released code."""
-    dropout: Probability = 0.0
-    """Dropout on the prompts during training."""
 
     @property
     def tokens_in_attention(self) -> int:
         """Keys in a layer's attention beside those of the text, at most."""
-        return self.num_tokens if self.kind in WITH_TOKENS else 0
+        return 0
 
     @property
     def tokens_before_text(self) -> int:
         """Positions that are taken before the text's first."""
-        in_positions = self.kind in WITHOUT_LAYERS or (self.kind == "prompt" and self.position_offset)
-        return self.num_tokens if in_positions else 0
+        return 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward pass in training draws random numbers."""
+        return False
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders of adapters that it reads."""
+        return []
+
+    @property
+    def fewer_positions(self) -> list[str]:
+        """What makes them fewer, beside fewer tokens, in words."""
+        return []
 
 
 class SelectionConfig(Section):
-    """Which layers' prompts are exchanged."""
+    """Which layers' prompts are exchanged; a strategy's own keys come in a subclass."""
 
-    strategy: Literal["score", "lowest_score", "sensitivity", "random", "first", "last", "all", "explicit"] = "score"
+    strategy: str = STRATEGIES.default
+    """What ranks the layers."""
     ratio: Fraction | Literal["auto"] = 0.5
     """Share of the layers, or `auto`."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """The layers of strategy `explicit`, counted from 0."""
-    distance: Literal["cosine", "l1", "l2"] = "cosine"
-    """Similarity of two examples' hidden states in a layer's score."""
-    batch_size: Annotated[int, Field(ge=2)] = 8
-    """Examples that each device scores the layers on."""
     auto_by: Literal["density", "eigengap"] = "density"
     """How `ratio: auto` reads the Hessian's spectrum: the released code's density, or the paper's eigengap."""
     warmup_rounds: Positive = 10
@@ -161,15 +158,7 @@ class SelectionConfig(Section):
     @property
     def is_automatic(self) -> bool:
         """Whether there is a ratio for `auto` to decide."""
-        return self.ratio == "auto" and self.strategy not in ("all", "explicit")
-
-    @model_validator(mode="after")
-    def _layers_belong_to_explicit(self) -> "SelectionConfig":
-        if (self.strategy == "explicit") != (self.layers is not None):
-            raise ValueError("selection.layers and selection.strategy: explicit go together")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"selection.layers must name at least one layer, each once; found {self.layers}")
-        return self
+        return self.ratio == "auto" and STRATEGIES[self.strategy].uses_ratio
 
 
 class CurriculumConfig(Section):
@@ -219,79 +208,28 @@ class DeviceConfig(Section):
         return not self.reset_moments and self.optimizer == "adamw"
 
 
-DEFAULTS = {
-    "drift_corrected": {"learning_rate": 1.5, "momentum": 0.5},
-    "paper": {"learning_rate": 0.05, "momentum": 0.9},
-    "released": {"learning_rate": 0.05, "momentum": 0.9},
-    "fedavgm": {"learning_rate": 1.0, "momentum": 0.9},
-    "moms_adamd": {"learning_rate": 1.0, "momentum": 0.9},
-    "fedadam": {"learning_rate": 0.01, "momentum": 0.9},
-    "fedyogi": {"learning_rate": 0.01, "momentum": 0.9},
-    "scaffold": {"learning_rate": 1.0},
-    "mime": {"momentum": 0.9},
-}
-"""Variant of fedpeptao or method -> what it uses of the server's learning rate and momentum, and the defaults."""
+class MethodConfig(Section):
+    """The server update; a method's own keys come in a subclass."""
 
-
-class ServerConfig(Section):
-    """The server update."""
-
-    method: Literal[
-        "fedavg",
-        "fedprox",
-        "fedavgm",
-        "moms_adamd",
-        "fedadam",
-        "fedyogi",
-        "scaffold",
-        "mime",
-        "fedpeptao",
-    ] = "fedpeptao"
-    variant: Literal["drift_corrected", "paper", "released"] | None = None
-    """Of fedpeptao: `drift_corrected` unless given. `paper` is the server step as the paper describes it: its control
-    variates carry 1/(K eta), so it diverges at device.learning_rate 5e-3 and learns at the published 4e-2. `released`
-    is the arithmetic that the published code performs, whose steps are several times as long."""
-    learning_rate: PositiveFloat | None = None
-    """eta_s; see DEFAULTS."""
-    momentum: Probability | None = None
-    """beta, of the first moment; see DEFAULTS."""
-    control_variates: bool = True
-    """Of fedpeptao in the variant drift_corrected: false leaves its control variates out."""
-    second_momentum: Probability = 0.99
-    """beta_2 of fedadam and fedyogi."""
-    tau: PositiveFloat = 1e-3
-    """Of fedadam and fedyogi: added to the root of the second moment."""
-    proximal: NonNegativeFloat = 0.01
-    """mu of fedprox."""
+    method: str = METHODS.default
+    """How a round's uploads become the next parameters."""
     max_rejected: Probability = 0.2
     """The run ends when a larger share of a round's uploads than this is NaN, infinite or absurdly large."""
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_method(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        name = given.get("method", "fedpeptao")
-        if name == "fedpeptao":
-            given = {"variant": "drift_corrected", **given}
-            name = given["variant"]
-        return {**DEFAULTS.get(str(name), {}), **given}
-
-    @property
-    def name(self) -> str:
-        """The variant of fedpeptao, or the method."""
-        return self.variant if self.method == "fedpeptao" and self.variant else self.method
+    def _null_is_not_given(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
 class ExchangeConfig(Section):
-    """What crosses the network."""
+    """What crosses the network; an encoding's own keys come in a subclass."""
 
     mode: Literal["gather", "reduce"] = "gather"
     """`reduce`: uploads are added up on their way, in a tree of the device ranks, and one sum arrives at the server;
     control variates stay with the devices."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the uploads. In 16 bits a device sends its change, and adds what rounding took away to its next one."""
+    encoding: str = ENCODINGS.default
+    """What a device sends of its update."""
     timeout_s: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
     """The job ends when a rank has not been heard of for so long; longer than the longest single local step."""
     on_rank_failure: Literal["stop", "continue"] = "stop"
@@ -353,8 +291,15 @@ class EvaluateConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run.
 
+    Sections whose keys depend on the part that they name have that part's Config: `tuning` is a `LoRA.Config` where
+    `tuning.kind` is lora. Keys of the section's other parts are valid there, too, so that a file need not change with
+    the part; they are checked and left out.
+    """
+
+    plugins: list[Annotated[str, Field(min_length=1)]] = []
+    """Modules with parts of your own, imported before anything is read; they may lie in the current folder."""
     run_dir: PathName
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
     model: ModelConfig
@@ -365,63 +310,66 @@ class Config(Section):
     curriculum: CurriculumConfig = CurriculumConfig()
     sparse: SparseConfig = SparseConfig()
     device: DeviceConfig = DeviceConfig()
-    server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
+    server: MethodConfig = MethodConfig()
     exchange: ExchangeConfig = ExchangeConfig()
     simulation: SimulationConfig = SimulationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     trace: bool = False
     """Write every round's broadcast, uploads and result to traces/."""
+    trackers: list[dict[str, Any]] = []
+    """What else sees each round's metrics: a `kind` and its keys, one for each."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _nothing_to_select(cls, values: Any) -> Any:
-        """A tuning without layers is exchanged whole."""
-        tuning, selection = (values.get(key, {}) for key in ("tuning", "selection"))
-        if isinstance(tuning, dict) and isinstance(selection, dict) and tuning.get("kind") in WITHOUT_LAYERS:
-            return {**values, "selection": {"strategy": "all", **selection}}
-        return values
+    def model_validate(cls, obj: Any, **kwargs: Any) -> "Config":
+        """The configuration of these values, in a class whose sections have the keys of the parts that they name.
+
+        Raises:
+            ValidationError: with all that is wrong.
+            ConfigError: a plug-in cannot be imported.
+        """
+        if not isinstance(obj, dict) or cls is not Config:
+            return super().model_validate(obj, **kwargs)
+        modules = obj.get("plugins")
+        load_plugins([each for each in modules if isinstance(each, str)] if isinstance(modules, list) else [])
+        values = _with_implied(obj)
+        sections = {registry.section: _section_class(registry, _part_in(values, registry)) for registry in SECTIONS}
+        return _config_class(tuple(sections.items())).model_validate(values, **kwargs)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The classes of the parts that the configuration names, by section."""
+        return {r.section: r[getattr(getattr(self, r.section), r.key)] for r in SECTIONS}
 
     @model_validator(mode="after")
-    def _tuning_fits(self) -> "Config":
-        kind = self.tuning.kind
-        if kind in WITHOUT_LAYERS and self.selection.strategy != "all":
-            raise ValueError(
-                f"selection.strategy: {self.selection.strategy} selects layers, but tuning.kind: {kind} trains nothing "
-                "in them; it needs selection.strategy: all"
-            )
-        if kind == "attempt" and not self.tuning.sources:
-            raise ValueError("tuning.kind: attempt needs tuning.sources, folders with the prompts of other tasks")
-        if kind in ("bitfit", "full"):
-            if self.device.pack != 1:
-                raise ValueError(
-                    f"tuning.kind: {kind} changes the weights for one device at a time; it needs device.pack: 1"
-                )
-            if self.model.gradient_checkpointing:
-                raise ValueError(
-                    f"model.gradient_checkpointing: true computes layers again with the frozen weights; tuning.kind: "
-                    f"{kind} needs false"
-                )
-            if self.model.device_map == "auto":
-                raise ValueError(f"tuning.kind: {kind} needs model.device_map: single")
+    def _parts_fit(self) -> "Config":
+        for registry, key in unused_keys(self):
+            for name, part in registry.items():
+                if key in part.exclusive:
+                    where = registry.section
+                    raise ValueError(f"{where}.{key} and {where}.{registry.key}: {name} go together")
+        for part in self.parts.values():
+            part.check(self)
         return self
 
-    @model_validator(mode="after")
-    def _method_fits(self) -> "Config":
-        method, optimizer, exchange = self.server.method, self.device.optimizer, self.exchange
-        if method == "mime" and optimizer != "sgd":
-            raise ValueError("server.method: mime lends devices its momentum for SGD; it needs device.optimizer: sgd")
-        if method == "moms_adamd" and optimizer != "adamw":
-            raise ValueError("server.method: moms_adamd is Adam on the devices; it needs device.optimizer: adamw")
-        if self.server.name in ("paper", "released") and not self.server.control_variates:
-            raise ValueError("server.control_variates: false needs server.variant: drift_corrected")
-        if method == "mime" and exchange.dtype != "float32":
-            raise ValueError(f"exchange.dtype: {exchange.dtype} sends changes; server.method: mime needs float32")
-        if exchange.mode == "reduce" and self.server.name in ("scaffold", "mime", "paper", "released"):
-            raise ValueError(
-                f"server.method: {self.server.name} needs each upload by itself; it needs exchange.mode: gather"
-            )
-        return self
+    @property
+    def tracker_sections(self) -> list[Any]:
+        """The entries of `trackers`, each as its tracker's Config."""
+        return [TRACKERS[entry["kind"]].Config.model_validate(entry) for entry in self.trackers]
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_known(cls, trackers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for place, entry in enumerate(trackers):
+            if entry.get("kind") not in TRACKERS:
+                known = f"valid: {', '.join(TRACKERS)}" if len(TRACKERS) else "no plug-in has registered one"
+                raise ValueError(f"trackers: entry {place}: kind {entry.get('kind')!r} is no tracker; {known}")
+            try:
+                TRACKERS[entry["kind"]].Config.model_validate(entry)
+            except ValidationError as error:
+                wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+                raise ValueError(f"trackers: entry {place}: {'; '.join(wrong)}") from None
+        return trackers
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -429,11 +377,8 @@ class Config(Section):
             raise ValueError("tuning.loss: vocabulary needs tuning.head: verbalizer; a linear head has no vocabulary")
         if self.device.pack != 1 and self.model.backbone_dropout:
             raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
-        if self.exchange.mode == "reduce":
-            if self.exchange.dtype != "float32":
-                raise ValueError(f"exchange.dtype: {self.exchange.dtype} needs exchange.mode: gather; sums are exact")
-            if self.trace:
-                raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
+        if self.exchange.mode == "reduce" and self.trace:
+            raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
         if self.selection.is_automatic and self.model.attention != "sdpa":
             raise ValueError(
                 f"selection.ratio: auto differentiates twice, which model.attention: {self.model.attention} cannot; it "
@@ -470,10 +415,130 @@ class Config(Section):
             free += ["selection.auto_by", "selection.warmup_rounds"]
         if self.device.schedule == "constant" and self.curriculum.order == "random":
             free.append("federation.rounds")
-        steps = {RELEASED_STEPS: "pile up"} if self.server.name == "released" else {}
-        return steps | {
+        sources = source_sha256(self.parts.values(), self.plugins)
+        found = {f"source of {name}": sha256 for name, sha256 in sources.items()}
+        for part in self.parts.values():
+            found |= part.identity(self)
+        return found | {
             key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))
         }
+
+
+class Part:
+    """What the classes have in common that a configuration names; see :mod:`fedhpc.registry`."""
+
+    Config: ClassVar[Any]
+    """Its section of the configuration, with its own keys."""
+    exclusive: ClassVar[tuple[str, ...]] = ()
+    """Keys of its own that are refused, not only left out, where another part is named."""
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a configuration that this part does not go together with.
+
+        Args:
+            config: the whole :class:`Config`, valid but for this.
+
+        Raises:
+            ConfigError: with what was found and what is valid.
+        """
+
+    @classmethod
+    def notices(cls, config: Any) -> Iterator[str]:
+        """What the user should know about a configuration although it is no error; said when a run begins."""
+        yield from ()
+
+    @classmethod
+    def identity(cls, config: Any) -> dict[str, Any]:
+        """What else determines the run's numbers, name -> value, beside the configuration's keys."""
+        return {}
+
+
+def _part_in(values: dict[str, Any], registry: Registry) -> str:
+    """The name of the part that a section names; the default where it names none that there is."""
+    section = values.get(registry.section)
+    name = section.get(registry.key) if isinstance(section, dict) else None
+    return name if isinstance(name, str) and name in registry else registry.default
+
+
+def _with_implied(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with what follows from others; nulls of other parts' keys left out.
+
+    A tuning without layers has none to select from, and is exchanged whole.
+    """
+    values = dict(values)
+    selection = values.get("selection", {})
+    if isinstance(selection, dict) and not TUNINGS[_part_in(values, TUNINGS)].has_layers:
+        values["selection"] = {STRATEGIES.key: "all", **selection}
+    for registry in SECTIONS:
+        section, own = values.get(registry.section), registry[_part_in(values, registry)].Config.model_fields
+        if isinstance(section, dict):
+            known = {key for _, part in registry.items() for key in part.Config.model_fields} - own.keys()
+            values[registry.section] = {k: v for k, v in section.items() if v is not None or k not in known}
+    return values
+
+
+def _section_class(registry: Registry, name: str) -> type[Section]:
+    """A part's Config, which also takes, checks and leaves out the keys of the section's other parts."""
+    return _extended(registry.key, name, registry[name].Config, tuple(registry.items()))
+
+
+@lru_cache(maxsize=256)
+def _extended(key: str, name: str, own: type[Section], parts: tuple[tuple[str, Any], ...]) -> type[Section]:
+    names = tuple(name for name, _ in parts)
+    others: dict[str, list[FieldInfo]] = {}
+    for _, part in parts:
+        for field, info in part.Config.model_fields.items():
+            if field not in own.model_fields:
+                others.setdefault(field, []).append(info)
+    fields: dict[str, Any] = {key: (Literal[names], name)}
+    for field, infos in others.items():
+        kinds = [Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation for info in infos]
+        kind: Any = Union[tuple(kinds)]  # noqa: UP007 - of any number of kinds
+        fields[field] = (kind, Field(infos[0].get_default(call_default_factory=True), exclude=True))
+    return create_model(own.__qualname__, __base__=own, __module__=own.__module__, **fields)
+
+
+@lru_cache(maxsize=256)
+def _config_class(sections: tuple[tuple[str, type[Section]], ...]) -> type[Config]:
+    """The class of a configuration with these sections."""
+    fields: dict[str, Any] = {
+        name: (kind, Field(default_factory=partial(kind.model_validate, {}))) for name, kind in sections
+    }
+    return create_model("Config", __base__=Config, __module__=Config.__module__, **fields)
+
+
+def unused_keys(config: Config) -> list[tuple[Registry, str]]:
+    """Keys of other parts that a section was given, unless as what they are by default, with the section's registry."""
+    found = []
+    for registry in SECTIONS:
+        section = getattr(config, registry.section)
+        for key in sorted(
+            section.model_fields_set - registry[getattr(section, registry.key)].Config.model_fields.keys()
+        ):
+            owners = [part.Config.model_fields for _, part in registry.items() if key in part.Config.model_fields]
+            if any(getattr(section, key) != fields[key].get_default(call_default_factory=True) for fields in owners):
+                found.append((registry, key))
+    return found
+
+
+def every_default() -> dict[str, Any]:
+    """Dotted key -> default of every key, those of all parts included."""
+    found: dict[str, Any] = {}
+    for registry in SECTIONS:
+        for _, part in registry.items():
+            for key, info in part.Config.model_fields.items():
+                found.setdefault(f"{registry.section}.{key}", info.get_default(call_default_factory=True))
+    return found
+
+
+def section_of(registry: Registry, **values: Any) -> Any:
+    """A section by itself, of the part that the values name.
+
+    Raises:
+        ValidationError: with all that is wrong.
+    """
+    return _section_class(registry, _part_in({registry.section: values}, registry)).model_validate(values)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

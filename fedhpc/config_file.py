@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedhpc.config import CLOCK, Config, flatten
+from fedhpc.config import CLOCK, Config, every_default, flatten
 from fedhpc.errors import ConfigError
+from fedhpc.registry import SECTIONS
 from fedhpc.yaml_files import YAML_ERRORS, read, read_value, text_of
 
 
@@ -32,7 +33,9 @@ def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        return None, problems + _describe(error.errors())
+        return None, problems + describe(error.errors())
+    except ConfigError as error:
+        return None, [*problems, str(error)]
     return (None, problems) if problems else (config, [])
 
 
@@ -117,13 +120,13 @@ def apply_override(values: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _describe(errors: list[ErrorDetails]) -> list[str]:
+def describe(errors: list[ErrorDetails]) -> list[str]:
     """One line for each key at fault: the key, what is valid, what was found."""
     expected: dict[tuple[str, str], list[str]] = {}
     lines = []
     for details in errors:
         key = _key_of(details)
-        if details["type"] == "extra_forbidden" and key in KEYS:
+        if details["type"] == "extra_forbidden" and key in known_keys():
             section, _, leaf = key.rpartition(".")
             lines.append(f"{key}: in a file this key stands in its section: {section}: {{{leaf}: ...}}")
         elif details["type"] == "extra_forbidden":
@@ -142,32 +145,43 @@ def _key_of(details: ErrorDetails) -> str:
     """The dotted key; Pydantic adds the branch of a union to it, which no user knows."""
     location = [str(part) for part in details["loc"]]
     about_value = details["type"] not in ("extra_forbidden", "missing")
-    while about_value and len(location) > 1 and ".".join(location) not in KEYS:
+    while about_value and len(location) > 1 and ".".join(location) not in known_keys():
         location.pop()
     return ".".join(location)
 
 
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
+    """Every key of a configuration, sections and the keys of all registered parts included, dotted."""
+    keys = [key for key in _keys_of(Config) if key not in _OF_PARTS]
+    parts = every_default()
+    for registry in SECTIONS:
+        place = keys.index(registry.section) + 1
+        keys[place:place] = [key for key in parts if key.startswith(f"{registry.section}.")]
+    return keys
+
+
+def _keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         kind = field.annotation
         keys.append(prefix + name)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += _known_keys(kind, f"{prefix}{name}.")
+            keys += _keys_of(kind, f"{prefix}{name}.")
     return keys
 
 
-KEYS = _known_keys(Config)
-"""Every key of a configuration, sections included, dotted."""
+_OF_PARTS = {key for registry in SECTIONS for key in _keys_of(Config) if key.startswith(f"{registry.section}.")}
+"""Keys that :func:`every_default` knows, too."""
 
 
 def suggestion(key: str) -> str:
     """What an unknown key was perhaps meant to be."""
     section, _, leaf = key.rpartition(".")
-    same_section = [known for known in KEYS if known.rpartition(".")[0] == section]
+    keys = known_keys()
+    same_section = [known for known in keys if known.rpartition(".")[0] == section]
     near = (
         difflib.get_close_matches(key, same_section, n=1)
-        or [known for known in KEYS if known.rpartition(".")[2] == leaf][:1]
-        or difflib.get_close_matches(key, KEYS, n=1)
+        or [known for known in keys if known.rpartition(".")[2] == leaf][:1]
+        or difflib.get_close_matches(key, keys, n=1)
     )
     return f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(same_section)}"

@@ -59,3 +59,8 @@ def users_fault(error: UserError | OSError) -> str | None:
     if error.errno not in USERS_FAULT:
         return None
     return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in short."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -22,11 +22,12 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from fedhpc.config import Config, ModelConfig, TuningConfig
+from fedhpc.config import Config, ModelConfig, section_of
 from fedhpc.data.prepared import Batch, Description
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.overlay import Overlay
 from fedhpc.model.pretrained import read_shape
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning import make_tuning
 
 torch.set_num_threads(1)  # these are too small to share
@@ -85,7 +86,7 @@ def load_backbone(path, name, *, words=None, kind="prompt", loss="verbalizer", h
     words = [[] for _ in WORDS] if head == "linear" else words or WORDS
     return Backbone(
         ModelConfig(name=str(path), **model),
-        TuningConfig(kind=kind, loss=loss, head=head, num_tokens=NUM_TOKENS),
+        section_of(TUNINGS, kind=kind, loss=loss, head=head, num_tokens=NUM_TOKENS),
         describe(name, words=words, head=head, longest=longest),
         _CPU,
     )
@@ -143,7 +144,7 @@ def with_prompts(prompts, first_position=0):
 
 def read_tuning(path, *, num_classes=3, **tuning):
     """The tuning of a saved backbone."""
-    config = TuningConfig(**{"num_tokens": NUM_TOKENS, **tuning})
+    config = section_of(TUNINGS, **{"num_tokens": NUM_TOKENS, **tuning})
     return make_tuning(config, read_shape(str(path)), num_classes=num_classes)
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from fedhpc.config import TuningConfig
+from fedhpc.config import section_of
 from fedhpc.model.pretrained import BackboneShape
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning import make_tuning
 
 SHAPE = BackboneShape(
@@ -18,7 +19,7 @@ SHAPE = BackboneShape(
     initializer_range=0.1,
     max_positions=None,
 )
-TUNING = make_tuning(TuningConfig(num_tokens=3, head="linear"), SHAPE, num_classes=5)
+TUNING = make_tuning(section_of(TUNINGS, num_tokens=3, head="linear"), SHAPE, num_classes=5)
 """Prompts of 4 layers, T = 3, D = 2, and a linear head."""
 SOME, ALL = (1, 3), (0, 1, 2, 3)
 

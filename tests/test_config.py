@@ -43,14 +43,11 @@ def test_defaults_follow_the_method_and_variant(write):
         "learning_rate": 1.5,
         "momentum": 0.5,
         "control_variates": True,
-        "second_momentum": 0.99,
-        "tau": 1e-3,
-        "proximal": 0.01,
         "max_rejected": 0.2,
     }
     released = load_config(path, ["server.variant=released"]).server
     assert (released.learning_rate, released.momentum) == (0.05, 0.9)
-    assert load_config(path, ["server.method=fedavg"]).server.learning_rate is None
+    assert load_config(path, ["server.method=fedavg"]).server.model_dump() == {"method": "fedavg", "max_rejected": 0.2}
     assert load_config(path, ["server.variant=released", "server.momentum=0.3"]).server.momentum == 0.3
 
 
@@ -145,8 +142,8 @@ def test_a_tuning_without_layers_is_exchanged_whole(write):
 def test_keys_of_another_method_are_noticed(write):
     overrides = ["server.method=fedadam", "server.variant=released", "server.proximal=0.5", "server.tau=0.1"]
     assert notices(load_config(write(**MINIMAL), overrides)) == [
-        "server.method: fedadam does not use server.variant",
         "server.method: fedadam does not use server.proximal",
+        "server.method: fedadam does not use server.variant",
     ]
 
 
@@ -155,14 +152,25 @@ def test_keys_of_another_tuning_are_noticed(write):
     assert notice == "tuning.kind: lora does not use tuning.num_tokens"
 
 
+@pytest.mark.parametrize("key", ["distance=l1", "batch_size=3"])
+def test_keys_of_another_strategy_are_noticed(write, key):
+    (notice,) = notices(load_config(write(**MINIMAL), ["selection.strategy=first", f"selection.{key}"]))
+    assert notice == f"selection.strategy: first does not use selection.{key.partition('=')[0]}"
+    assert notices(load_config(write(**MINIMAL), [f"selection.{key}"])) == []
+
+
+def test_keys_of_another_part_are_checked_and_left_out(write):
+    assert "server.tau: should be greater than 0" in problems(write(**MINIMAL), "server.tau=-1")
+    assert load_config(write(**MINIMAL), ["server.tau=0.1"]).identity() == load_config(write(**MINIMAL)).identity()
+    assert "tau" not in load_config(write(**MINIMAL), ["server.tau=0.1"]).to_yaml()
+
+
 @pytest.mark.parametrize(
     ("key", "with_effect", "reason"),
     [
-        ("selection.distance=l1", "selection.strategy=score", "selection.strategy: first"),
         ("curriculum.start=0.5", "curriculum.order=fisher", "curriculum.order: random"),
         ("curriculum.end=0.5", "curriculum.order=fisher", "curriculum.order: random"),
         ("sparse.momentum=0.5", "sparse.fraction=0.5", "sparse.fraction: 1"),
-        ("selection.batch_size=3", "selection.strategy=score", "selection.strategy: first"),
         ("selection.auto_by=eigengap", "selection.ratio=auto", "selection.ratio: 0.5"),
         ("selection.warmup_rounds=3", "selection.ratio=auto", "selection.ratio: 0.5"),
     ],

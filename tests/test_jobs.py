@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedhpc.config import Config, flatten
+from fedhpc.config import Config, every_default, flatten
 from fedhpc.config_file import load_config
 from fedhpc.data.tasks import TASKS
 from fedhpc.server.notices import notices
@@ -87,6 +87,10 @@ RELEASED_LAYERS = {
 }
 
 
+REQUIRED = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}
+DEFAULTS = every_default() | flatten(Config.model_validate(REQUIRED).model_dump())
+
+
 @pytest.mark.parametrize("path", sorted((JOBS / "published").rglob("*.yaml")), ids=name)
 def test_the_settings_of_the_released_code(path):
     found = flatten(load_config(path).model_dump())
@@ -94,7 +98,7 @@ def test_the_settings_of_the_released_code(path):
     layers = RELEASED_LAYERS.get(f"{path.parent.name}/{path.stem}")
     where = f"published/{path.parent.name}/{'own' if path.stem == 'base' else path.stem}"
     expected = {
-        **flatten(Config.model_validate({"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}).model_dump()),
+        **{key: DEFAULTS[key] for key in found},
         "run_dir": f"runs/{where}",
         "model.name": model,
         "model.dtype": "bfloat16" if "llama" in model else "float32",
@@ -112,7 +116,7 @@ def test_the_settings_of_the_released_code(path):
         "tuning.loss": "vocabulary",
         "selection.ratio": "auto" if layers is None else 0.5,
         "selection.strategy": "score" if layers is None else "explicit",
-        "selection.layers": layers,
+        **({} if layers is None else {"selection.layers": layers}),
         "selection.auto_by": "density",
         "selection.warmup_rounds": 10,
         "device.epochs": 2,
@@ -157,14 +161,12 @@ def test_the_benchmark(task):
 
 def test_the_configuration_reference_has_every_key_with_its_default():
     rows = re.findall(r"^\| `([a-z_.]+)` \| .+? \| (.+?) \| ", REFERENCE.read_text(), re.MULTILINE)
-    required = {"run_dir": "r", "model": {"name": "m"}, "data": {"path": "d"}}
-    defaults = flatten(Config.model_validate(required).model_dump())
-    assert sorted(key for key, _ in rows) == sorted(defaults)
+    assert sorted(key for key, _ in rows) == sorted(DEFAULTS)
     for key, stated in rows:
         if stated == "required":
-            assert key in flatten(required)
+            assert key in flatten(REQUIRED)
         elif not stated.startswith("by "):
-            assert yaml.safe_load(stated.strip("`")) == defaults[key], key
+            assert yaml.safe_load(stated.strip("`")) == DEFAULTS[key], key
 
 
 @pytest.mark.parametrize("path", [*SLURM_FILES, *sorted(JOBS.glob("*.sh"))], ids=name)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedhpc.config import RELEASED_STEPS, WITHOUT_EFFECT, Config, flatten
+from fedhpc.config import WITHOUT_EFFECT, Config, every_default, flatten
 
 Identity = dict[str, Any]
 """What it is about -> text or number."""
@@ -13,10 +13,6 @@ DATA, MODEL = "prepared data: ", "backbone: "
 """Beginnings of keys."""
 OLD_DATA, OLD_MODEL = "data", "model.name sha256"
 """Keys of identities that know data and backbone by one checksum each."""
-OLD_RELEASED = (
-    "was written when server.variant: released computed what server.variant: paper computes now; choose another run_dir"
-)
-"""Said of a checkpoint."""
 NOT_SET = "<not set>"
 OF_DATA = ("head", "kind", "tokenizer_sha256", "pad_id", "max_length", "template", "class_names", "word_ids", "metric")
 OF_NO_ACCOUNT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -51,7 +47,7 @@ def model_identity(config: Mapping[str, Any], weights_sha256: str) -> Identity:
 def default_settings() -> Identity:
     """What counts where an identity leaves a setting out, because it is older than that."""
     needed = {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}
-    return flatten(Config.model_validate(needed).model_dump())
+    return every_default() | flatten(Config.model_validate(needed).model_dump())
 
 
 def differences(
@@ -71,11 +67,6 @@ def differences(
         for key, (old, new) in pairs.items()
         if old != new and not key.startswith(WITHOUT_EFFECT)
     ]
-
-
-def is_old_released(saved: Mapping[str, Any]) -> bool:
-    """Whether a run was made when `server.variant: released` computed what `paper` computes now."""
-    return saved.get("server.variant") == "released" and RELEASED_STEPS not in saved
 
 
 def brief(value: Any) -> str:

@@ -16,9 +16,10 @@ from fedhpc.commands.plan_memory import (
     selected,
     server_vectors,
     trainable,
+    upload_of,
 )
 from fedhpc.config import Config
-from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
 from fedhpc.federation.sampling import Homes, batches_per_epoch, count_packs
 from fedhpc.job.log import human_bytes
@@ -69,15 +70,22 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     devices = config.federation.devices_per_round
     packs = count_packs(devices, pack_of(job))
     uploads, headers = devices if ranks > 1 else 0, UPLOAD_HEADER.itemsize
-    up = ("up, uploads", uploads, method.num_uploaded * encoding.dtype.itemsize / 4, headers)
+
+    def uploaded(nbytes: float) -> float:
+        return Upload.of(int(nbytes / 4), encoding, method).nbytes
+
+    def summed(nbytes: float) -> float:
+        return 2.0 * encoding.num_sums * nbytes
+
+    up = ("up, uploads", uploads, uploaded, headers)
     if encoding.num_sums:
-        up = ("up, sums", min(1, uploads), 2.0 * encoding.num_sums, headers * devices)
+        up = ("up, sums", min(1, uploads), summed, headers * devices)
     yield "bytes per round        selected layers    all layers    full model"
-    for direction, copies, scale, header in (
-        ("down, broadcast", ranks - 1, 1.0 + len(method.sends), HEADER.itemsize + 4 * packs),
+    for direction, copies, payload, header in (
+        ("down, broadcast", ranks - 1, lambda nbytes: (1.0 + len(method.sends)) * nbytes, HEADER.itemsize + 4 * packs),
         up,
     ):
-        sizes = [human_bytes(copies * (size + header)) for size in (scale * exchanged, scale * everything, model)]
+        sizes = [human_bytes(copies * (size + header)) for size in (payload(exchanged), payload(everything), model)]
         yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"
 
 
@@ -88,7 +96,7 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
     sampled = config.federation.devices_per_round
     unwritten = config.checkpoint.every * sampled
     server = n * (server_vectors(job) + unwritten * has_control(job))
-    finished = n * sampled * method_of(job).num_uploaded + unwritten * kept_bytes(job)
+    finished = sampled * upload_of(job).nbytes + unwritten * kept_bytes(job)
     begun = sampled if config.device.pack == "auto" else min(num_workers * config.device.pack, sampled)
     unfinished = (3 + is_sparse(job)) * 4 * trainable(job) * begun
     yield f"written at a stop: up to {human_bytes(server + finished + unfinished)} in the grace that the job is given"

@@ -9,19 +9,17 @@ from transformers.utils import cached_file
 
 from fedhpc.commands.rehearsal import Rehearsal, rehearsal
 from fedhpc.errors import ModelError
-from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import UPLOAD_HEADER
 from fedhpc.federation.packing import largest_pack
 from fedhpc.federation.sampling import count_packs, population
 from fedhpc.job.log import human_bytes
 from fedhpc.methods import Method, make_method
-from fedhpc.model.backbone import no_surprise
+from fedhpc.model.numbers import no_surprise
 from fedhpc.model.pretrained import run_config
+from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import LANCZOS_STEPS
-from fedhpc.selection.strategies import SCORED, num_selected
 from fedhpc.server.job import Job
-from fedhpc.tuning.base import ModuleTuning
-from fedhpc.tuning.weights import FullTuning
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROGRAM_BYTES = 330e6
@@ -43,8 +41,6 @@ TOKENIZER_FACTOR = 15
 """Bytes of memory that a tokenizer takes while it is loaded, for each byte of its file."""
 TOKENIZER_LEFT = 0.1
 """Of these, what the allocator cannot use for anything else."""
-STRUCTURED = (ModuleTuning, FullTuning)
-"""Tunings that do so."""
 STRUCTURE = "a look into the model's layers"
 TOKENIZER = "tokenizer, while the data are checked"
 Parts = dict[str, float]
@@ -102,7 +98,7 @@ def _server(job: Job) -> Parts:
     tokenizer = TOKENIZER_FACTOR * _tokenizer_bytes(config.model.name)
     return {
         "program": PROGRAM_BYTES,
-        STRUCTURE: STRUCTURE_BYTES * isinstance(job.tuning, STRUCTURED),
+        STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
         **state,
         TOKENIZER: max(0, tokenizer - sum(state.values())),
     }
@@ -113,7 +109,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     method, n, everything = method_of(job), exchanged_bytes(job), 4 * trainable(job)
     sampled = config.federation.devices_per_round
     here = -(-sampled // max(1, ranks - 1))
-    record = UPLOAD_HEADER.itemsize + n * method.num_uploaded * make_encoding(config, method).dtype.itemsize / 4
+    record = UPLOAD_HEADER.itemsize + upload_of(job).nbytes
     room = ROOM[config.model.dtype]
     room_of_steps = ROOM_RECOMPUTED if config.model.gradient_checkpointing else room
     phases = {
@@ -121,7 +117,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         "evaluation": room * work.evaluation() + everything,
         "loading": work.loading - work.weights + _narrowed_bytes(job, work.loading),
     }
-    if config.selection.strategy in SCORED:
+    if make_strategy(config.selection).scored:
         phases["layer scores"] = room * work.scoring()
     if config.curriculum.order == "fisher":
         phases["order of the batches"] = room * work.curriculum()
@@ -135,7 +131,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     return {
         "program": PROGRAM_BYTES,
         "model's code, kernels and their buffers": code,
-        STRUCTURE: STRUCTURE_BYTES * isinstance(job.tuning, STRUCTURED),
+        STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
         f"backbone, {config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
@@ -160,12 +156,7 @@ def _tokenizer_bytes(name: str) -> int:
 
 def selected(job: Job) -> int:
     """How many layers will be exchanged, as far as that is known before the run."""
-    selection, num_layers = job.config.selection, job.shape.num_layers
-    if selection.strategy == "explicit":
-        return len(selection.layers or [])
-    if selection.strategy == "all" or selection.ratio == "auto":
-        return num_layers
-    return num_selected(selection.ratio, num_layers)
+    return make_strategy(job.config.selection).num_exchanged(job.shape.num_layers)
 
 
 def exchanged_bytes(job: Job) -> int:
@@ -205,6 +196,12 @@ def has_control(job: Job) -> bool:
 def method_of(job: Job) -> Method:
     """The server's."""
     return make_method(job.config.server, population(job.config, job.partition))
+
+
+def upload_of(job: Job) -> Upload:
+    """How a device's upload is laid out."""
+    method = method_of(job)
+    return Upload.of(exchanged_bytes(job) // 4, make_encoding(job.config, method), method)
 
 
 def pack_of(job: Job) -> int:

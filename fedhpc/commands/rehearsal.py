@@ -28,7 +28,7 @@ from fedhpc.model.backbone import NOT_TAKEN, Backbone
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.overlay import Overlay
 from fedhpc.model.pretrained import auto_class, run_config
-from fedhpc.selection.sensitivity import layer_sensitivity
+from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import BatchLoss
 from fedhpc.server.job import Job
 
@@ -112,7 +112,7 @@ class Rehearsal:
         tuning, config = self._job.tuning, self._job.config
         chosen = self._batches(config.device.batch_size)[:pack]
         batch = self._train.batch(np.concatenate(chosen), [len(examples) for examples in chosen])
-        seeds = range(len(chosen)) if config.tuning.dropout else None
+        seeds = range(len(chosen)) if config.tuning.draws else None
 
         def step() -> None:
             lanes = [self._parameters() for _ in range(max(len(chosen), waiting))]
@@ -132,13 +132,14 @@ class Rehearsal:
         )
 
     def scoring(self) -> int:
-        """The layers' scores by one batch; those of `sensitivity` need its gradient."""
-        batch = self._batch(self._job.config.selection.batch_size)
-        if self._job.config.selection.strategy == "sensitivity":
+        """The layers' scores by one batch; some need its gradient."""
+        strategy = make_strategy(self._job.config.selection)
+        batch = self._batch(strategy.config.batch_size)
+        if strategy.with_gradients:
             self._live.answer = True  # its numbers are finite
             self._backbone.training_mode(True, dropout=False)
             tensors = self._tensors()
-            found = self._live.during(lambda: layer_sensitivity(self._backbone, self._job.tuning, tensors, batch))
+            found = self._live.during(lambda: strategy.score_layers(self._backbone, self._job.tuning, tensors, batch))
             self._live.answer = False
             return found
         # Similarities are computed in float64, from a float32 copy.

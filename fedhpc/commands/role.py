@@ -25,7 +25,7 @@ def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Wo
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     torch_device = choose_torch_device(exchange.local_rank, environment)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)
-    job.tuning.check(backbone)
+    job.tuning.check_on(backbone)
     return Worker(job.config, job.data, job.partition, backbone, job.tuning, exchange)
 
 

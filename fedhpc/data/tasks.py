@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedhpc.errors import ConfigError
+from fedhpc.registry import METRICS, load_plugins
 from fedhpc.yaml_files import YAML_ERRORS, read_texts, text_of
 
 Kind = Literal["encoder", "decoder"]
 Head = Literal["verbalizer", "linear"]
 
-METRICS = ("accuracy", "matthews", "accuracy_f1")
 SPLITS = {
     "train": ("train.tsv", "train.jsonl"),
     "validation": ("dev.tsv", "validation.tsv", "dev.jsonl", "val.jsonl", "validation.jsonl"),
@@ -177,6 +177,8 @@ def load_task(name_or_path: str | Path) -> Task:
         raise ConfigError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a task file is a mapping with the keys {', '.join(_KEYS)}")
+    if _well_formed(content.get("plugins"), list):
+        load_plugins(content["plugins"])
     problems = list(_problems(content))
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -199,7 +201,9 @@ _KEYS: dict[str, type] = {
     "template": dict,
     "metric": str,
     "splits": dict,
+    "plugins": list,
 }
+_EXPECTED: dict[type, str] = {str: "text", dict: "a mapping of text to text", list: "a list of modules"}
 _REQUIRED = ("task", "columns", "classes", "template")
 
 
@@ -209,7 +213,7 @@ def _problems(content: dict[str, Any]) -> Iterable[str]:
     yield from (f"{key}: missing" for key in _REQUIRED if key not in content)
     malformed = [key for key, kind in _KEYS.items() if key in content and not _well_formed(content[key], kind)]
     for key in malformed:
-        yield f"{key}: expected {'text' if _KEYS[key] is str else 'a mapping of text to text'}, none of it empty"
+        yield f"{key}: expected {_EXPECTED[_KEYS[key]]}, none of it empty"
     sound = {key: value for key, value in content.items() if key in _KEYS and key not in malformed}
     yield from (f"{key}: holds half a character" for key, value in sound.items() if not _is_unicode(value))
     columns, classes = sound.get("columns"), sound.get("classes")
@@ -247,13 +251,13 @@ def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[
 
 
 def _well_formed(value: Any, kind: type) -> bool:
-    texts = value.values() if kind is dict and isinstance(value, dict) else [value]
+    texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return isinstance(value, kind) and all(isinstance(text, str) and text.strip() for text in texts)
 
 
-def _is_unicode(value: str | dict[str, str]) -> bool:
+def _is_unicode(value: str | list[str] | dict[str, str]) -> bool:
     """Whether there is no half of a character, which an escape in a YAML file can name."""
-    texts = [value] if isinstance(value, str) else [*value, *value.values()]
+    texts = [value] if isinstance(value, str) else [*value, *(value.values() if isinstance(value, dict) else ())]
     return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
 
 

@@ -258,7 +258,7 @@ def _step(
     """One step of every lane: its own mean loss, gradient norm, rule and moments."""
     chosen = [lane.next_batch for lane in lanes]
     batch = split.batch(np.concatenate(chosen), [len(examples) for examples in chosen]).to(backbone.torch_device)
-    seeds = [lane.dropout_seed for lane in lanes] if config.model.backbone_dropout or config.tuning.dropout else None
+    seeds = [lane.dropout_seed for lane in lanes] if config.model.backbone_dropout or config.tuning.draws else None
     if config.model.backbone_dropout:
         torch.manual_seed(lanes[0].dropout_seed)
     losses, gradients = pack_gradients(backbone, tuning, [lane.params for lane in lanes], batch, seeds)

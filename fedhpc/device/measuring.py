@@ -19,9 +19,8 @@ from fedhpc.federation.packing import probe
 from fedhpc.federation.partition import Partition
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
-from fedhpc.selection.sensitivity import layer_sensitivity
+from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import lossless_ratio
-from fedhpc.selection.strategies import layer_score
 from fedhpc.tuning import Tuning
 
 
@@ -46,19 +45,15 @@ class Measurements:
 
     def layer_scores(self, devices: Sequence[int]) -> np.ndarray:
         """Score records of the devices, from one batch each."""
-        selection = self.config.selection
+        strategy = make_strategy(self.config.selection)
         records = messages.score_record(self.tuning.shape.num_layers).zeros(len(devices))
-        self.backbone.training_mode(selection.strategy == "sensitivity", dropout=False)
+        self.backbone.training_mode(strategy.with_gradients, dropout=False)
         for record, device in zip(records, devices, strict=True):
             self.beat(f"scoring layers on device {device}")
-            examples = self._one_batch(device, "score batch", selection.batch_size)
+            examples = self._one_batch(device, "score batch", strategy.config.batch_size)
             batch = self.train.batch(examples).to(self.backbone.torch_device)
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
-            if selection.strategy == "sensitivity":
-                record["scores"] = layer_sensitivity(self.backbone, self.tuning, self._initial, batch)
-            else:
-                outputs = self.backbone.layer_outputs(batch)
-                record["scores"] = [layer_score(out.float().cpu().numpy(), selection.distance) for out in outputs]
+            record["scores"] = strategy.score_layers(self.backbone, self.tuning, self._initial, batch)
         return records
 
     def fisher_traces(self, batches: Batches) -> NDArray[np.float64]:

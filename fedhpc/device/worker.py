@@ -27,7 +27,7 @@ from fedhpc.errors import CheckpointError, Halt
 from fedhpc.evaluate.metrics import confusion
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches, evaluation_examples
 from fedhpc.exchange import Exchange, MpiExchange, messages
-from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize, Terms
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import plan_round
@@ -163,15 +163,11 @@ class Worker:
 
     def _records(self, count: int, size: int) -> np.ndarray:
         """Room for so many upload records; those of terms stay here, all but their headers."""
-        record_type = messages.upload_record(size * self.method.num_uploaded, self.encoding.dtype)
         place = self.exchange.buffer if self.encoding.num_sums else self.exchange.rows
-        return place(record_type, count)
+        return place(self._upload_of(size).record, count)
 
-    def _payload(self, record: np.ndarray, size: int, place: int = 0) -> np.ndarray:
-        """The part for one vector [n] in an upload record."""
-        part = slice(place * size, (place + 1) * size)
-        vector: np.ndarray = messages.upload_payloads(record[None], part.stop, self.encoding.dtype)[0, part]
-        return vector
+    def _upload_of(self, size: int) -> Upload:
+        return Upload.of(size, self.encoding, self.method)
 
     def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
@@ -204,6 +200,7 @@ class Worker:
         waiting = [device for device in pack if device not in finished]
         if not waiting:
             return
+        upload = self._upload_of(start.size)
         plans = {device: self._curriculum(device, command.round) for device in waiting}  # before anything is taken out
         assignments = [
             Assignment(
@@ -213,7 +210,7 @@ class Worker:
                 begun=unfinished.pop(device, None),
                 rule=self.method.local_rule(sent, state.kept),
                 plan=plans[device],
-                out=self._payload(records[device], start.size) if self.encoding.is_plain else None,
+                out=upload.payloads(records[device][None])[0] if self.encoding.is_plain else None,
             )
             for device in waiting
         ]
@@ -284,10 +281,11 @@ class Worker:
         if fault == Fault.NONE:
             payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
             kept |= self.method.kept_after(start, update.params, sent, before.kept, num_steps=steps, learning_rate=rate)
-            for place, vector in enumerate([payload, *gradient]):
-                part = self._payload(record, start.size, place)
-                if not np.may_share_memory(part, vector):
-                    part[:] = vector
+            upload = self._upload_of(start.size)
+            for part, vector in zip((upload.payloads, upload.gradients), [payload, *gradient], strict=False):
+                (place,) = part(record[None])
+                if not np.may_share_memory(place, vector):
+                    place[:] = vector
             local_fault = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
             self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
             self.touched.add(device)
@@ -374,8 +372,7 @@ class Worker:
             position, mine, self.tuning, command.layers, self.unseen.local
         )
         self.touched.clear()
-        size = self.tuning.exchanged(command.layers).size * self.method.num_uploaded
-        words = messages.upload_record(size, self.encoding.dtype).shape
+        words = self._upload_of(self.tuning.exchanged(command.layers).size).record.shape
         self.progress.check(words, with_moments=self.config.device.optimizer == "adamw")
         return NOTHING
 

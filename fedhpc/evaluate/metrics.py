@@ -4,8 +4,13 @@ Counts of different devices add up exactly, in any order, and every score of a t
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
+
+from fedhpc.registry import METRICS
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -14,28 +19,74 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> 
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def score(counts: np.ndarray, metric: str) -> dict[str, float]:
-    """Accuracy, and by ``metric`` also ``matthews``, or ``f1`` and their mean ``accuracy_f1``, as papers have it.
+class Metric(ABC):
+    """Scores of a task, beside its accuracy, from the counts of all examples together."""
 
-    A zero denominator gives 0, as scikit-learn does.
-    """
-    scores = {"accuracy": _ratio(np.trace(counts), counts.sum())}
-    if metric == "matthews":
-        scores["matthews"] = _matthews(counts)
-    elif metric == "accuracy_f1":
-        true_positives = counts[-1, -1]
-        scores["f1"] = _ratio(2 * true_positives, counts[-1].sum() + counts[:, -1].sum())
-        scores["accuracy_f1"] = (scores["accuracy"] + scores["f1"]) / 2
-    return scores
+    titles: ClassVar[Mapping[str, str]] = {}
+    """Name of a score -> what reports call it."""
+    lowest = 0.0
+    """That the metric can be."""
+
+    @abstractmethod
+    def scores(self, counts: np.ndarray, accuracy: float) -> dict[str, float]:
+        """Scores by name, the metric's own last, from counts [C, C]; a zero denominator gives 0."""
 
 
-def _matthews(counts: np.ndarray) -> float:
+@METRICS.register("accuracy")
+class Accuracy(Metric):
+    """Accuracy alone."""
+
+    titles: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy"}
+
+    def scores(self, counts: np.ndarray, accuracy: float) -> dict[str, float]:
+        """None beside it."""
+        return {}
+
+
+@METRICS.register("matthews")
+class Matthews(Metric):
     """Matthews correlation for any number of classes (Gorodkin 2004, the R_K statistic)."""
-    total = float(counts.sum())
-    true, predicted = counts.sum(axis=1).astype(float), counts.sum(axis=0).astype(float)
-    covariance = float(np.trace(counts)) * total - true @ predicted
-    return _ratio(covariance, math.sqrt((total**2 - true @ true) * (total**2 - predicted @ predicted)))
+
+    titles: ClassVar[Mapping[str, str]] = {"matthews": "Matthews correlation"}
+    lowest = -1.0
+
+    def scores(self, counts: np.ndarray, accuracy: float) -> dict[str, float]:
+        """See :class:`Metric`."""
+        total = float(counts.sum())
+        true, predicted = counts.sum(axis=1).astype(float), counts.sum(axis=0).astype(float)
+        covariance = float(np.trace(counts)) * total - true @ predicted
+        spread = math.sqrt((total**2 - true @ true) * (total**2 - predicted @ predicted))
+        return {"matthews": ratio(covariance, spread)}
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+@METRICS.register("accuracy_f1")
+class AccuracyF1(Metric):
+    """F1 of the last class, and its mean with the accuracy, as papers have it for MRPC and QQP."""
+
+    titles: ClassVar[Mapping[str, str]] = {"f1": "F1", "accuracy_f1": "mean of accuracy and F1"}
+
+    def scores(self, counts: np.ndarray, accuracy: float) -> dict[str, float]:
+        """See :class:`Metric`."""
+        f1 = ratio(2 * counts[-1, -1], counts[-1].sum() + counts[:, -1].sum())
+        return {"f1": f1, "accuracy_f1": (accuracy + f1) / 2}
+
+
+def score(counts: np.ndarray, metric: str) -> dict[str, float]:
+    """Accuracy and the metric's scores, by name; a zero denominator gives 0, as scikit-learn does."""
+    accuracy = ratio(np.trace(counts), counts.sum())
+    return {"accuracy": accuracy, **METRICS[metric]().scores(counts, accuracy)}
+
+
+def title_of(name: str) -> str:
+    """What reports call a score; its name where no metric that is known here has it."""
+    return next((part.titles[name] for _, part in METRICS.items() if name in part.titles), name)
+
+
+def lowest_of(metric: str) -> float:
+    """That a metric can be."""
+    return float(METRICS[metric].lowest) if metric in METRICS else 0.0
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """The quotient, or 0."""
     return float(numerator) / float(denominator) if denominator else 0.0

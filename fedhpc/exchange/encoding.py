@@ -1,25 +1,35 @@
-"""What a device sends of its update: the parameters, their change in 16 bits, or terms of sums."""
+"""What a device sends of its update, and how that lies in the record which crosses the network.
+
+The upload and its size are the encoding's alone: a new encoding is a class that says how many elements its payload has,
+how a payload is made of P^t and P_i, and what the server makes of it.
+"""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from fedhpc.config import Config
-from fedhpc.methods import Method, SummedMethod
+from fedhpc.config import Config, ExchangeConfig, Part
+from fedhpc.errors import ConfigError
+from fedhpc.exchange.messages import FLOAT, UPLOAD_HEADER_FLOATS, RecordType, upload_record
+from fedhpc.methods import Method
 from fedhpc.methods.updates import Vector
+from fedhpc.registry import ENCODINGS
 
 Kept = dict[str, Vector]
 """What a device keeps of its uploads, by name; vectors [n]."""
 
 
-class Encoding(ABC):
-    """From a local update to the payload of its upload, and back."""
+class Encoding(Part, ABC):
+    """From a local update to the payload of its upload, and back. Pure: what a device needs again it is given again."""
 
+    Config: ClassVar[type[ExchangeConfig]] = ExchangeConfig
     dtype: np.dtype = np.dtype(np.float32)
-    """Of the payload's n elements."""
+    """Of the payload's elements."""
     num_sums = 0
     """Vectors that all devices' payloads are added up to on their way; 0: every payload goes to the server."""
     is_plain = False
@@ -27,92 +37,83 @@ class Encoding(ABC):
     keeps = False
     """Whether a device needs what it kept of its last upload."""
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def make(cls, config: Any, method: Method) -> Encoding:
+        """The encoding for a run, from its whole configuration."""
+        return cls(config.exchange)
+
+    @classmethod
+    def approximates(cls, config: Any) -> str | None:
+        """The key and value by which the server gets less than P_i, for messages; None where it gets P_i to the bit."""
+        return f"exchange.encoding: {config.encoding}"
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :meth:`fedhpc.config.Part.check`; only what is sent whole adds up exactly on its way."""
+        if config.exchange.mode == "reduce" and (found := cls.approximates(config.exchange)) is not None:
+            raise ConfigError(f"{found} needs exchange.mode: gather; sums are exact")
+
+    def length(self, size: int) -> int:
+        """Elements of the payload for n exchanged floats."""
+        return size
+
     @abstractmethod
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
     ) -> tuple[np.ndarray, Kept]:
-        """The payload [n] of an update from ``start`` to ``params``, and what the device keeps in place of ``kept``."""
+        """The payload of an update from ``start`` to ``params`` [n], and what the device keeps in place of ``kept``."""
 
     def decode(self, payload: np.ndarray, start: Vector) -> Vector:
         """P_i [n], as far as the server knows."""
         raise NotImplementedError
 
 
-class Parameters(Encoding):
-    """P_i itself."""
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """How uploads lie in their records: a header, the payload, and the gradient where the method asks for it."""
 
-    is_plain = True
+    size: int
+    """n, exchanged floats."""
+    length: int
+    """Elements of the payload."""
+    dtype: np.dtype
+    """Of the payload."""
+    with_gradient: bool
+    """Whether the gradient at P^t follows, n floats."""
 
-    def encode(
-        self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
-    ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`."""
-        return params, {}
+    @classmethod
+    def of(cls, size: int, encoding: Encoding, method: Method) -> Upload:
+        """Of n exchanged floats."""
+        return cls(size=size, length=encoding.length(size), dtype=encoding.dtype, with_gradient=method.uploads_gradient)
 
-    def decode(self, payload: np.ndarray, start: Vector) -> Vector:
-        """See :class:`Encoding`."""
-        return payload
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the header."""
+        return self.length * self.dtype.itemsize + self.with_gradient * self.size * FLOAT.itemsize
 
+    @property
+    def record(self) -> RecordType:
+        """The record that crosses the network, in whole floats."""
+        return upload_record(self._payload_floats + self.with_gradient * self.size)
 
-class NarrowChange(Encoding):
-    """P_i - P^t in 16 bits, with error feedback: what rounding took away is added to the device's next change.
+    def payloads(self, records: np.ndarray) -> np.ndarray:
+        """Payloads [m, length] inside upload records, sharing their memory."""
+        return records[:, UPLOAD_HEADER_FLOATS:].view(self.dtype)[:, : self.length]
 
-    Error Feedback Fixes SignSGD and other Gradient Compression Schemes. Karimireddy, Rebjock, Stich, Jaggi. ICML 2019,
-    algorithm 2.
-    """
+    def gradients(self, records: np.ndarray) -> np.ndarray:
+        """Gradients [m, n] inside upload records, sharing their memory."""
+        first = UPLOAD_HEADER_FLOATS + self._payload_floats
+        return records[:, first : first + self.size]
 
-    dtype = np.dtype(np.int16)
-    """The bits of 16-bit floats; NumPy knows no bfloat16."""
-    keeps = True
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._torch_dtype = dtype
-
-    def encode(
-        self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
-    ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`."""
-        change = params - start + kept.get("residual", np.float32(0))
-        largest = torch.finfo(self._torch_dtype).max
-        payload = torch.from_numpy(change).clamp(-largest, largest).to(self._torch_dtype).view(torch.int16).numpy()
-        return payload, {"residual": change - self._floats(payload)}
-
-    def decode(self, payload: np.ndarray, start: Vector) -> Vector:
-        """See :class:`Encoding`."""
-        return start + self._floats(payload)
-
-    def _floats(self, payload: NDArray[np.int16]) -> Vector:
-        floats: Vector = torch.from_numpy(payload).view(self._torch_dtype).float().numpy()
-        return floats
-
-
-class SumTerms(Encoding):
-    """The device's terms of the sums that a server method needs, with the control variate held by the device."""
-
-    def __init__(self, method: SummedMethod) -> None:
-        self.method = method
-        self.num_sums = 2 if method.needs_total else 1
-        self.keeps = method.has_control
-
-    def encode(
-        self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
-    ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`."""
-        change, control = self.method.change(
-            start.astype(np.float64),
-            params,
-            kept.get("control", np.float32(0)),
-            num_steps=num_steps,
-            learning_rate=learning_rate,
-        )
-        return change.astype(np.float32), {} if control is None else {"control": control}
+    @property
+    def _payload_floats(self) -> int:
+        return -(-self.length * self.dtype.itemsize // FLOAT.itemsize)
 
 
 def make_encoding(config: Config, method: Method) -> Encoding:
-    """The encoding that `exchange.mode` and `exchange.dtype` name."""
-    if config.exchange.mode == "reduce":
-        assert isinstance(method, SummedMethod)  # the configuration refuses the others
-        return SumTerms(method)
-    if config.exchange.dtype == "float32":
-        return Parameters()
-    return NarrowChange(getattr(torch, config.exchange.dtype))
+    """The encoding that a configuration's section `exchange` names."""
+    encoding: Encoding = ENCODINGS[config.exchange.encoding].make(config, method)
+    return encoding

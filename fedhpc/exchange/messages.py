@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedhpc.federation.sampling import PROBES
 from fedhpc.methods.updates import Vector
-from fedhpc.selection.strategies import MAX_LAYERS
+from fedhpc.selection.strategy import MAX_LAYERS
 
 
 class Op(IntEnum):
@@ -137,9 +137,9 @@ FLOAT = np.dtype("<f4")
 UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // FLOAT.itemsize
 
 
-def upload_record(size: int, dtype: np.dtype = FLOAT) -> RecordType:
-    """A device's upload: a header, then its payload of ``size`` elements, filled up to whole words of 4 bytes."""
-    return RecordType(FLOAT, (UPLOAD_HEADER_FLOATS + -(-size * dtype.itemsize // FLOAT.itemsize),))
+def upload_record(size: int) -> RecordType:
+    """A device's upload: a header, then ``size`` floats."""
+    return RecordType(FLOAT, (UPLOAD_HEADER_FLOATS + size,))
 
 
 def upload_headers(records: np.ndarray) -> np.ndarray:
@@ -147,9 +147,9 @@ def upload_headers(records: np.ndarray) -> np.ndarray:
     return records[:, :UPLOAD_HEADER_FLOATS].view(UPLOAD_HEADER)[:, 0]
 
 
-def upload_payloads(records: np.ndarray, size: int, dtype: np.dtype = FLOAT) -> np.ndarray:
-    """Payloads [m, size] inside upload records, sharing their memory."""
-    return records[:, UPLOAD_HEADER_FLOATS:].view(dtype)[:, :size]
+def upload_payloads(records: np.ndarray, size: int) -> np.ndarray:
+    """Floats [m, size] behind the headers of upload records, sharing their memory."""
+    return records[:, UPLOAD_HEADER_FLOATS : UPLOAD_HEADER_FLOATS + size]
 
 
 def score_record(num_layers: int) -> RecordType:

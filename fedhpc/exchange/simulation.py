@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from fedhpc.config import SimulationConfig
-from fedhpc.exchange.encoding import Encoding
+from fedhpc.exchange.encoding import Encoding, Upload
 from fedhpc.exchange.messages import FLOAT
 from fedhpc.methods import Method
 from fedhpc.seeding import generator
@@ -29,7 +29,7 @@ class Load:
     def of(cls, size: int, method: Method, encoding: Encoding) -> "Load":
         """Where so many floats are exchanged."""
         down = FLOAT.itemsize * size * (1 + len(method.sends))
-        return cls(down=down, up=size * method.num_uploaded * encoding.dtype.itemsize)
+        return cls(down=down, up=Upload.of(size, encoding, method).nbytes)
 
 
 def device_seconds(

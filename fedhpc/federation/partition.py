@@ -1,20 +1,22 @@
 """Division of a data set among devices, a function of (seed, labels, settings) alone.
 
-``dirichlet`` follows the released FedPepTAO code: device sizes from Dirichlet(5, ..., 5), class mixes from
-Dirichlet(alpha), examples drawn without replacement. The validation split gets the sizes and class mixes that the
-devices' training parts came out with.
+How the training examples are divided is a partition's own (:mod:`fedhpc.federation.partitions`). The validation split
+gets the sizes and class mixes that the devices' training parts came out with.
 """
 
-import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
+from fedhpc.config import FederationConfig, Part
 from fedhpc.errors import ConfigError
+from fedhpc.registry import PARTITIONS
 from fedhpc.seeding import generator
 
-PARTITIONS = ("dirichlet", "quantity", "iid", "shards")
-_SIZE_CONCENTRATION = 5.0
+SIZE_CONCENTRATION = 5.0
+"""Of the Dirichlet distribution of the devices' sizes."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,38 @@ class Partition:
     validation: list[np.ndarray]
 
 
+class Partitioner(Part, ABC):
+    """One way to divide the training examples; a function of the seed, the labels and its Config.
+
+    Args:
+        config: its Config, the section `federation`.
+        seed: of the run.
+    """
+
+    Config: ClassVar[type[FederationConfig]] = FederationConfig
+    strength: str | None = None
+    """Key that says how skewed the partition is, for reports."""
+    examples_per_device = 1
+    """That a device has at least."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    @abstractmethod
+    def owners(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
+        """The device of every training example, int64 [n], from their classes [n]; no device without one."""
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Randomness for one purpose."""
+        return generator(self.seed, purpose=f"partition/{purpose}")
+
+    def describe_need(self) -> tuple[str, str]:
+        """What too few examples cannot fill, and what would help beside fewer devices, in words."""
+        return f"{self.config.num_devices} devices", ""
+
+
 def make_partition(
-    train_labels: np.ndarray,
-    validation_labels: np.ndarray,
-    *,
-    num_devices: int,
-    kind: str = "dirichlet",
-    alpha: float = 1.0,
-    shards_per_device: int = 2,
-    seed: int,
+    train_labels: np.ndarray, validation_labels: np.ndarray, config: FederationConfig, seed: int
 ) -> Partition:
     """Divide both splits: every example on exactly one device, no device without a training example.
 
@@ -42,31 +67,26 @@ def make_partition(
     Args:
         train_labels: classes [n].
         validation_labels: the same of the other split.
+        config: the section `federation`.
+        seed: of the run.
 
     Raises:
         ConfigError: the examples cannot be divided so.
     """
     train_labels = np.asarray(train_labels, np.int64)
     validation_labels = np.asarray(validation_labels, np.int64)
-    _check(train_labels, num_devices, kind, alpha, shards_per_device)
+    partitioner: Partitioner = PARTITIONS[config.partition](config, seed)
+    _check(train_labels, partitioner)
+    num_devices = config.num_devices
     num_classes = 1 + max(train_labels.max(), validation_labels.max(initial=0))
-    order = generator(seed, purpose="partition/order").permutation(len(train_labels))
-    if kind == "iid":
-        owners = _owners_in_order(order, _even_sizes(len(order), num_devices))
-    elif kind == "quantity":
-        owners = _owners_in_order(order, _dirichlet_sizes(len(order), num_devices, seed))
-    elif kind == "shards":
-        owners = _shard_owners(train_labels, order, num_devices, shards_per_device, seed)
-    else:
-        sizes = _dirichlet_sizes(len(order), num_devices, seed)
-        mixes = generator(seed, purpose="partition/mixes").dirichlet(np.full(num_classes, alpha), num_devices)
-        owners = _owners_by_mix(train_labels, sizes, mixes, generator(seed, purpose="partition/train"))
-    train = _parts(owners, num_devices)
+    train = _parts(partitioner.owners(train_labels, num_classes), num_devices)
+    if empty := [device for device, part in enumerate(train) if not len(part)]:
+        raise ConfigError(f"federation.partition: {config.partition} leaves devices {empty[:5]} without an example")
 
     counts = class_counts(train, train_labels, num_classes)
     sizes = _proportional_sizes(len(validation_labels), counts.sum(axis=1))
-    rng = generator(seed, purpose="partition/validation")
-    return Partition(train, _parts(_owners_by_mix(validation_labels, sizes, counts, rng), num_devices))
+    rng = partitioner.rng("validation")
+    return Partition(train, _parts(owners_by_mix(validation_labels, sizes, counts, rng), num_devices))
 
 
 def class_counts(parts: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -81,32 +101,26 @@ def label_skew(counts: np.ndarray) -> float:
     return float(np.abs(mixes - devices.sum(axis=0) / devices.sum()).sum(axis=1).mean() / 2)
 
 
-def _check(labels: np.ndarray, num_devices: int, kind: str, alpha: float, shards_per_device: int) -> None:
-    if kind not in PARTITIONS:
-        raise ConfigError(f"partition {kind!r} is none of {', '.join(PARTITIONS)}")
-    if num_devices < 1 or (kind == "shards" and shards_per_device < 1):
-        raise ConfigError(f"num_devices {num_devices} and shards_per_device {shards_per_device} must be at least 1")
-    if kind == "dirichlet" and not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"alpha {alpha} must be a finite number above 0")
-    per_device = shards_per_device if kind == "shards" else 1
+def _check(labels: np.ndarray, partitioner: Partitioner) -> None:
+    num_devices, per_device = partitioner.config.num_devices, partitioner.examples_per_device
     if len(labels) < num_devices * per_device:
-        needs = f"{num_devices} devices" + (f" with {per_device} shards each" if kind == "shards" else "")
+        needs, remedy = partitioner.describe_need()
         raise ConfigError(
             f"{len(labels)} training examples cannot fill {needs}; num_devices of at most "
-            f"{len(labels) // per_device} would do" + ("" if kind != "shards" else ", or fewer shards_per_device")
+            f"{len(labels) // per_device} would do{remedy}"
         )
     if len(np.unique(labels)) < 2:
         raise ConfigError("all training examples have the same label: there is nothing to learn")
 
 
-def _even_sizes(total: int, num_devices: int) -> np.ndarray:
+def even_sizes(total: int, num_devices: int) -> np.ndarray:
+    """Sizes that differ by one at most."""
     return total // num_devices + (np.arange(num_devices) < total % num_devices)
 
 
-def _dirichlet_sizes(total: int, num_devices: int, seed: int) -> np.ndarray:
+def dirichlet_sizes(total: int, num_devices: int, rng: np.random.Generator) -> np.ndarray:
     """Sizes from Dirichlet(5, ..., 5), rounded, the remainder on the last device; at least one example each."""
-    rng = generator(seed, purpose="partition/sizes")
-    sizes = np.rint(rng.dirichlet(np.full(num_devices, _SIZE_CONCENTRATION)) * total).astype(np.int64)
+    sizes = np.rint(rng.dirichlet(np.full(num_devices, SIZE_CONCENTRATION)) * total).astype(np.int64)
     sizes[-1] += total - sizes.sum()
     missing = np.maximum(1 - sizes, 0)
     sizes += missing
@@ -121,23 +135,15 @@ def _proportional_sizes(total: int, weights: np.ndarray) -> np.ndarray:
     return np.diff(borders, prepend=0)
 
 
-def _owners_in_order(order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def owners_in_order(order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The first examples of an order on the first device, and so on."""
     owners = np.empty(len(order), np.int64)
     owners[order] = np.repeat(np.arange(len(sizes)), sizes)
     return owners
 
 
-def _shard_owners(
-    labels: np.ndarray, order: np.ndarray, num_devices: int, shards_per_device: int, seed: int
-) -> np.ndarray:
-    """Examples sorted by label, cut into equal shards, so many random shards to each device (McMahan 2017)."""
-    num_shards = num_devices * shards_per_device
-    by_label = order[np.argsort(labels[order], kind="stable")]
-    shards = _owners_in_order(by_label, _even_sizes(len(labels), num_shards))
-    return generator(seed, purpose="partition/shards").permutation(num_shards)[shards] // shards_per_device
-
-
-def _owners_by_mix(labels: np.ndarray, sizes: np.ndarray, mixes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def owners_by_mix(labels: np.ndarray, sizes: np.ndarray, mixes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Devices of these sizes and, as far as there are examples, class mixes [N, C]; examples at random."""
     counts = _draw_counts(np.bincount(labels, minlength=mixes.shape[1]), sizes, mixes.astype(float), rng)
     owners = np.empty(len(labels), np.int64)
     for label in range(mixes.shape[1]):

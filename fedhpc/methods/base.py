@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import ServerConfig
-from fedhpc.methods.updates import BLOCK, RoundUploads, Sums, Vector
+from fedhpc.config import MethodConfig, Part, PositiveFloat, Probability
+from fedhpc.errors import ConfigError
+from fedhpc.methods.updates import BLOCK, Layout, RoundUploads, Sums, Vector
 
 _THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
@@ -82,13 +84,23 @@ class LocalRule:
 UNCHANGED = LocalRule()
 
 
-class Method(ABC):
+class MomentumConfig(MethodConfig):
+    """Of methods with a first moment."""
+
+    learning_rate: PositiveFloat = 1.0
+    """eta_s."""
+    momentum: Probability = 0.9
+    """beta, of the first moment."""
+
+
+class Method(Part, ABC):
     """One way to turn a round's uploads into the next global parameters.
 
     Sums run in a fixed order in float64 and are stored as float32, so that the result does not depend on how many
     ranks took part.
     """
 
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
     sends: tuple[str, ...] = ()
     """Vectors of the state that devices receive with P^t."""
     keeps: tuple[str, ...] = ()
@@ -97,14 +109,43 @@ class Method(ABC):
     """Whether devices upload, beside P_i, the gradient of their whole shard at P^t."""
     has_control = False
     """Whether there is a control variate for each device; of a SummedMethod, `change` renews it."""
-    momentum_builds_up = False
-    """Whether momentum starts at zero and nothing corrects for that."""
+    if_it_diverges = " or device.learning_rate"
+    """Ends the advice to lower server.learning_rate."""
+    layout = Layout({})
+    """Names and shapes of the exchanged tensors in a vector [n]; known once layers are selected."""
 
-    def __init__(self, config: ServerConfig, population: Population) -> None:
+    def __init__(self, config: Any, population: Population) -> None:
         self.config = config
         self.num_devices, self.sample_rate = population.num_devices, population.sample_rate
         self.num_examples = population.num_examples
-        self.learning_rate, self.momentum = config.learning_rate or 1.0, config.momentum or 0.0
+
+    @classmethod
+    def make(cls, config: MethodConfig, population: Population) -> "Method":
+        """The method for a run, from its Config."""
+        return cls(config, population)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :meth:`fedhpc.config.Part.check`; a method that needs each upload by itself cannot have sums alone."""
+        if config.exchange.mode == "reduce" and not cls.works_with_sums(config.server):
+            raise ConfigError(
+                f"server.method: {cls.label(config.server)} needs each upload by itself; it needs exchange.mode: gather"
+            )
+
+    @classmethod
+    def works_with_sums(cls, config: Any) -> bool:
+        """Whether it needs no more of the uploads than a :class:`SummedMethod` (`exchange.mode: reduce`)."""
+        return issubclass(cls, SummedMethod)
+
+    @classmethod
+    def label(cls, config: Any) -> str:
+        """What the method is called in messages and reports."""
+        return str(config.method)
+
+    def server_learning_rate(self, state: ServerState) -> float | None:
+        """eta_s of the round that led to a state; None where the method has none."""
+        rate: float | None = getattr(self.config, "learning_rate", None)
+        return rate
 
     @property
     def num_uploaded(self) -> int:
@@ -114,7 +155,7 @@ class Method(ABC):
     @property
     def usual_growth(self) -> float:
         """How many times as long as round 0's the server's updates may become although the devices' stay alike."""
-        return 1 / (1 - self.momentum) if self.momentum_builds_up else 1.0
+        return 1.0
 
     def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
         """How a device steps, from what it was sent and what it has kept."""
@@ -222,6 +263,11 @@ class SummedMethod(Method):
             change *= uploads.weights[i]
             sums.mean[:] += change
         return sums, control
+
+
+def built_up(momentum: float) -> float:
+    """How many times as long as its first step momentum makes one, where it starts at zero and is not corrected."""
+    return 1 / (1 - momentum)
 
 
 def weighted_mean(uploads: RoundUploads) -> NDArray[np.float64]:

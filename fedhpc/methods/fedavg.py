@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from fedhpc.methods.base import ServerState, SummedMethod, f32
 from fedhpc.methods.updates import RoundUploads, Sums, Vector
+from fedhpc.registry import METHODS
 
 
+@METHODS.register("fedavg")
 class FedAvg(SummedMethod):
     """P^{t+1} = sum_i w_i P_i."""
 

@@ -5,18 +5,27 @@ https://arxiv.org/abs/1909.06335, section 4.3. With Adam on the devices it is th
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from fedhpc.methods.base import ServerState, f32
+from fedhpc.errors import ConfigError
+from fedhpc.methods.base import MomentumConfig, ServerState, built_up, f32
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.updates import RoundUploads, Sums, Vector
+from fedhpc.registry import METHODS
 
 
+@METHODS.register("fedavgm")
 class FedAvgM(FedAvg):
     """v = beta v + (P^t - Pbar); P^{t+1} = P^t - eta_s v."""
 
-    momentum_builds_up = True
+    Config = MomentumConfig
+
+    @property
+    def usual_growth(self) -> float:
+        """See :class:`Method`."""
+        return built_up(self.config.momentum)
 
     def init(self, params: Vector) -> ServerState:
         """Momentum v starts at zero."""
@@ -25,5 +34,19 @@ class FedAvgM(FedAvg):
     def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
         """A step along the momentum."""
         params = state.params.astype(np.float64)
-        momentum = self.momentum * state.vectors["momentum"].astype(np.float64) + (params - sums.mean)
-        return replace(state, params=f32(params - self.learning_rate * momentum), vectors={"momentum": f32(momentum)})
+        momentum = self.config.momentum * state.vectors["momentum"].astype(np.float64) + (params - sums.mean)
+        return replace(
+            state, params=f32(params - self.config.learning_rate * momentum), vectors={"momentum": f32(momentum)}
+        )
+
+
+@METHODS.register("moms_adamd")
+class MomSAdamD(FedAvgM):
+    """FedAvgM with Adam on the devices: server momentum, device Adam."""
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :class:`Method`."""
+        super().check(config)
+        if config.device.optimizer != "adamw":
+            raise ConfigError("server.method: moms_adamd is Adam on the devices; it needs device.optimizer: adamw")

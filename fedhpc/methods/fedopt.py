@@ -10,9 +10,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.methods.base import ServerState, f32
+from fedhpc.config import PositiveFloat, Probability
+from fedhpc.methods.base import MomentumConfig, ServerState, built_up, f32
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.updates import RoundUploads, Sums, Vector
+from fedhpc.registry import METHODS
 
 Array = NDArray[np.float64]
 
@@ -20,7 +22,20 @@ Array = NDArray[np.float64]
 class FedOpt(FedAvg):
     """m = beta1 m + (1 - beta1) Delta; v by the subclass; P^{t+1} = P^t + eta_s m / (sqrt(v) + tau)."""
 
-    momentum_builds_up = True
+    class Config(MomentumConfig):
+        """Keys."""
+
+        learning_rate: PositiveFloat = 0.01
+        """eta_s."""
+        second_momentum: Probability = 0.99
+        """beta_2, of the second moment."""
+        tau: PositiveFloat = 1e-3
+        """Added to the root of the second moment."""
+
+    @property
+    def usual_growth(self) -> float:
+        """See :class:`Method`."""
+        return built_up(self.config.momentum)
 
     @abstractmethod
     def second_moment(self, v: Array, squared: Array) -> Array:
@@ -36,12 +51,14 @@ class FedOpt(FedAvg):
         params = state.params.astype(np.float64)
         m, v = (state.vectors[name].astype(np.float64) for name in ("momentum", "second_moment"))
         delta = sums.mean - params
-        m = self.momentum * m + (1 - self.momentum) * delta
+        beta = self.config.momentum
+        m = beta * m + (1 - beta) * delta
         v = self.second_moment(v, delta**2)
-        step = self.learning_rate * m / (np.sqrt(v) + self.config.tau)
+        step = self.config.learning_rate * m / (np.sqrt(v) + self.config.tau)
         return replace(state, params=f32(params + step), vectors={"momentum": f32(m), "second_moment": f32(v)})
 
 
+@METHODS.register("fedadam")
 class FedAdam(FedOpt):
     """v = beta2 v + (1 - beta2) Delta^2."""
 
@@ -51,6 +68,7 @@ class FedAdam(FedOpt):
         return beta * v + (1 - beta) * squared
 
 
+@METHODS.register("fedyogi")
 class FedYogi(FedOpt):
     """v = v - (1 - beta2) Delta^2 sign(v - Delta^2)."""
 

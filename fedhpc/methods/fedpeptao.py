@@ -5,17 +5,32 @@ Zhou, Ren, Zhou, Sheng, Dai, Dou. EMNLP 2023. https://arxiv.org/abs/2310.15080. 
 github.com/llm-eff/FedPepTAO.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
-from fedhpc.config import ServerConfig
+from fedhpc.config import MethodConfig, PositiveFloat, Probability
+from fedhpc.errors import ConfigError
 from fedhpc.methods.base import Method, Population, ServerState, SummedMethod, f32, weighted_mean
 from fedhpc.methods.updates import RoundUploads, Sums, Vector
+from fedhpc.registry import METHODS
 
 SERVER_LEARNING_RATE_DECAY = 0.99
 SERVER_LEARNING_RATE_FLOOR = 1e-4
+PAPER = ("paper", "released")
+"""Variants whose control variates carry 1 / (K eta)."""
+PAPER_LEARNING_RATE = 1e-2
+"""Device learning rate below which they are warned about."""
+RELEASED_STEPS = "server.variant released, its steps"
+"""In the identity of runs since that variant has been what the published code computes; before, it was `paper`."""
+OLD_RELEASED = (
+    "was written when server.variant: released computed what server.variant: paper computes now; choose another run_dir"
+)
+"""Said of a checkpoint."""
 
 
 class DriftCorrected(SummedMethod):
@@ -30,7 +45,7 @@ class DriftCorrected(SummedMethod):
     With `server.control_variates: false` all c are zero.
     """
 
-    def __init__(self, config: ServerConfig, population: Population) -> None:
+    def __init__(self, config: Any, population: Population) -> None:
         super().__init__(config, population)
         self.needs_total = self.has_control = config.control_variates
 
@@ -58,13 +73,13 @@ class DriftCorrected(SummedMethod):
 
     def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
         """Momentum, the step along it, and the global control variate."""
-        beta, eta = self.momentum, uploads.device_learning_rate
+        beta, eta = self.config.momentum, uploads.device_learning_rate
         c = state.vectors["control_global"].astype(np.float64) if self.has_control else np.float64(0)
         # 2: sum_i w_i d~_i = sum_i w_i (d_i - c_i) + c
         momentum = beta * state.vectors["momentum"].astype(np.float64) + (1 - beta) * (sums.mean + c)  # 3
         unbiased = momentum / (1 - beta ** (state.round + 1))  # 3
         mean_steps = float(uploads.weights @ uploads.num_steps)
-        step = self.learning_rate * mean_steps * eta
+        step = self.config.learning_rate * mean_steps * eta
         vectors = {"momentum": f32(momentum)}
         if sums.total is not None:
             vectors["control_global"] = f32(c + sums.total / self.num_devices)  # 5
@@ -94,8 +109,17 @@ class Paper(Method):
             round=0,
             params=params,
             vectors={name: np.zeros_like(params) for name in ("momentum", "previous_delta", "control_global")},
-            scalars={"server_learning_rate": self.learning_rate},
+            scalars={"server_learning_rate": self.config.learning_rate},
         )
+
+    @property
+    def if_it_diverges(self) -> str:  # type: ignore[override]
+        """See :class:`Method`."""
+        return f"; variant {self.config.variant} wants device.learning_rate near 0.04"
+
+    def server_learning_rate(self, state: ServerState) -> float | None:
+        """See :class:`Method`."""
+        return state.scalars["server_learning_rate"]
 
     def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round; the numbers are those of the class's steps."""
@@ -109,10 +133,10 @@ class Paper(Method):
         if state.round > 0:  # 3
             server_learning_rate = max(SERVER_LEARNING_RATE_DECAY * server_learning_rate, SERVER_LEARNING_RATE_FLOOR)
             gradient = state.vectors["previous_delta"] - delta
-            v = momentum.astype(np.float64)
+            v, beta = momentum.astype(np.float64), self.config.momentum
             mean_v, moved, mean_moved = (np.zeros_like(params) for _ in range(3))
             for weight, device in zip(uploads.weights, uploads.device_ids, strict=True):
-                v = self.momentum * v + (1 - self.momentum) * gradient + c - control[int(device)]
+                v = beta * v + (1 - beta) * gradient + c - control[int(device)]
                 mean_v += weight * v
                 moved = moved + v if self.steps_pile_up else v
                 mean_moved += weight * moved
@@ -154,3 +178,95 @@ class Released(Paper):
     """
 
     steps_pile_up = True
+
+
+@METHODS.register("fedpeptao")
+class FedPepTAO(Method):
+    """The variants, by `server.variant`."""
+
+    VARIANTS: ClassVar[dict[str, type[Method]]] = {
+        "drift_corrected": DriftCorrected,
+        "paper": Paper,
+        "released": Released,
+    }
+
+    class Config(MethodConfig):
+        """Keys."""
+
+        variant: Literal["drift_corrected", "paper", "released"] = "drift_corrected"
+        """`paper` is the server step as the paper describes it: its control variates carry 1/(K eta), so it diverges at
+        device.learning_rate 5e-3 and learns at the published 4e-2. `released` is the arithmetic that the published code
+        performs, whose steps are several times as long."""
+        learning_rate: PositiveFloat = 1.5
+        """eta_s; 0.05 by default in the other variants."""
+        momentum: Probability = 0.5
+        """beta, of the first moment; 0.9 by default in the other variants."""
+        control_variates: bool = True
+        """False leaves the control variates of `drift_corrected` out."""
+
+        @model_validator(mode="before")
+        @classmethod
+        def _defaults_of_variant(cls, values: Any) -> Any:
+            if not isinstance(values, dict) or values.get("variant") not in PAPER:
+                return values
+            given = {key: value for key, value in values.items() if value is not None}
+            return {"learning_rate": 0.05, "momentum": 0.9, **given}
+
+    @classmethod
+    def make(cls, config: Any, population: Population) -> Method:
+        """See :class:`Method`."""
+        return cls.VARIANTS[config.variant](config, population)
+
+    @classmethod
+    def works_with_sums(cls, config: Any) -> bool:
+        """See :class:`Method`."""
+        return issubclass(cls.VARIANTS[config.variant], SummedMethod)
+
+    @classmethod
+    def label(cls, config: Any) -> str:
+        """The variant."""
+        return str(config.variant)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :class:`Method`."""
+        if config.server.variant in PAPER and not config.server.control_variates:
+            raise ConfigError("server.control_variates: false needs server.variant: drift_corrected")
+        super().check(config)
+
+    @classmethod
+    def notices(cls, config: Any) -> Iterator[str]:
+        """See :class:`fedhpc.config.Part`."""
+        if config.server.variant in PAPER and config.device.learning_rate < PAPER_LEARNING_RATE:
+            yield (
+                f"server.variant: {config.server.variant} is known to diverge at small device.learning_rate (found "
+                f"{config.device.learning_rate}); the published one is 0.04"
+            )
+
+    @classmethod
+    def identity(cls, config: Any) -> dict[str, Any]:
+        """Tells runs of `released` from those of when it computed what `paper` computes."""
+        return {RELEASED_STEPS: "pile up"} if config.server.variant == "released" else {}
+
+    def init(self, params: Vector) -> ServerState:
+        """Of a variant."""
+        raise NotImplementedError
+
+    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
+        """Of a variant."""
+        raise NotImplementedError
+
+
+def may_be_old_released(config: Mapping[str, Any]) -> bool:
+    """Whether a run's configuration, dotted, leaves open which of both it computed."""
+    return config.get("server.variant") == "released"
+
+
+def as_called_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a run's configuration that would be called otherwise today, from its identity."""
+    return {"server.variant": "paper"} if is_old_released(saved) else {}
+
+
+def is_old_released(saved: Mapping[str, Any]) -> bool:
+    """Whether a run, by its identity, was made when `server.variant: released` computed what `paper` computes now."""
+    return saved.get("server.variant") == "released" and RELEASED_STEPS not in saved

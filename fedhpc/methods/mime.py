@@ -6,19 +6,43 @@ correction of each gradient.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from fedhpc.methods.base import LocalRule, Method, ServerState, f32, weighted_mean
+from fedhpc.config import MethodConfig, Probability
+from fedhpc.errors import ConfigError
+from fedhpc.methods.base import LocalRule, Method, ServerState, built_up, f32, weighted_mean
 from fedhpc.methods.updates import RoundUploads, Vector
+from fedhpc.registry import METHODS
 
 
+@METHODS.register("mime")
 class Mime(Method):
     """Local steps along (1 - beta) g + beta m; P^{t+1} = sum_i w_i P_i; m = (1 - beta) sum_i w_i g_i(P^t) + beta m."""
 
+    class Config(MethodConfig):
+        """Keys."""
+
+        momentum: Probability = 0.9
+        """beta."""
+
     sends = ("momentum",)
     uploads_gradient = True
-    momentum_builds_up = True
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :class:`Method`."""
+        if config.device.optimizer != "sgd":
+            raise ConfigError("server.method: mime lends devices its momentum for SGD; it needs device.optimizer: sgd")
+        if (found := config.parts["exchange"].approximates(config.exchange)) is not None:
+            raise ConfigError(f"{found} sends changes; server.method: mime needs float32")
+        super().check(config)
+
+    @property
+    def usual_growth(self) -> float:
+        """See :class:`Method`."""
+        return built_up(self.config.momentum)
 
     def init(self, params: Vector) -> ServerState:
         """Momentum m starts at zero."""
@@ -26,7 +50,8 @@ class Mime(Method):
 
     def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
         """(1 - beta) g + beta m."""
-        return LocalRule(gradient_scale=1 - self.momentum, gradient_shift=np.float32(self.momentum) * sent["momentum"])
+        beta = self.config.momentum
+        return LocalRule(gradient_scale=1 - beta, gradient_shift=np.float32(beta) * sent["momentum"])
 
     def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """See the class; sums in the order of device ids."""
@@ -34,7 +59,8 @@ class Mime(Method):
         gradient = np.zeros(state.params.size)
         for weight, own in zip(uploads.weights, uploads.gradients, strict=True):
             gradient += weight * own
-        momentum = (1 - self.momentum) * gradient + self.momentum * state.vectors["momentum"].astype(np.float64)
+        beta = self.config.momentum
+        momentum = (1 - beta) * gradient + beta * state.vectors["momentum"].astype(np.float64)
         return ServerState(
             round=state.round + 1, params=f32(weighted_mean(uploads)), vectors={"momentum": f32(momentum)}
         )

@@ -13,12 +13,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedhpc.config import MethodConfig, PositiveFloat
 from fedhpc.methods.base import LocalRule, Method, ServerState, f32
 from fedhpc.methods.updates import RoundUploads, Vector
+from fedhpc.registry import METHODS
 
 
+@METHODS.register("scaffold")
 class Scaffold(Method):
     """P^{t+1} = P^t + eta_s sum_i w_i (P_i - P^t); c = c + sum_i n_i / n (c_i^+ - c_i)."""
+
+    class Config(MethodConfig):
+        """Keys."""
+
+        learning_rate: PositiveFloat = 1.0
+        """eta_s."""
 
     sends = ("control_global",)
     keeps = ("control",)
@@ -58,6 +67,6 @@ class Scaffold(Method):
         share = uploads.num_examples.sum() / self.num_examples
         return ServerState(
             round=state.round + 1,
-            params=f32(params + self.learning_rate * change),
+            params=f32(params + self.config.learning_rate * change),
             vectors={"control_global": f32(c + share * control_change)},
         )

@@ -17,20 +17,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data.prepared import Batch, Description
-from fedhpc.errors import ModelError, UserError
+from fedhpc.errors import ModelError
 from fedhpc.model import attention
 from fedhpc.model.answers import Answers
 from fedhpc.model.last_layer import LastLayer
+from fedhpc.model.numbers import LOSS_SCALE, NOT_TAKEN, at_least_float32, mean_over_text, no_surprise
 from fedhpc.model.overlay import Hooks, Overlay, SoftTokens, with_tokens
 from fedhpc.model.pretrained import (
     LINEAR_HEAD,
     POSITIONS_COUNT_TOKENS,
     BackboneShape,
-    first_line,
     load_frozen,
     shape_of,
 )
 from fedhpc.model.word_head import WordHead
+from fedhpc.registry import TUNINGS
 
 attention.register()
 
@@ -39,10 +40,6 @@ PROBE_TOKENS = 8
 ROUNDING = 3e-5
 """Relative difference of two float32 results of the same sums in another order, after tens of layers."""
 OTHER_WORDS = f"choose words of one token each in a task file, or {LINEAR_HEAD}"
-NOT_TAKEN = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-"""What a model raises that does not take what it is given."""
-LOSS_SCALE = 2.0**12
-"""A power of two rounds nothing. Gradients of one example in a batch begin near 1e-3, and float16 ends at 6e-8."""
 
 
 class Backbone(nn.Module):
@@ -276,7 +273,9 @@ class Backbone(nn.Module):
                     f"several tokens; {OTHER_WORDS}"
                 )
         if config.attention == "sdpa":
-            self._narrow_last_layer(shape_of(config.name, self.base.config), with_prompts=tuning.kind == "prompt")
+            self._narrow_last_layer(
+                shape_of(config.name, self.base.config), with_prompts=TUNINGS[tuning.kind].prompts_in_layers
+            )
 
     def _branches_are_right(self, text: Batch) -> bool:
         """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""
@@ -350,26 +349,3 @@ class LayerModes:
 
     def __exit__(self, *_: object) -> None:
         self.set(True)
-
-
-def mean_over_text(hidden: Tensor, in_text: Tensor) -> Tensor:
-    """The mean [b, H] of hidden states [b, s, H] where the mask [b, s, 1] is set."""
-    hidden = at_least_float32(hidden)  # float16 ends at 65504
-    mask = in_text.to(hidden)
-    return (hidden * mask).sum(1) / mask.sum(1)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """16-bit numbers as float32, others as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@contextmanager
-def no_surprise(refusal: str, advice: str = "") -> Iterator[None]:
-    """ModelError in place of what a model raises that is not made as others are."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (*NOT_TAKEN, KeyError) as error:
-        raise ModelError(f"{refusal}: {first_line(error)}{advice}") from None

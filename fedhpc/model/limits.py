@@ -7,6 +7,7 @@ from fedhpc.config import Config
 from fedhpc.data.prepared import Description
 from fedhpc.errors import ConfigError
 from fedhpc.model.pretrained import BackboneShape
+from fedhpc.registry import TUNINGS
 
 
 class _Bound(NamedTuple):
@@ -55,12 +56,12 @@ def _bounds(config: Config, data: Description, shape: BackboneShape) -> Iterator
     fewer = ["use a smaller tuning.num_tokens"]
     if shape.max_positions:
         before = tuning.tokens_before_text
-        remedies = [*fewer, *["set tuning.position_offset: false"] * (tuning.kind == "prompt")] if before else []
+        remedies = [*fewer, *tuning.fewer_positions] if before else []
         yield _Bound(shape.max_positions, f"has {shape.max_positions} positions", before, remedies)
     # Masks of these do not know the window, so all of a text has to be within it.
     whole = {
         f"model.attention: {attention}": attention != "sdpa",
-        "tuning.kind: late_prompt": tuning.kind == "late_prompt",
+        f"tuning.kind: {tuning.kind}": not TUNINGS[tuning.kind].masks_know_window,
         "class words of several tokens": _behind(data) > 0,
     }
     reason = next((name for name, applies in whole.items() if applies), None)

@@ -3,12 +3,13 @@
 Shapes: N devices, b examples, s positions, L layers, T soft tokens or prompt tokens, D key width, H hidden size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from fedhpc.job.deferred import Tensor, nn, torch
 
 Edit = Callable[[int, Tensor, Tensor], Tensor]
 """A module's output from its layer's index, its input and what it put out by itself."""

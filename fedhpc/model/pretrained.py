@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig
 from fedhpc.data.tokenizer_files import tokenizer_advice
-from fedhpc.errors import ModelError
+from fedhpc.errors import ModelError, first_line
 from fedhpc.model.weight_files import mapped_weights
 
 POSITIONS_COUNT_TOKENS = (
@@ -242,11 +242,6 @@ def load_pretrained(
             f"model.name: {name} cannot be loaded ({where}; otherwise it must be a hub id that is cached or "
             f"reachable): {advice(name) or first_line(error)}"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in short."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

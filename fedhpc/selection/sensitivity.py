@@ -4,20 +4,46 @@ FibecFed, https://arxiv.org/abs/2410.00131: layers that an adversarial perturbat
 are exchanged.
 """
 
-import numpy as np
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from fedhpc.data.prepared import Batch
-from fedhpc.model.backbone import Backbone
-from fedhpc.tuning import Tuning
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedhpc.job.deferred import Tensor, torch
+from fedhpc.registry import STRATEGIES
+from fedhpc.selection.score import ScoredConfig
+from fedhpc.selection.strategy import Strategy
 from fedhpc.tuning.base import as_parameters
+
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.tuning import Tuning
 
 PERTURBATION = 0.01
 """Its Frobenius norm, as a share of that of the batch's embeddings."""
 
 
-def layer_sensitivity(backbone: Backbone, tuning: Tuning, tensors: dict[str, np.ndarray], batch: Batch) -> np.ndarray:
+@STRATEGIES.register("sensitivity")
+class Sensitivity(Strategy):
+    """The layers that react most to a perturbation of the text."""
+
+    Config = ScoredConfig
+    scored = True
+    with_gradients = True
+
+    def score_layers(
+        self, backbone: Backbone, tuning: Tuning, tensors: Mapping[str, np.ndarray], batch: Batch
+    ) -> np.ndarray:
+        """See :class:`Strategy`."""
+        return layer_sensitivity(backbone, tuning, tensors, batch)
+
+
+def layer_sensitivity(
+    backbone: Backbone, tuning: Tuning, tensors: Mapping[str, np.ndarray], batch: Batch
+) -> np.ndarray:
     """Of each layer |moved output - output| / |output|, Frobenius norms over the texts of one batch; [L].
 
     Padding counts nowhere: what a layer puts out there belongs to no text.

@@ -15,16 +15,14 @@ from fedhpc.checkpoint.identity import (
     MODEL,
     OLD_DATA,
     OLD_MODEL,
-    OLD_RELEASED,
     data_identity,
     default_settings,
     differences,
-    is_old_released,
     model_identity,
 )
 from fedhpc.checkpoint.state_file import RunState
 from fedhpc.checkpoint.store import Checkpoints
-from fedhpc.config import RELEASED_STEPS, Config
+from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
 from fedhpc.data.tokens import check_known
 from fedhpc.errors import CheckpointError, ConfigError, DataError
@@ -32,11 +30,13 @@ from fedhpc.federation.partition import Partition, make_partition
 from fedhpc.federation.sampling import count_packs
 from fedhpc.files import check_folder, names_in
 from fedhpc.job.log import log
+from fedhpc.methods.fedpeptao import OLD_RELEASED, RELEASED_STEPS, is_old_released
 from fedhpc.model.backbone import OTHER_WORDS
 from fedhpc.model.limits import check_lengths
 from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.model.weight_files import model_sha256, weights_sha256
-from fedhpc.selection.strategies import check_selection
+from fedhpc.registry import METRICS, STRATEGIES
+from fedhpc.selection import make_strategy
 from fedhpc.server.notices import notices
 from fedhpc.tuning import Tuning, make_tuning
 
@@ -99,8 +99,13 @@ def load_job(config: Config) -> Job:
     _check_data(config, data)
     _check_attention(config, data)
     shape = read_shape(config.model.name)
-    check_selection(config.selection, shape.num_layers)
+    make_strategy(config.selection).check_layers(shape.num_layers)
     check_lengths(config, data.description, shape)
+    if data.description.metric not in METRICS:
+        raise ConfigError(
+            f"data.path: {config.data.path} was prepared for the metric {data.description.metric}, which no plug-in "
+            f"has registered here; name its module under plugins:, or prepare for one of {', '.join(METRICS)}"
+        )
     tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
     return Job(config=config, data=data, shape=shape, tuning=tuning, partition=_partition(config, data))
 
@@ -168,7 +173,8 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
 def job_notices(job: Job) -> list[str]:
     """What the user should know about configuration and data although it is no error."""
     found, strategy = notices(job.config), job.config.selection.strategy
-    if strategy in ("score", "lowest_score") and max(map(len, job.partition.train)) < 2:
+    compares = STRATEGIES[strategy].scored and not STRATEGIES[strategy].with_gradients
+    if compares and max(map(len, job.partition.train)) < 2:
         found.append(
             f"selection.strategy: {strategy} compares the examples of a device, and with federation.num_devices: "
             f"{job.config.federation.num_devices} none has two: all layers score alike; take fewer devices or another "
@@ -253,11 +259,8 @@ def _partition(config: Config, data: PreparedData) -> Partition:
         return make_partition(
             np.asarray(data.split("train").labels),
             np.asarray(data.split("validation").labels),
-            num_devices=federation.num_devices,
-            kind=federation.partition,
-            alpha=federation.alpha,
-            shards_per_device=federation.shards_per_device,
-            seed=config.seed,
+            federation,
+            config.seed,
         )
     except ConfigError as error:
         raise ConfigError(f"federation: {config.data.path} cannot be divided: {error}") from None
@@ -286,5 +289,3 @@ def _check_attention(config: Config, data: PreparedData) -> None:
             f"model.attention: {attention} cannot score class words of several tokens; use model.attention: sdpa, or "
             f"{OTHER_WORDS}"
         )
-    if config.tuning.kind == "late_prompt":
-        raise ConfigError(f"model.attention: {attention} takes no tuning.kind: late_prompt; use model.attention: sdpa")

@@ -17,7 +17,7 @@ from fedhpc.checkpoint.trace import write_trace
 from fedhpc.errors import Halt, RanksLost
 from fedhpc.evaluate.metrics import score
 from fedhpc.exchange import Exchange, messages
-from fedhpc.exchange.encoding import make_encoding
+from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
@@ -27,18 +27,12 @@ from fedhpc.federation.sampling import Placement, population, sample_devices
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import Progress, RunFiles, human_bytes, log
+from fedhpc.job.tracker import Trackers
 from fedhpc.methods import ServerState, make_method
 from fedhpc.methods.updates import RoundUploads, Sums, distance
-from fedhpc.selection.strategies import (
-    SCORED,
-    choose_layers,
-    describe_ratio,
-    describe_spread,
-    describe_tie,
-    global_ratio,
-    global_scores,
-    undecided_layers,
-)
+from fedhpc.selection import make_strategy
+from fedhpc.selection.ratio import describe_ratio, describe_spread, global_ratio
+from fedhpc.selection.strategy import global_scores
 from fedhpc.server.job import Job
 from fedhpc.server.saving import CheckpointWriter
 from fedhpc.server.soundness import check_finite, sift, warn_of_growth
@@ -62,6 +56,8 @@ class Server:
         self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
         self.method = make_method(job.config.server, population(job.config, job.partition))
         self.encoding = make_encoding(job.config, self.method)
+        self.strategy = make_strategy(job.config.selection)
+        self.trackers = Trackers(job.config)
         self.state: RunState | None = None
         """The run between two steps of the main loop; what a stop saves."""
         self.in_round = False
@@ -89,6 +85,8 @@ class Server:
         except BaseException:
             self.saving.give_up_waiting()
             raise
+        finally:
+            self.trackers.end()
         digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
         log.info(
             "done after round %d; results in %s; final prompts sha256 %s",
@@ -106,6 +104,7 @@ class Server:
         first = state.server.round - unfinished
         earlier = [record for record in recorded if record["round"] < first]
         progress = Progress(earlier, first, rounds)
+        self.trackers.begin(self.config, self.files.run_dir, earlier)
         if unfinished:
             state = self.finish_round(state, progress)
         while (t := state.server.round) < rounds:
@@ -163,6 +162,7 @@ class Server:
         if (simulated := round_seconds(config.simulation, config.seed, record)) is not None:
             seconds["simulated"] = simulated
         self.files.append_metrics(record)
+        self.trackers.record(record)
         progress.update(record)
         return state
 
@@ -194,7 +194,7 @@ class Server:
     def initial_state(self) -> RunState:
         """Before round 0: layers scored and selected, prompts drawn, every worker told."""
         selection = self.config.selection
-        scores = self.score_layers() if selection.strategy in SCORED else None
+        scores = self.score_layers() if self.strategy.scored else None
         ratio = 1.0 if selection.ratio == "auto" else selection.ratio
         layers = tuple(range(self.num_layers)) if selection.is_automatic else self._choose(ratio, scores)
         params, local = self.tuning.split(self.tuning.initial(self.config.seed), layers)
@@ -267,18 +267,17 @@ class Server:
         payload = np.concatenate([start, *sent]) if sent else start
         command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=payload)
         summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
-        size = 0 if encoding.num_sums else start.size * self.method.num_uploaded
+        upload = Upload.of(start.size, encoding, self.method)
+        record_type = messages.upload_record(0) if encoding.num_sums else upload.record
         self.saving.control.prefetch(devices, state.layers)
         self.state = state
         if self.exchange.stop:
             raise Halt
         self.in_round, self.has_trained = True, True
-        records = self.exchange.request(
-            command, messages.upload_record(size, encoding.dtype), counts, summed=summed if encoding.num_sums else None
-        )
+        records = self.exchange.request(command, record_type, counts, summed=summed if encoding.num_sums else None)
         self.in_round = False
         traffic = self.exchange.traffic
-        headers, payloads = messages.upload_headers(records), messages.upload_payloads(records, size, encoding.dtype)
+        headers = messages.upload_headers(records)
         busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
         local = max(traffic.seconds["local"], *busy)
         for header in headers:
@@ -291,8 +290,8 @@ class Server:
             device_ids=headers["device"],
             num_examples=headers["num_examples"],
             num_steps=headers["num_steps"],
-            params=[] if encoding.num_sums else [encoding.decode(payloads[row][: start.size], start) for row in order],
-            gradients=[payloads[row][start.size :] for row in order] if self.method.uploads_gradient else (),
+            params=[] if encoding.num_sums else [encoding.decode(upload.payloads(records)[i], start) for i in order],
+            gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
             device_learning_rate=this.learning_rate,
             sums=self._sums(headers) if encoding.num_sums else None,
         )
@@ -337,14 +336,14 @@ class Server:
         norm = distance(server.params, state.server.params)
         check_finite(norm, record["round"])
         norms = (*state.update_norms, norm)
-        warn_of_growth(self.config, norms, self.method.usual_growth)
+        warn_of_growth(norms, self.method)
         record["update_norm"] = norm
         record["server_learning_rate"] = self._server_learning_rate(server)
         record["seconds"]["server"] = time.perf_counter() - start
         return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
 
     def _server_learning_rate(self, server: ServerState) -> float | None:
-        return server.scalars.get("server_learning_rate", self.config.server.learning_rate)
+        return self.method.server_learning_rate(server)
 
     def narrow(self, state: RunState) -> RunState:
         """End of the warm-up: the lossless ratio decides how many layers stay in the exchange."""
@@ -393,12 +392,12 @@ class Server:
         }
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
-        selection, num_layers = self.config.selection, self.num_layers
+        num_layers = self.num_layers
         if scores is not None:
-            alike = undecided_layers(selection, ratio=ratio, num_layers=num_layers, scores=scores)
+            alike = self.strategy.undecided_layers(ratio=ratio, num_layers=num_layers, scores=scores)
             if alike:
-                log.warning("%s", describe_tie(selection, alike, scores))
-        return choose_layers(selection, ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
+                log.warning("%s", self.strategy.describe_tie(alike, scores))
+        return self.strategy.choose(ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
 
     def _log_start(self, state: RunState, *, resumed: bool) -> None:
         done, rounds = state.server.round, self.config.federation.rounds
@@ -425,6 +424,7 @@ class Server:
         return [int(count) for count in counts]
 
     def _announce_layers(self, state: RunState) -> None:
+        self.method.layout = self.tuning.exchanged(state.layers)
         self._command(Command(op=Op.SELECT, layers=state.layers, payload=state.unseen_local))
 
     def _command(self, command: Command) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from fedhpc.config import Config
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.log import log
+from fedhpc.methods import Method
 from fedhpc.methods.updates import Fault, Vector, longest_change
 
 ADVICE = "Try a smaller device.learning_rate or server.learning_rate, in another run_dir"
@@ -70,23 +71,21 @@ def check_finite(update_norm: float, round_index: int) -> None:
         )
 
 
-def warn_of_growth(config: Config, norms: Sequence[float], usual_growth: float) -> None:
+def warn_of_growth(norms: Sequence[float], method: Method) -> None:
     """Say once that the updates grow without bound.
 
     Args:
         norms: of the updates of all rounds.
-        usual_growth: of the update norm over that of round 0, by the method's momentum.
+        method: knows how long they may become by its momentum.
     """
-    above = [norm > GROWTH_FACTOR * usual_growth * norms[0] for norm in norms]
+    above = [norm > GROWTH_FACTOR * method.usual_growth * norms[0] for norm in norms]
     grown = [all(above[t : t + GROWTH_ROUNDS]) for t in range(len(norms) - GROWTH_ROUNDS + 1)]
     if not grown or not grown[-1] or any(grown[:-1]):
         return
-    variant = config.server.variant
-    advice = f"; variant {variant} wants device.learning_rate near 0.04"
     log.warning(
         "the update norm grows without bound: %.3g now, %.3g in round 0; the run is likely to diverge. Lower "
         "server.learning_rate%s",
         norms[-1],
         norms[0],
-        advice if variant in ("paper", "released") else " or device.learning_rate",
+        method.if_it_diverges,
     )

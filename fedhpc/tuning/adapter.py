@@ -7,16 +7,19 @@ stay frozen here.
 Shapes: b examples, s positions, L layers, H hidden size, m bottleneck.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.nn import functional
-
-from fedhpc.config import TuningConfig
+from fedhpc.config import Positive, TuningConfig
+from fedhpc.job.deferred import Tensor, functional
 from fedhpc.model.overlay import Edit, each_device
-from fedhpc.model.pretrained import BackboneShape
-from fedhpc.model.structure import read_structure
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning.base import ModuleTuning, Rows
+
+if TYPE_CHECKING:
+    from fedhpc.model.pretrained import BackboneShape
 
 BLOCKS = (
     ("attention.output.dense", "output.dense"),
@@ -32,10 +35,19 @@ BLOCKS = (
 """Last module of the attention and of the feed-forward block of a layer, in the architectures that have such names."""
 
 
+@TUNINGS.register("adapter")
 class Adapter(ModuleTuning):
     """`down.<module>` [L, m, H], `up.<module>` [L, H, m] and their biases, for the two modules of BLOCKS."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    class Config(TuningConfig):
+        """Keys."""
+
+        bottleneck: Positive = 32
+        """Width of the networks, m."""
+
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
+        from fedhpc.model.structure import read_structure
+
         super().__init__(config, shape, num_classes=num_classes)
         num_layers, width, m = shape.num_layers, shape.hidden_size, config.bottleneck
         self.modules = read_structure(shape.name).first_match(BLOCKS, "tuning.kind: adapter")

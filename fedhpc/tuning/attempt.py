@@ -6,35 +6,66 @@ Hajishirzi. EMNLP 2022. https://arxiv.org/abs/2205.11961, section 3.2; the atten
 Shapes: b examples, T tokens, E width of the word embeddings, m bottleneck, K source prompts.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn import functional
-
-from fedhpc.config import TuningConfig
-from fedhpc.data.prepared import Batch
+from fedhpc.config import PathName, Positive
 from fedhpc.errors import ConfigError
-from fedhpc.model.backbone import Backbone
+from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.model.overlay import Overlay, each_device
-from fedhpc.model.pretrained import BackboneShape, load_pretrained
-from fedhpc.model.weight_files import weights_sha256
-from fedhpc.tuning.base import Params, Tuning
+from fedhpc.registry import TUNINGS
+from fedhpc.tuning.base import Params, TokensConfig, Tuning
+
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.model.pretrained import BackboneShape
 
 CONFIG_FILE, ADAPTER_FILE, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 BACKBONE_SHA256 = "backbone_sha256"
 """In an exported adapter file's metadata, of which PEFT takes no notice: `weights_sha256` of what it was tuned on."""
 
 
+SOURCE = "prompt_tuning"
+"""The tuning whose exports are sources."""
+
+
+@TUNINGS.register("attempt")
 class Attempt(Tuning):
     """`tokens` [T, E], the task's own prompt; `attention.down` [m, E] and `attention.up` [E, m]."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    class Config(TokensConfig):
+        """Keys."""
+
+        bottleneck: Positive = 32
+        """Width of the attention's hidden layer, m."""
+        sources: list[PathName] = []  # noqa: RUF012 - Pydantic copies it
+        """Folders with the prompts of other tasks, from `fedhpc export` of runs with `prompt_tuning`."""
+
+        @property
+        def folders(self) -> list[str]:
+            """See :class:`fedhpc.config.TuningConfig`."""
+            return self.sources
+
+    has_layers = False
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :class:`Tuning`."""
+        super().check(config)
+        if not config.tuning.sources:
+            raise ConfigError("tuning.kind: attempt needs tuning.sources, folders with the prompts of other tasks")
+
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
+        from fedhpc.model.pretrained import load_pretrained
+        from fedhpc.model.weight_files import weights_sha256
+
         super().__init__(config, shape, num_classes=num_classes)
         width, m = shape.embedding_width, config.bottleneck
         prompt = (config.num_tokens, width)
@@ -73,6 +104,8 @@ class Attempt(Tuning):
 
 def _read_prompt(folder: Path, shape: tuple[int, int], backbone: str, sha256: str) -> Tensor:
     """The prompt [T, E] of a PEFT prompt-tuning adapter for a backbone, whose weights have this sum."""
+    from safetensors import SafetensorError, safe_open
+
     path = folder / ADAPTER_FILE
     try:
         if path.exists() and not path.is_file():
@@ -101,6 +134,8 @@ def _read_prompt(folder: Path, shape: tuple[int, int], backbone: str, sha256: st
 
 def _sha256_of_base(folder: Path) -> str | None:
     """Of the model that an adapter without a sum names, if it is in a folder here."""
+    from fedhpc.model.weight_files import weights_sha256
+
     try:
         base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
         return weights_sha256(base) if Path(base).is_dir() else None

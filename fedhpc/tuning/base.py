@@ -4,22 +4,28 @@ A tensor is either *per layer* (axis 0 counts the backbone's layers; the selecte
 on the device) or *shared* (exchanged whole, for example a linear head).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
+from pydantic import Field
 
-from fedhpc.config import TuningConfig
-from fedhpc.data.prepared import Batch
-from fedhpc.errors import ModelError
+from fedhpc.config import Part, TuningConfig
+from fedhpc.errors import ConfigError, ModelError
+from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.methods.updates import Layout, Vector
-from fedhpc.model.backbone import LOSS_SCALE, Backbone, at_least_float32, no_surprise
+from fedhpc.model.numbers import LOSS_SCALE, at_least_float32, no_surprise
 from fedhpc.model.overlay import Edit, Overlay, SoftTokens
-from fedhpc.model.pretrained import BackboneShape
 from fedhpc.seeding import generator
+from fedhpc.tuning.peft_form import PeftForm
+
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.model.pretrained import BackboneShape
 
 OTHER_KIND = "choose another tuning.kind (docs/configuration.md says which models take which)"
 Params = Mapping[str, Tensor]
@@ -28,17 +34,51 @@ Rows = Mapping[str, Sequence[Tensor]]
 """Those with a row for each layer, by name; the layers' rows."""
 
 
-class Tuning(ABC):
-    """One kind of trainable parameters on a frozen backbone."""
+class TokensConfig(TuningConfig):
+    """Of tunings that put tokens before the text, in attention alone or wherever it passes."""
 
+    num_tokens: Annotated[int, Field(gt=0, le=1 << 16)] = 20
+    """Prompt tokens, T; with `prompt`, per layer."""
+
+    @property
+    def tokens_in_attention(self) -> int:
+        """See :class:`fedhpc.config.TuningConfig`."""
+        return self.num_tokens
+
+    @property
+    def tokens_before_text(self) -> int:
+        """See :class:`fedhpc.config.TuningConfig`."""
+        return self.num_tokens
+
+
+class Tuning(Part, ABC):
+    """One kind of trainable parameters on a frozen backbone.
+
+    A module with a tuning loads PyTorch when it computes (:mod:`fedhpc.job.deferred`), so that reading a configuration
+    does not; one of your own may import it at once.
+    """
+
+    Config: ClassVar[type[TuningConfig]] = TuningConfig
+    has_layers = True
+    """Whether it has tensors in the layers, of which some can be selected for the exchange."""
     packable = True
     """Whether several devices can pass through the backbone together."""
+    changes_weights = False
+    """Whether the backbone computes with changed weights, for one device at a time."""
+    prompts_in_layers = False
+    """Whether keys and values go before those of the text in every layer's attention."""
+    masks_know_window = True
+    """Whether its attention masks know a sliding window."""
+    reads_structure = False
+    """Whether it looks into the model's layers by name."""
+    peft_type: str | None = None
+    """What PEFT calls it; None where PEFT cannot hold it, or computes something else with it."""
     files: Mapping[str, str] = {}
     """What it reads beside the backbone, name -> SHA-256 of the content."""
     without_effect: tuple[str, ...] = ()
     """Ends of names of tensors that need not change the scores."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         self.config = config
         self.shape = shape
         self.per_layer: dict[str, tuple[int, ...]] = {}
@@ -46,6 +86,40 @@ class Tuning(ABC):
         self.shared: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
             self.shared = {"head.weight": (num_classes, shape.output_width), "head.bias": (num_classes,)}
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :meth:`fedhpc.config.Part.check`."""
+        kind, strategy = config.tuning.kind, config.selection.strategy
+        if not cls.has_layers and config.parts["selection"].needs_layers:
+            raise ConfigError(
+                f"selection.strategy: {strategy} selects layers, but tuning.kind: {kind} trains nothing in them; it "
+                "needs selection.strategy: all"
+            )
+        if not cls.packable and config.device.pack != 1:
+            raise ConfigError(
+                f"tuning.kind: {kind} changes the weights for one device at a time; it needs device.pack: 1"
+            )
+        if cls.changes_weights and config.model.gradient_checkpointing:
+            raise ConfigError(
+                "model.gradient_checkpointing: true computes layers again with the frozen weights; tuning.kind: "
+                f"{kind} needs false"
+            )
+        if cls.changes_weights and config.model.device_map == "auto":
+            raise ConfigError(f"tuning.kind: {kind} needs model.device_map: single")
+
+    def to_peft(self, tensors: Mapping[str, np.ndarray], model: Any, *, longest: int) -> PeftForm:
+        """The tuned tensors as PEFT holds them, where there is a `peft_type`.
+
+        Args:
+            tensors: all of them, whole, by name.
+            model: as transformers loads it, without its weights.
+            longest: tokens of a text, at most.
+
+        Raises:
+            ModelError: PEFT computes something else with them, or cannot put them on this model.
+        """
+        raise NotImplementedError
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -150,7 +224,7 @@ class Tuning(ABC):
         """The layers whose tensors stay on the device."""
         return [layer for layer in range(self.shape.num_layers) if layer not in layers]
 
-    def check(self, backbone: Backbone) -> None:
+    def check_on(self, backbone: Backbone) -> None:
         """Raise ModelError where a backbone would silently take no notice: a few tokens pass through it.
 
         Two would not do: they may be alike, or one of them take all attention, and then the gradient is zero too.
@@ -184,6 +258,7 @@ class Tuning(ABC):
 class ModuleTuning(Tuning):
     """A tuning that changes what some modules of every layer put out."""
 
+    reads_structure = True
     modules: tuple[str, ...]
     """Paths within a layer."""
 

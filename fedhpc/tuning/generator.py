@@ -3,18 +3,24 @@
 Shapes: b examples, m bottleneck, T tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from fedhpc.config import TuningConfig
+from fedhpc.config import Positive
+from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.model.overlay import each_device
-from fedhpc.tuning.base import Params
+from fedhpc.tuning.base import Params, TokensConfig
 
 
-def generator_shapes(config: TuningConfig, *, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+class GeneratorConfig(TokensConfig):
+    """Of tunings with such a network."""
+
+    bottleneck: Positive = 32
+    """Width of its hidden layer."""
+
+
+def generator_shapes(config: GeneratorConfig, *, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
     """Its trainable tensors, for representations and tokens of these widths."""
     m = config.bottleneck
     return {

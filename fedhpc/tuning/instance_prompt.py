@@ -4,24 +4,31 @@ IDPG: An Instance-Dependent Prompt Generation Method. Wu, Wang, Gu, Hou, Dong, V
 https://arxiv.org/abs/2204.04497, the variant S-IDPG-DNN: tokens at the input, a generator of two dense layers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from fedhpc.config import TuningConfig
-from fedhpc.data.prepared import Batch
-from fedhpc.model.backbone import Backbone
+from fedhpc.job.deferred import Tensor, torch
 from fedhpc.model.overlay import Overlay
-from fedhpc.model.pretrained import BackboneShape
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning.base import Params, Tuning
-from fedhpc.tuning.generator import generate, generator_shapes
+from fedhpc.tuning.generator import GeneratorConfig, generate, generator_shapes
+
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.model.pretrained import BackboneShape
 
 
+@TUNINGS.register("instance_prompt")
 class InstancePrompt(Tuning):
     """The generator's weights; see :mod:`fedhpc.tuning.generator`."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    Config = GeneratorConfig
+    has_layers = False
+
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
         generator = generator_shapes(config, inputs=shape.output_width, outputs=shape.embedding_width)
         self.shared = {**generator, **self.shared}

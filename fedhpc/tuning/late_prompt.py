@@ -5,24 +5,49 @@ https://arxiv.org/abs/2210.11292, with the naive prompt generator. Below that la
 passes there.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from fedhpc.config import TuningConfig
-from fedhpc.data.prepared import Batch
+from fedhpc.config import Positive
 from fedhpc.errors import ConfigError
-from fedhpc.model.backbone import Backbone, mean_over_text
+from fedhpc.job.deferred import Tensor
+from fedhpc.model.numbers import mean_over_text
 from fedhpc.model.overlay import Overlay
-from fedhpc.model.pretrained import BackboneShape
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning.base import Params, Tuning
-from fedhpc.tuning.generator import generate, generator_shapes
+from fedhpc.tuning.generator import GeneratorConfig, generate, generator_shapes
+
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.model.pretrained import BackboneShape
 
 
+@TUNINGS.register("late_prompt")
 class LatePrompt(Tuning):
     """The generator's weights; see :mod:`fedhpc.tuning.generator`."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    class Config(GeneratorConfig):
+        """Keys."""
+
+        layer: Positive | None = None
+        """Tokens enter where this layer begins; the middle one unless given."""
+
+    has_layers = False
+    masks_know_window = False
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See :class:`Tuning`."""
+        super().check(config)
+        if (attention := config.model.attention) != "sdpa":
+            raise ConfigError(
+                f"model.attention: {attention} takes no tuning.kind: {config.tuning.kind}; use model.attention: sdpa"
+            )
+
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
         generator = generator_shapes(config, inputs=shape.hidden_size, outputs=shape.hidden_size)
         self.shared = {**generator, **self.shared}

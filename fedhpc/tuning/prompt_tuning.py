@@ -6,22 +6,34 @@ Communication-Efficient and Privacy-Preserving Prompt Tuning in Federated Learni
 https://arxiv.org/abs/2208.12268.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from fedhpc.config import TuningConfig
-from fedhpc.data.prepared import Batch
-from fedhpc.model.backbone import Backbone
+import numpy as np
+
+from fedhpc.job.deferred import Tensor
 from fedhpc.model.overlay import Overlay
-from fedhpc.model.pretrained import BackboneShape
-from fedhpc.tuning.base import Params, Tuning, rows_of_devices
+from fedhpc.registry import TUNINGS
+from fedhpc.tuning.base import Params, TokensConfig, Tuning, rows_of_devices
+from fedhpc.tuning.peft_form import PeftForm
+
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.model.pretrained import BackboneShape
 
 
+@TUNINGS.register("prompt_tuning")
 class PromptTuning(Tuning):
     """`tokens` [T, E]; E: width of the word embeddings."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    Config = TokensConfig
+    has_layers = False
+    peft_type = "PROMPT_TUNING"
+
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         super().__init__(config, shape, num_classes=num_classes)
         self.shared = {"tokens": (config.num_tokens, shape.embedding_width), **self.shared}
 
@@ -38,3 +50,19 @@ class PromptTuning(Tuning):
             return rows_of_devices([device["tokens"] for device in params], batch.sizes)
 
         return self.soft_tokens(make)
+
+    def to_peft(self, tensors: Mapping[str, np.ndarray], model: Any, *, longest: int) -> PeftForm:
+        """Prompt tuning: `prompt_embeddings` [T, E], the tuning's `tokens`."""
+        num_tokens, width = tensors["tokens"].shape
+        return PeftForm(
+            config={
+                "peft_type": self.peft_type,
+                "num_virtual_tokens": num_tokens,
+                "token_dim": width,
+                "num_layers": self.shape.num_layers,
+                "num_attention_heads": self.shape.num_heads,
+                "num_transformer_submodules": 1,
+            },
+            tensors={"prompt_embeddings": tensors["tokens"]},
+            output_offset=num_tokens,
+        )

@@ -7,30 +7,38 @@ BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Lang
 Ravfogel. ACL 2022. https://arxiv.org/abs/2106.10199.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from fedhpc.config import TuningConfig
-from fedhpc.data.prepared import Batch
 from fedhpc.errors import ModelError
-from fedhpc.model.backbone import Backbone
+from fedhpc.job.deferred import Tensor
 from fedhpc.model.overlay import Overlay
-from fedhpc.model.pretrained import BackboneShape
-from fedhpc.model.structure import read_structure
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning.base import Params, Tuning
 
+if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
+    from fedhpc.model.pretrained import BackboneShape
 
+
+@TUNINGS.register("full")
 class FullTuning(Tuning):
     """`layer.<path>` [L, ...] and, outside the layers, `model.<path>`: changes of the parameters at these paths."""
 
     packable = False
+    changes_weights = True
+    reads_structure = True
     without_effect = ("key.bias", "k_proj.bias")
     """It moves all scores of a query alike, which the softmax cancels; what gradient there is comes from rounding."""
     only = ""
     """Parameters whose path does not end so stay as they are."""
 
-    def __init__(self, config: TuningConfig, shape: BackboneShape, *, num_classes: int) -> None:
+    def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
+        from fedhpc.model.structure import read_structure
+
         super().__init__(config, shape, num_classes=num_classes)
         structure = read_structure(shape.name)
         inside = {path: size for path, size in structure.in_layer.items() if path.endswith(self.only)}
@@ -69,6 +77,7 @@ class FullTuning(Tuning):
         return Overlay(weights=weights)
 
 
+@TUNINGS.register("bitfit")
 class BitFit(FullTuning):
     """The biases."""
 

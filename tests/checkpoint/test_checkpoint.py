@@ -24,7 +24,7 @@ from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_su
 from fedhpc.checkpoint.state_file import RoundProgress, RunState, read_server_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import inspect as inspection
-from fedhpc.config import TuningConfig
+from fedhpc.config import section_of
 from fedhpc.errors import CheckpointError, ConfigError
 from fedhpc.exchange import LocalExchange, messages
 from fedhpc.files import write_whole
@@ -32,6 +32,7 @@ from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
 from fedhpc.job.stopping import StopRequest
 from fedhpc.methods import ServerState
+from fedhpc.registry import TUNINGS
 from fedhpc.server.saving import CheckpointWriter
 from fedhpc.tuning import make_tuning
 
@@ -716,7 +717,7 @@ def test_a_broken_older_generation_does_not_end_the_run(run, damage):
 
 def test_another_run_is_told_apart_before_its_tensors_are_read(run):
     run.save(run_state(1))
-    other = make_tuning(TuningConfig(num_tokens=99), SHAPE, num_classes=5)
+    other = make_tuning(section_of(TUNINGS, num_tokens=99), SHAPE, num_classes=5)
 
     def refuse(identity):
         raise ConfigError(f"not {identity['seed']}")

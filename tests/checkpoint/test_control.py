@@ -7,8 +7,9 @@ from states import ALL, SHAPE, SOME, TUNING, bits, vector
 
 from fedhpc.checkpoint.control_variates import ControlVariates
 from fedhpc.checkpoint.store import Checkpoints
-from fedhpc.config import TuningConfig
+from fedhpc.config import section_of
 from fedhpc.errors import CheckpointError
+from fedhpc.registry import TUNINGS
 from fedhpc.tuning import make_tuning
 
 AT_ONCE_S = 0.3
@@ -140,7 +141,7 @@ def test_a_damaged_file_is_named_not_used(control, checkpoints, damage):
 def test_a_file_of_other_shapes_is_named(control, checkpoints):
     control.update(vectors(2, layers=SOME))
     sums = to_files(control, generation=1, layers=SOME)
-    other = make_tuning(TuningConfig(num_tokens=7, head="linear"), SHAPE, num_classes=5)
+    other = make_tuning(section_of(TUNINGS, num_tokens=7, head="linear"), SHAPE, num_classes=5)
     with pytest.raises(CheckpointError, match=r"control/000002_000001\.h5.* is float32 .2, 2, 3, 2., not"):
         ControlVariates(checkpoints, other, sums).fetch([2], SOME)
 

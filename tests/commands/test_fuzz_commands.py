@@ -11,8 +11,9 @@ import yaml
 from huggingface_hub import constants
 
 from fedhpc.config import Config, Section, flatten
-from fedhpc.config_file import KEYS, load_config
+from fedhpc.config_file import known_keys, load_config
 from fedhpc.errors import EXIT_USER_ERROR
+from fedhpc.registry import SECTIONS
 
 SEED = 20261129
 TRIALS = 300
@@ -35,9 +36,17 @@ def some(rng, options):
 
 def valid(key):
     """Values that a key takes by its type."""
-    field = Config
-    for part in key.split("."):
-        field = (field if isinstance(field, type) else field.annotation).model_fields[part]
+    section, _, leaf = key.rpartition(".")
+    registry = next((registry for registry in SECTIONS if registry.section == section), None)
+    if registry is None:
+        field = Config
+        for part in key.split("."):
+            field = (field if isinstance(field, type) else field.annotation).model_fields[part]
+    elif leaf == registry.key:
+        return tuple(registry)
+    else:
+        fields = (part.Config.model_fields for _, part in registry.items())
+        field = next(each[leaf] for each in fields if leaf in each)
     annotation, choices = field.annotation, []
 
     def look(kind):
@@ -74,11 +83,15 @@ def places(tmp_path_factory):
 
 
 def override(rng, places):
-    key = some(rng, KEYS) if rng.random() < 0.95 else some(rng, ("", ".", "nope", "seed.x", "model.", "device.epoch"))
+    key = (
+        some(rng, known_keys())
+        if rng.random() < 0.95
+        else some(rng, ("", ".", "nope", "seed.x", "model.", "device.epoch"))
+    )
     options = (NUMBERS, ODDITIES, places)[int(rng.choice(3, p=(0.45, 0.4, 0.15)))]
     if key in FILES:
         options = places
-    elif key in KEYS and rng.random() < 0.75:
+    elif key in known_keys() and rng.random() < 0.75:
         options = valid(key)
     return f"{key}={some(rng, options)}"
 
@@ -110,7 +123,11 @@ def config_file(rng, world, folder, places):
 
 
 def experiment_file(rng, world, folder, places):
-    grid = {some(rng, (*KEYS, "cell", "", "a/b")): some(rng, ([1, 2], [], {"x": {}, "y": {"seed": 3}}, "auto", [None]))}
+    grid = {
+        some(rng, (*known_keys(), "cell", "", "a/b")): some(
+            rng, ([1, 2], [], {"x": {}, "y": {"seed": 3}}, "auto", [None])
+        )
+    }
     values = {"base": str(world), "out": str(folder / "out"), "grid": grid | {"seed": [1, "x"][: rng.integers(1, 3)]}}
     values |= {some(rng, ("set", "exclude", "launch", "target", "base", "out", "budget_bytes")): some(rng, (
         {"seed": 3}, {"nope": 1}, [], "", some(rng, places), -1, None, [{"seed": 1}], {"base": 1}

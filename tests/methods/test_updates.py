@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from fedhpc.exchange.encoding import Upload
 from fedhpc.exchange.messages import (
     HEADER,
     NOTE,
@@ -73,7 +74,8 @@ def test_notes_cross_as_fixed_records(note):
 def test_an_upload_is_its_header_and_its_numbers():
     for size in (1, 2, 1001):
         assert upload_record(size).nbytes == 64 + 4 * size
-        assert upload_record(size, np.dtype(np.int16)).nbytes == 64 + 4 * math.ceil(size / 2)
+        narrow = Upload(size=size, length=size, dtype=np.dtype(np.int16), with_gradient=False)
+        assert (narrow.nbytes, narrow.record.nbytes) == (2 * size, 64 + 4 * math.ceil(size / 2))
     records = upload_record(3).zeros(2)
     headers, vectors = upload_headers(records), upload_payloads(records, 3)
     headers["device"] = [5, 1 << 40]

@@ -16,12 +16,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fedhpc.commands.export.forms import peft_form
 from fedhpc.commands.predict import class_probabilities
-from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc.config import ModelConfig, section_of
 from fedhpc.data.prepared import tokenizer_fingerprint
 from fedhpc.errors import ModelError, UserError
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import load_tokenizer, read_shape
-from fedhpc.tuning import TUNINGS as ALL_TUNINGS
+from fedhpc.registry import TUNINGS as ALL_TUNINGS
 from fedhpc.tuning import make_tuning
 
 NO_LAYER_NUMBERS = "does not take it: its attention modules do not say which layer they are in; choose another"
@@ -135,11 +135,11 @@ def test_which_tunings_an_architecture_takes(tmp_path, name):
     width = read_shape(path).embedding_width
     save_file({"prompt_embeddings": torch.ones(NUM_TOKENS, width)}, tmp_path / "adapter_model.safetensors")
     kind, taken = "encoder" if name in architectures.ENCODERS else "decoder", set()
-    config = TuningConfig(num_tokens=NUM_TOKENS, bottleneck=5, sources=[str(tmp_path)])
+    config = section_of(ALL_TUNINGS, num_tokens=NUM_TOKENS, bottleneck=5, sources=[str(tmp_path)])
     backbone = Backbone(ModelConfig(name=path), config, replace(describe("gpt2"), kind=kind), torch.device("cpu"))
     for tuning in ALL_TUNINGS:
         with suppress(ModelError):
-            make_tuning(config.model_copy(update={"kind": tuning}), read_shape(path), num_classes=3).check(backbone)
+            make_tuning(config.model_copy(update={"kind": tuning}), read_shape(path), num_classes=3).check_on(backbone)
             taken.add(tuning)
     assert taken == TAKES.get(name, EVERY - {tuning for tuning, names in WITHOUT.items() if name in names})
 

@@ -1,23 +1,24 @@
 import numpy as np
 import pytest
 
-from fedhpc.config import SelectionConfig
+from fedhpc.config import section_of
 from fedhpc.errors import ConfigError
-from fedhpc.selection.strategies import (
-    check_selection,
-    choose_layers,
-    global_scores,
-    layer_score,
-    num_selected,
-    undecided_layers,
-)
+from fedhpc.registry import STRATEGIES
+from fedhpc.selection import make_strategy
+from fedhpc.selection.score import layer_score
+from fedhpc.selection.strategy import global_scores, num_selected
 
 SCORES = np.array([3.0, 5.0, 1.0, 5.0, 4.0, 1.0])
 
 
+def strategy_of(**values):
+    return make_strategy(section_of(STRATEGIES, **values))
+
+
 def choose(strategy, count=3, *, scores=SCORES, seed=1, **more):
-    config = SelectionConfig(strategy=strategy, **more)
-    return choose_layers(config, ratio=count / len(SCORES), num_layers=len(SCORES), seed=seed, scores=scores)
+    return strategy_of(strategy=strategy, **more).choose(
+        ratio=count / len(SCORES), num_layers=len(SCORES), seed=seed, scores=scores
+    )
 
 
 def test_score_of_two_examples_at_a_known_angle():
@@ -62,12 +63,10 @@ def test_highest_scores_are_chosen_and_ties_go_to_the_lower_index():
     [("score", 1, [1, 3]), ("score", 2, []), ("score", 3, []), ("lowest_score", 1, [2, 5]), ("lowest_score", 2, [])],
 )
 def test_layers_that_scores_do_not_decide_on(strategy, count, alike):
-    config, facts = SelectionConfig(strategy=strategy), {"ratio": count / len(SCORES), "num_layers": len(SCORES)}
+    chosen, facts = strategy_of(strategy=strategy), {"ratio": count / len(SCORES), "num_layers": len(SCORES)}
     rounded = SCORES * (1 + 1e-9 * np.arange(len(SCORES)))
-    assert (
-        undecided_layers(config, scores=SCORES, **facts) == undecided_layers(config, scores=rounded, **facts) == alike
-    )
-    assert undecided_layers(config, scores=SCORES, ratio=1.0, num_layers=len(SCORES)) == []
+    assert chosen.undecided_layers(scores=SCORES, **facts) == chosen.undecided_layers(scores=rounded, **facts) == alike
+    assert chosen.undecided_layers(scores=SCORES, ratio=1.0, num_layers=len(SCORES)) == []
 
 
 def test_strategies_without_scores():
@@ -94,11 +93,11 @@ def test_a_ratio_selects_the_whole_part(ratio, layers, count):
 
 def test_a_ratio_that_selects_nothing_says_which_would():
     with pytest.raises(ConfigError, match=r"selection\.ratio: 0\.05 of 12 layers selects no layer; valid: 0\.08"):
-        check_selection(SelectionConfig(ratio=0.05), 12)
+        strategy_of(ratio=0.05).check_layers(12)
     for harmless in ({"strategy": "all", "ratio": 0.05}, {"ratio": "auto"}, {"strategy": "explicit", "layers": [11]}):
-        check_selection(SelectionConfig(**harmless), 12)
+        strategy_of(**harmless).check_layers(12)
 
 
 def test_explicit_layers_outside_the_backbone_are_named():
     with pytest.raises(ConfigError, match=r"selection\.layers: \[12, 40\] not in the backbone; valid: 0 to 11"):
-        check_selection(SelectionConfig(strategy="explicit", layers=[0, 12, 40]), 12)
+        strategy_of(strategy="explicit", layers=[0, 12, 40]).check_layers(12)

@@ -21,13 +21,14 @@ from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metri
 from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_sums
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands.report import read_run
-from fedhpc.config import RELEASED_STEPS, Config
+from fedhpc.config import Config
 from fedhpc.config_file import load_config
 from fedhpc.device import worker as device
 from fedhpc.device.worker import NOTHING, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate.predictions import evaluation_examples
 from fedhpc.job.log import RunFiles
+from fedhpc.methods.fedpeptao import RELEASED_STEPS
 from fedhpc.server import job, saving
 
 

@@ -25,9 +25,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from fedhpc.config import WITHOUT_LAYERS
 from fedhpc.errors import ConfigError, ModelError
-from fedhpc.tuning import TUNINGS
+from fedhpc.registry import TUNINGS
 
 NAMES = ("bert", "roberta", "gpt2", "llama-gqa")
 NUM_SOURCES = 2
@@ -288,7 +287,7 @@ def test_changes_of_weights_start_at_the_pretrained_model(world, kind):
 def test_without_layers_says_which_have_none(world):
     for kind in TUNINGS:
         _, tuning, _ = tuned(world, "bert", kind)
-        assert bool(tuning.per_layer) == (kind not in WITHOUT_LAYERS)
+        assert bool(tuning.per_layer) == (TUNINGS[kind].has_layers)
 
 
 def test_full_tuning_has_every_parameter(world):

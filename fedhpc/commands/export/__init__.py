@@ -6,11 +6,12 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from fedhpc.commands.export.forms import PeftForm, peft_form
+from fedhpc.commands.export.forms import peft_files, peft_form
 from fedhpc.commands.export.readme import readme
 from fedhpc.commands.trained import Trained, load_trained
 from fedhpc.errors import ConfigError
 from fedhpc.files import check_folder, write_whole
+from fedhpc.tuning.peft_form import PeftForm
 
 
 def export_peft(run_dir: str, out: str, *, device: int | None = None) -> str:
@@ -45,7 +46,10 @@ def _refusing(out: str) -> Iterator[None]:
 def write_adapter(trained: Trained, folder: Path) -> tuple[PeftForm, list[str]]:
     """Write an adapter's files; its form and their names."""
     form = peft_form(trained)
-    files = {**form.files, "README.md": readme(trained, form, trained.text_encoder()).encode(errors="backslashreplace")}
+    files = {
+        **peft_files(form),
+        "README.md": readme(trained, form, trained.text_encoder()).encode(errors="backslashreplace"),
+    }
     if trained.job.config.tuning.head == "linear":
         head = {name: trained.tensors[f"head.{name}"] for name in ("weight", "bias")}
         files["head.safetensors"] = save(head, {"format": "pt"})

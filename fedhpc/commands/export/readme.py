@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Iterator
 
-from fedhpc.commands.export.forms import PeftForm
 from fedhpc.commands.trained import Trained
 from fedhpc.data.prepared import Description
 from fedhpc.data.tasks import template_fields
 from fedhpc.data.tokens import TextEncoder
 from fedhpc.model.pretrained import auto_class
+from fedhpc.tuning.peft_form import PeftForm
 
 EXAMPLE = "an example"
 FIELD = "\ue000{}\ue001"  # of a private use area: no template has these

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from fedhpc.commands.report.runs import Run
+from fedhpc.config import section_of
 from fedhpc.errors import UserError
 from fedhpc.federation.partition import class_counts, label_skew, make_partition
-
-STRENGTH = {"dirichlet": "alpha", "shards": "shards_per_device"}
-"""Partition -> the key that says how skewed it is."""
+from fedhpc.registry import PARTITIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class ClassMix:
 
 def partition_setting(run: Run) -> str:
     """The partition in words; equal words of runs on the same data and seed are equal partitions."""
-    federation = {key: run.config.get(f"federation.{key}") for key in ("num_devices", "partition", *STRENGTH.values())}
-    kind = str(federation["partition"])
-    strength = f" {STRENGTH[kind]} {federation[STRENGTH[kind]]}" if kind in STRENGTH else ""
-    return f"{federation['num_devices']} devices, {kind}{strength}"
+    kind = str(run.config.get("federation.partition"))
+    key = PARTITIONS[kind].strength if kind in PARTITIONS else None
+    strength = f" {key} {run.config.get(f'federation.{key}')}" if key else ""
+    return f"{run.config.get('federation.num_devices')} devices, {kind}{strength}"
 
 
 def class_mix(run: Run) -> ClassMix:
@@ -46,16 +46,9 @@ def class_mix(run: Run) -> ClassMix:
     data = PreparedData.open(Path(str(config["data.path"])), verify=False)
     train, validation = (np.asarray(data.split(name).labels) for name in ("train", "validation"))
     try:
-        partition = make_partition(
-            train,
-            validation,
-            num_devices=config["federation.num_devices"],
-            kind=config["federation.partition"],
-            alpha=config["federation.alpha"],
-            shards_per_device=config["federation.shards_per_device"],
-            seed=config["seed"],
-        )
-    except (KeyError, TypeError) as error:
+        keys = {key.partition(".")[2]: value for key, value in config.items() if key.startswith("federation.")}
+        partition = make_partition(train, validation, section_of(PARTITIONS, **keys), config["seed"])
+    except (KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{run.path}: the configuration says too little about the partition: {error}") from None
     counts = class_counts(partition.train, train, len(data.description.class_names))
     order = np.argsort(-counts.sum(axis=1), kind="stable")

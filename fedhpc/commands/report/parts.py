@@ -15,6 +15,7 @@ from fedhpc.commands.report.runs import GLOBAL, PHASES, Floats, Run
 from fedhpc.commands.report.tables import Column, Summary, Table
 from fedhpc.commands.report.units import Quantity, unit_for
 from fedhpc.errors import UserError
+from fedhpc.evaluate.metrics import title_of
 
 PHASE_NAMES = {"local": "local work", "idle": "waiting for others"}
 AXES: dict[str, tuple[str, Quantity]] = {
@@ -82,7 +83,7 @@ def task_part(name: str, groups: Sequence[Group], given: float | None) -> TaskPa
 def _charts(task: str, groups: Sequence[Group]) -> Iterator[tuple[str, Markup]]:
     """Title and drawing of every chart for which there is anything to draw."""
     metric = task_metrics(groups)[-1]
-    words = tables.SCORE_KINDS.get(metric, metric)
+    words = title_of(metric)
     views = [
         (f"{words} by round", metric, "rounds"),
         (f"{words} by bytes moved", metric, "bytes"),
@@ -152,7 +153,7 @@ def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
     notes = ["of all evaluations, each number by itself, as papers report it"]
     yield tables.group_table("best round", groups, summaries, tables.best_columns(metrics[-1]), notes=notes)
-    words = tables.SCORE_KINDS.get(metrics[-1], metrics[-1])
+    words = title_of(metrics[-1])
     if paired := paired_table(groups, metrics[-1], words):
         yield paired
     yield tables.group_table("cost of the whole run", groups, summaries, tables.COST)

@@ -12,11 +12,12 @@ from typing import Any
 from fedhpc.commands.report.groups import Group, Stat
 from fedhpc.commands.report.parts import TaskPart
 from fedhpc.commands.report.runs import GLOBAL
-from fedhpc.commands.report.tables import NO_RUN_IS_FINISHED, SCORE_KINDS, UNKNOWN, Cell, Table, name_cell, stat_text
+from fedhpc.commands.report.tables import NO_RUN_IS_FINISHED, UNKNOWN, Cell, Table, name_cell, stat_text
 from fedhpc.commands.report.units import unit_for
-from fedhpc.config_file import KEYS, suggestion
+from fedhpc.config_file import known_keys, suggestion
 from fedhpc.data.tasks import METRICS, TASKS
 from fedhpc.errors import ReportError
+from fedhpc.evaluate.metrics import lowest_of, title_of
 from fedhpc.yaml_files import YAML_ERRORS, read_value
 
 COLUMNS = ("task", "metric", "statistic", "value", "source")
@@ -27,10 +28,6 @@ STATISTICS = {
     "last global": ("", GLOBAL),
 }
 """Which evaluation a figure is of -> what stands before and behind the metric in the name of ours."""
-LOWEST = {"matthews": -1.0}
-"""Of metrics that may be below 0."""
-LEAVES = frozenset(key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS))
-"""Keys of a configuration that have a value."""
 MODEL = "model.name"
 SCORE = unit_for("score", ())
 LINES_NAMED = 10
@@ -124,7 +121,7 @@ def _header_problems(header: Sequence[str]) -> Iterator[str]:
     for name, count in Counter(header).items():
         if count > 1:
             yield f"line 1: column {name} stands twice"
-        if name not in COLUMNS and name not in LEAVES:
+        if name not in COLUMNS and name not in _leaves():
             yield f"line 1: column {name!r}: neither one of {', '.join(COLUMNS)} nor a key of a configuration" + (
                 suggestion(name) if "." in name else ""
             )
@@ -140,7 +137,7 @@ def _figure(line: int, header: Sequence[str], row: Sequence[str], tasks: Collect
             raise ValueError(f"{name}: {texts[name]!r} is none of {', '.join(valid)}")
     if not texts["source"]:
         raise ValueError("source: is required: where the figure was published")
-    lowest = LOWEST.get(texts["metric"], 0.0)
+    lowest = lowest_of(texts["metric"])
     try:
         value = float(texts["value"])
     except ValueError:
@@ -148,7 +145,7 @@ def _figure(line: int, header: Sequence[str], row: Sequence[str], tasks: Collect
     if not lowest <= value <= 1:
         raise ValueError(f"value: {texts['value']!r} is no number from {lowest:g} to 1")
     settings = {}
-    for key in (key for key in header if key in LEAVES and texts[key]):
+    for key in (key for key in header if key in _leaves() and texts[key]):
         try:
             settings[key] = read_value(texts[key])
         except YAML_ERRORS as error:
@@ -202,7 +199,7 @@ def published_table(reference: Reference, matches: Sequence[Match]) -> Table:
 
 def _cells(match: Match) -> Iterator[Cell]:
     figure = match.figure
-    words = f"{SCORE_KINDS.get(figure.metric, figure.metric)}, {figure.statistic}"
+    words = f"{title_of(figure.metric)}, {figure.statistic}"
     yield name_cell(match.group)
     for text in (
         *(figure.task, words, stat_text(match.ours, SCORE, len(match.group.counted)), SCORE.text(figure.value)),
@@ -223,3 +220,9 @@ def published_csv(matches: Sequence[Match]) -> str:
         values = [figure.task, match.group.label, figure.metric, figure.statistic, *numbers]
         writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
     return stream.getvalue()
+
+
+def _leaves() -> set[str]:
+    """Keys of a configuration that have a value."""
+    keys = known_keys()
+    return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}

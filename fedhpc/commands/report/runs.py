@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedhpc.checkpoint.files import CheckpointFiles
-from fedhpc.checkpoint.identity import is_old_released
 from fedhpc.config import Config, SimulationConfig, flatten
-from fedhpc.errors import CheckpointError, ReportError
+from fedhpc.errors import CheckpointError, ConfigError, ReportError
 from fedhpc.exchange.simulation import round_seconds
 from fedhpc.job.log import RunFiles
+from fedhpc.methods.fedpeptao import as_called_now, may_be_old_released
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 
 Floats = NDArray[np.float64]
@@ -185,12 +185,12 @@ def read_run(
         raise CheckpointError(f"{files.config}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{files.config}: must hold keys and values, found {type(values).__name__}")
-    with suppress(ValidationError):  # keys that came later than the run have their defaults
+    with suppress(ValidationError, ConfigError):  # keys that came later than the run have their defaults
         values = Config.model_validate(values).model_dump()
     config = flatten(values) | ({} if rounds is None else {"federation.rounds": rounds})
-    if config.get("server.variant") == "released":
+    if may_be_old_released(config):
         saved = CheckpointFiles(path).newest_readable(lambda file: json.loads(file.attrs["config"]))
-        config |= {"server.variant": "paper"} if saved is not None and is_old_released(saved) else {}
+        config |= as_called_now(saved) if saved is not None else {}
     anew = {key: value for name, value in clock.items() if config.get(key := f"simulation.{name}") != value}
     if anew and config.get("simulation.deadline_s") is not None:
         raise ReportError(f"--set {next(iter(anew))}: the run in {path} went by a deadline; it keeps its clock")

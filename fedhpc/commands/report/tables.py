@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedhpc.commands.report.groups import Goal, Group, Stat, facts, stat
 from fedhpc.commands.report.units import Quantity, Unit, unit_for
+from fedhpc.evaluate.metrics import title_of
 
 UNKNOWN = "–"
 UNFINISHED = "\u00a0†"
@@ -158,19 +159,11 @@ def stat_text(found: Stat | None, unit: Unit, runs: int) -> str:
     return unit.text(found.mean) + deviation + (f" ({found.runs} of {runs})" if found.runs < runs else "")
 
 
-SCORE_KINDS = {
-    "accuracy": "accuracy",
-    "matthews": "Matthews correlation",
-    "f1": "F1",
-    "accuracy_f1": "mean of accuracy and F1",
-}
-
-
 def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]:
     """The task's metrics, its own one first; personalised, then of the whole evaluation split."""
     columns: list[Column] = []
     for name in reversed(metrics):
-        words = SCORE_KINDS.get(name, name)
+        words = title_of(name)
         columns.append(Column(heading=words, key=name, quantity="score", best="highest"))
         if name == metrics[-1] and budget is not None:
             within = f"{words} within {unit_for('bytes', [budget]).full_text(budget)}"
@@ -181,7 +174,7 @@ def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]
 
 def best_columns(metric: str) -> list[Column]:
     """The best evaluation of the task's own metric, personalised and global; when that was; how steady the last are."""
-    words = SCORE_KINDS.get(metric, metric)
+    words = title_of(metric)
     return [
         Column(heading=words, key=f"best_{metric}", quantity="score", best="highest"),
         Column(heading=f"{words}, global", key=f"best_{metric}_global", quantity="score", best="highest"),

@@ -25,7 +25,7 @@ from fedhpc.commands.sweep.experiment_file import (
     refusal,
 )
 from fedhpc.config import Config, flatten
-from fedhpc.config_file import KEYS, check_values, read_values, suggestion
+from fedhpc.config_file import check_values, known_keys, read_values, suggestion
 from fedhpc.errors import ConfigError
 
 FIGURES = (
@@ -215,7 +215,7 @@ def _key_problems(file: ExperimentFile, axes: Mapping[str, Axis], overrides: Seq
         yield f"--set {key}: the grid varies it"
     if "run_dir" in {*varied, *given, *file.settings}:
         yield "run_dir: follows from out: and the cell's values; set neither it nor an axis of that name"
-    for key in (key for entry in file.exclude for key in flatten(entry) if key not in (*axes, *KEYS)):
+    for key in (key for entry in file.exclude for key in flatten(entry) if key not in (*axes, *known_keys())):
         yield f"exclude: {key}: neither an axis nor a key{suggestion(key)}"
     for key, wanted in (pair for entry in file.exclude for pair in flatten(entry).items()):
         labels = [label for label, settings in axes.get(key, ()) if key not in settings]
@@ -293,8 +293,8 @@ def _moved(config: Config, moved: Mapping[str, str]) -> Settings:
     changes: Settings = {}
     if path := moved.get(place(config.data.path)):
         changes["data.path"] = path
-    sources = [moved.get(place(source), source) for source in config.tuning.sources]
-    if sources != config.tuning.sources:
+    sources = [moved.get(place(source), source) for source in config.tuning.folders]
+    if sources != config.tuning.folders:
         changes["tuning.sources"] = sources
     return changes
 

@@ -10,6 +10,7 @@ from fedhpc.commands.sweep.experiment_file import place, refusal
 from fedhpc.commands.sweep.standing import standing, waiting
 from fedhpc.errors import CheckpointError
 from fedhpc.files import replacing, write_whole
+from fedhpc.tuning.attempt import SOURCE
 
 RECORD = "checkpoint.sha256"
 """In an export: of the checkpoint that it was made from. One that somebody made by hand has none."""
@@ -64,7 +65,7 @@ def find_exports(experiment: Experiment) -> list[Export]:
     """
     sources: dict[str, list[Cell]] = {}
     for cell in waiting(experiment):
-        for source in cell.config.tuning.sources:
+        for source in cell.config.tuning.folders:
             sources.setdefault(source, []).append(cell)
     exports = {
         place(cell.export): Export(needed=needed, cell=cell) for needed in experiment.needs for cell in needed.cells
@@ -76,8 +77,8 @@ def find_exports(experiment: Experiment) -> list[Export]:
             problems.append(
                 f"tuning.sources: {source}: is not there, and no cell of needs: is exported to it ({some_of(cells)})"
             )
-        elif export and (kind := export.cell.config.tuning.kind) != "prompt_tuning":
-            problems.append(f"tuning.sources: {source}: its cell has tuning.kind: {kind}, prompt_tuning is needed")
+        elif export and (kind := export.cell.config.tuning.kind) != SOURCE:
+            problems.append(f"tuning.sources: {source}: its cell has tuning.kind: {kind}, {SOURCE} is needed")
         elif export and export.is_due and _checkpoint(export.cell.run_dir) is None:
             problems.append(
                 f"tuning.sources: {source}: cannot be exported, {export.cell.run_dir} has no checkpoint any more; "

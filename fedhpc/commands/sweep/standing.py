@@ -11,16 +11,15 @@ from fedhpc.checkpoint.identity import (
     DATA,
     OLD_DATA,
     OLD_MODEL,
-    OLD_RELEASED,
     data_identity,
     differences,
-    is_old_released,
 )
 from fedhpc.commands.sweep.experiment import Cell, Experiment
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in, naming
 from fedhpc.job.log import RunFiles
+from fedhpc.methods.fedpeptao import OLD_RELEASED, is_old_released
 
 HEAD, END = "=== ", "=== exit status "
 ROUND = re.compile(r"round_(\d+)")

@@ -1,0 +1,114 @@
+"""The whole update: the parameters, their change in 16 bits, or terms of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.config import ExchangeConfig
+from fedhpc.exchange.encoding import Encoding, Kept
+from fedhpc.job.deferred import torch
+from fedhpc.methods import Method, SummedMethod
+from fedhpc.methods.updates import Vector
+from fedhpc.registry import ENCODINGS
+
+
+class Parameters(Encoding):
+    """P_i itself."""
+
+    is_plain = True
+
+    def encode(
+        self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
+    ) -> tuple[np.ndarray, Kept]:
+        """See :class:`Encoding`."""
+        return params, {}
+
+    def decode(self, payload: np.ndarray, start: Vector) -> Vector:
+        """See :class:`Encoding`."""
+        return payload
+
+
+class NarrowChange(Encoding):
+    """P_i - P^t in 16 bits, with error feedback: what rounding took away is added to the device's next change.
+
+    Error Feedback Fixes SignSGD and other Gradient Compression Schemes. Karimireddy, Rebjock, Stich, Jaggi. ICML 2019,
+    algorithm 2.
+    """
+
+    dtype = np.dtype(np.int16)
+    """The bits of 16-bit floats; NumPy knows no bfloat16."""
+    keeps = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._torch_dtype = getattr(torch, config.dtype)
+
+    def encode(
+        self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
+    ) -> tuple[np.ndarray, Kept]:
+        """See :class:`Encoding`."""
+        change = params - start + kept.get("residual", np.float32(0))
+        largest = torch.finfo(self._torch_dtype).max
+        payload = torch.from_numpy(change).clamp(-largest, largest).to(self._torch_dtype).view(torch.int16).numpy()
+        return payload, {"residual": change - self._floats(payload)}
+
+    def decode(self, payload: np.ndarray, start: Vector) -> Vector:
+        """See :class:`Encoding`."""
+        return start + self._floats(payload)
+
+    def _floats(self, payload: NDArray[np.int16]) -> Vector:
+        floats: Vector = torch.from_numpy(payload).view(self._torch_dtype).float().numpy()
+        return floats
+
+
+class SumTerms(Encoding):
+    """The device's terms of the sums that a server method needs, with the control variate held by the device."""
+
+    def __init__(self, config: Any, method: SummedMethod) -> None:
+        super().__init__(config)
+        self.method = method
+        self.num_sums = 2 if method.needs_total else 1
+        self.keeps = method.has_control
+
+    def encode(
+        self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
+    ) -> tuple[np.ndarray, Kept]:
+        """See :class:`Encoding`."""
+        change, control = self.method.change(
+            start.astype(np.float64),
+            params,
+            kept.get("control", np.float32(0)),
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+        )
+        return change.astype(np.float32), {} if control is None else {"control": control}
+
+
+@ENCODINGS.register("dense")
+class Dense(Encoding):
+    """All of the exchanged parameters: as they are, as a change in 16 bits, or as terms of sums."""
+
+    class Config(ExchangeConfig):
+        """Keys."""
+
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+        """Type of the uploads. In 16 bits a device sends its change, and adds what rounding took away to its next
+        one."""
+
+    @classmethod
+    def make(cls, config: Any, method: Method) -> Encoding:
+        """See :class:`Encoding`."""
+        exchange = config.exchange
+        if exchange.mode == "reduce":
+            assert isinstance(method, SummedMethod)  # the configuration refuses the others
+            return SumTerms(exchange, method)
+        return Parameters(exchange) if exchange.dtype == "float32" else NarrowChange(exchange)
+
+    @classmethod
+    def approximates(cls, config: Any) -> str | None:
+        """See :class:`Encoding`."""
+        return None if config.dtype == "float32" else f"exchange.dtype: {config.dtype}"

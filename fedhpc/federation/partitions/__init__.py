@@ -1,0 +1,3 @@
+"""The partitions that fedhpc brings, a file each."""
+
+from fedhpc.federation.partitions import dirichlet, iid, quantity, shards  # noqa: F401

@@ -1,0 +1,196 @@
+"""The parts that a run is put together from, by name, and how anyone adds one.
+
+A part is a class: a server method, a tuning, a partition, a selection strategy, an upload encoding, a metric, a
+tracker. It says in its own ``Config`` which keys it has in its section of the configuration, and in ``check`` what it
+does not go together with. The parts that fedhpc brings are registered in the same way as anybody's: by a decorator in
+a module that is imported before a configuration is read. Such modules are those of SHIPPED, those of installed
+packages that name themselves in the entry-point group ``fedhpc.plugins``, and those under ``plugins:`` in the file.
+
+Nothing here loads PyTorch.
+"""
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from fedhpc.errors import ConfigError
+
+SHIPPED = (
+    *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.selection"),
+    *("fedhpc.exchange.encodings", "fedhpc.evaluate.metrics"),
+)
+"""Modules that register fedhpc's own parts."""
+ENTRY_POINTS = "fedhpc.plugins"
+NO_PLUGINS = sys.stdlib_module_names | {"fedhpc", "numpy", "torch", "pydantic"}
+"""Packages whose classes a part may inherit from without their source being a part of the run's identity."""
+
+
+class Registry:
+    """The parts of one kind.
+
+    Args:
+        what: a part is called in messages.
+        section: of the configuration that has the parts' keys; empty where parts have none.
+        key: in that section, which names a part.
+        default: the part that is meant where the key is not given.
+    """
+
+    def __init__(self, what: str, *, section: str = "", key: str = "", default: str = "") -> None:
+        self.what, self.section, self.key, self.default = what, section, key, default
+        self._parts: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[type], Any]:
+        """A class decorator: from now on the class is the part of this name.
+
+        Raises:
+            ConfigError: another class has the name.
+        """
+
+        def add(part: type) -> type:
+            taken = self._parts.get(name)
+            if taken is not None and not _is_same(taken, part):
+                raise ConfigError(
+                    f"{self.what} {name!r} is registered twice: by {_place(taken)} and {_place(part)}; choose another "
+                    "name"
+                )
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> Any:
+        load_shipped()
+        return self._parts[name]
+
+    def __contains__(self, name: object) -> bool:
+        load_shipped()
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        load_shipped()
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        load_shipped()
+        return len(self._parts)
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Names and classes."""
+        load_shipped()
+        return self._parts.items()
+
+
+METHODS = Registry("server method", section="server", key="method", default="fedpeptao")
+TUNINGS = Registry("tuning", section="tuning", key="kind", default="prompt")
+PARTITIONS = Registry("partition", section="federation", key="partition", default="dirichlet")
+STRATEGIES = Registry("selection strategy", section="selection", key="strategy", default="score")
+ENCODINGS = Registry("upload encoding", section="exchange", key="encoding", default="dense")
+METRICS = Registry("metric")
+TRACKERS = Registry("tracker")
+SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS)
+"""Registries whose parts have keys in a section of the configuration."""
+
+_loaded: set[str] = set()
+
+
+def load_shipped() -> None:
+    """Register fedhpc's own parts, once."""
+    if "" not in _loaded:
+        _loaded.add("")
+        for module in SHIPPED:
+            importlib.import_module(module)
+
+
+def load_installed() -> None:
+    """Register the parts of installed packages, once.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    load_shipped()
+    if ENTRY_POINTS not in _loaded:
+        for point in entry_points(group=ENTRY_POINTS):
+            _import(point.module, f"the installed plug-in {point.name}")
+        _loaded.add(ENTRY_POINTS)
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Register the parts of modules that a configuration names; they may lie in the current folder.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    load_installed()
+    for module in modules:
+        if module not in _loaded:
+            _import(module, f"plugins: {module}")
+            _loaded.add(module)
+
+
+def _import(module: str, who: str) -> None:
+    sys.path.append("")
+    try:
+        importlib.import_module(module)
+    except ConfigError as error:
+        raise ConfigError(f"{who}: {error}") from None
+    except Exception as error:
+        looked = (
+            f"; looked for in {Path.cwd()} and where Python looks" if isinstance(error, ModuleNotFoundError) else ""
+        )
+        raise ConfigError(f"{who} cannot be imported: {type(error).__name__}: {error}{looked}") from error
+    finally:
+        sys.path.remove("")
+
+
+def source_sha256(parts: Iterable[type], plugins: Iterable[str]) -> Mapping[str, str]:
+    """Where parts come from that are not fedhpc's own -> SHA-256 of that source code.
+
+    A module of a plug-in counts whole, and with it all modules of its package. A class in a script or notebook that
+    was started counts by its own text and that of the classes there which it inherits from: the rest of a script may
+    change from run to run.
+    """
+    modules = [*plugins]
+    scripts = []
+    for part in parts:
+        for base in part.__mro__:
+            if base.__module__ == "__main__":
+                scripts.append(base)
+            elif base.__module__.partition(".")[0] not in NO_PLUGINS:
+                modules.append(base.__module__)
+    found = {name: _sha256(_module_source(name)) for name in sorted(set(modules))}
+    return found | {part.__qualname__: _sha256(_class_source(part)) for part in scripts}
+
+
+def _module_source(name: str) -> bytes:
+    """The text of a module, or of all modules of a package."""
+    module = sys.modules[name]
+    if not getattr(module, "__file__", None):
+        return repr(module).encode()
+    file = Path(str(module.__file__))
+    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return b"\0".join(path.read_bytes() for path in files)
+
+
+def _class_source(part: type) -> bytes:
+    try:
+        return inspect.getsource(part).encode()
+    except (OSError, TypeError):  # typed into an interpreter that keeps no text
+        return repr(sorted(vars(part))).encode()
+
+
+def _sha256(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()
+
+
+def _is_same(one: type, other: type) -> bool:
+    """Whether two classes are one that was defined again: a notebook's cell, or a module loaded once more."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
+def _place(part: type) -> str:
+    return f"{part.__module__}.{part.__qualname__}"
