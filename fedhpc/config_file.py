@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,21 @@ from fedhpc.errors import ConfigError
 from fedhpc.registry import SECTIONS
 from fedhpc.yaml_files import YAML_ERRORS, read, read_value, text_of
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Texts `key.sub=value` as of the command line, or dotted keys with their values."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file (and the file its `base` names), apply `key.sub=value` overrides, validate.
+
+def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
+    """A run's configuration: a YAML file and the file its `base` names, what is to be different, all of it checked.
+
+    Args:
+        path: the file.
+        overrides: dotted keys with their values, or texts of the form ``key.sub=value`` as of ``--set``.
+
+    Example:
+        >>> config = fedhpc.load_config("reviews.yaml", {"federation.rounds": 2, "server.method": "fedavg"})
+        >>> config.federation.rounds
+        2
 
     Raises:
         ConfigError: with all that is wrong, one line each.
@@ -27,9 +39,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def check_values(values: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
+def check_values(values: dict[str, Any], overrides: Overrides = ()) -> tuple[Config | None, list[str]]:
     """The configuration, or all that is wrong with it, one line each; the overrides change `values`, too."""
-    problems = [problem for text in overrides if (problem := apply_override(values, text))]
+    if isinstance(overrides, Mapping):
+        found = [set_value(values, key, value, f"{key}={value!r}") for key, value in overrides.items()]
+    else:
+        found = [apply_override(values, text) for text in overrides]
+    problems = list(filter(None, found))
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -107,16 +123,22 @@ def apply_override(values: dict[str, Any], text: str) -> str | None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         return f"--set {text}: must have the form key.sub=value"
+    try:
+        value = read_value(raw)
+    except YAML_ERRORS as error:
+        return f"--set {text}: the value is not valid YAML: {str(error).splitlines()[0]}"
+    return set_value(values, key, value, f"--set {text}")
+
+
+def set_value(values: dict[str, Any], key: str, value: Any, who: str) -> str | None:
+    """Change one of a file's values, by its dotted key; what is wrong with that, said by ``who``, if anything is."""
     *sections, leaf = key.strip().split(".")
     for section in sections:
         inner = values.get(section, {})
         if not isinstance(inner, dict):
-            return f"--set {text}: {section} is not a section"
+            return f"{who}: {section} is not a section"
         values[section] = values = dict(inner)  # an alias may have made two sections one
-    try:
-        values[leaf] = read_value(raw)
-    except YAML_ERRORS as error:
-        return f"--set {text}: the value is not valid YAML: {str(error).splitlines()[0]}"
+    values[leaf] = value
     return None
 
 

@@ -95,6 +95,14 @@ TRACKERS = Registry("tracker")
 SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS)
 """Registries whose parts have keys in a section of the configuration."""
 
+register_method = METHODS.register
+register_tuning = TUNINGS.register
+register_partition = PARTITIONS.register
+register_strategy = STRATEGIES.register
+register_encoding = ENCODINGS.register
+register_metric = METRICS.register
+register_tracker = TRACKERS.register
+
 _loaded: set[str] = set()
 
 

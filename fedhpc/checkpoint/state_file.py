@@ -87,7 +87,7 @@ def server_file(state: RunState, tuning: Tuning, identity: Mapping[str, Any], de
             generation=state.generation,
             seed=identity["seed"],
             method=identity["server.method"],
-            variant=identity["server.variant"] or "",
+            variant=identity.get("server.variant") or "",
             config_sha256=identity["sha256"],
             config=json.dumps(identity, sort_keys=True),
             fedhpc_version=fedhpc.__version__,

@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as held:
         try:
             with faults_end_every_rank(exchange, but_for=UserError), quick_start():
-                role = set_up(arguments, exchange, environment, held)
+                role = set_up(
+                    lambda: load_config(arguments.config, arguments.set), arguments.resume, exchange, environment, held
+                )
         except UserError:
             if exchange.rank > 0:  # rank 0 says it
                 return EXIT_USER_ERROR
@@ -85,11 +87,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def set_up(
-    arguments: argparse.Namespace, exchange: Exchange, environment: JobEnvironment, held: ExitStack
+    read_config: Callable[[], Config], resume: str, exchange: Exchange, environment: JobEnvironment, held: ExitStack
 ) -> Callable[[], Op]:
     """Check everything, load what this rank needs; what the rank then does until the job ends.
 
     Args:
+        read_config: gives this rank the run's configuration.
+        resume: `auto`, `never` or `require`, as of the command line.
+        exchange: the ranks.
+        environment: of the batch job.
         held: takes what is to be released at the end, the run directory's lock.
 
     Raises:
@@ -100,7 +106,7 @@ def set_up(
     from fedhpc.server import job as jobs
 
     def load() -> jobs.Job:
-        config = load_config(arguments.config, arguments.set)
+        config = read_config()
         limit_threads(config.device.threads)
         return jobs.load_job(config)
 
@@ -115,7 +121,7 @@ def set_up(
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
             if lock.notice:
                 log.warning("%s", lock.notice)
-            state = jobs.load_state(job, arguments.resume, exchange.attend)
+            state = jobs.load_state(job, resume, exchange.attend)
             jobs.log_notices(job, exchange.num_workers)
             stop_before_end(job.config, environment, exchange.stop)
     with all_ranks_or_none(exchange) as digests:

@@ -54,6 +54,39 @@ def predict_text(
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def predict_records(
+    run_dir: str, texts: Sequence[str | Mapping[str, str] | Sequence[str]], *, device: int | None = None
+) -> list[dict[str, Any]]:
+    """The same for texts in memory, as dictionaries with the probability of every class.
+
+    Args:
+        run_dir: the run's folder.
+        texts: a text each; for a task of several fields a sequence in their order, or a mapping by name.
+        device: whose personal parameters to use; None: the global ones.
+
+    Raises:
+        UserError: the run or a text cannot be used.
+    """
+    trained = load_trained(run_dir, device)
+    description = trained.job.data.description
+    fields = template_fields(description.template)
+    each = [[text] if isinstance(text, str) else _in_order(text, fields) for text in texts]
+    given = _given(each, fields)
+    given.check_blank(fields)
+    if not given.rows:
+        return []
+    probabilities = class_probabilities(trained, given.rows, given.place)
+    return [_record(*pair, description, True) for pair in zip(given.rows, probabilities, strict=True)]
+
+
+def _in_order(text: Mapping[str, str] | Sequence[str], fields: Sequence[str]) -> Sequence[str]:
+    if not isinstance(text, Mapping):
+        return text
+    if text.keys() != set(fields):
+        raise DataError(f"a text has the fields {', '.join(text)}; this task takes {', '.join(fields)}")
+    return [text[field] for field in fields]
+
+
 def class_probabilities(
     trained: Trained, rows: Sequence[Row], place: Callable[[int], str] = "text {}".format
 ) -> NDArray[np.float32]:
@@ -68,7 +101,7 @@ def class_probabilities(
     split = Split.of(encoded, [0] * len(rows), pad_id=description.pad_id)
     backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, JobEnvironment()))
     if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
-        job.tuning.check(backbone)
+        job.tuning.check_on(backbone)
     batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)
     found = np.empty((len(rows), len(description.class_names)), np.float32)
     for indices, scores in class_scores(backbone, job.tuning, trained.tensors, split, batches):

@@ -142,6 +142,10 @@ class Exchange(ABC):
         """
 
     @abstractmethod
+    def leave(self) -> None:
+        """All ranks: wait for each other, and give up what the exchange holds; the process goes on."""
+
+    @abstractmethod
     def abort(self, status: int) -> None:
         """End every rank of the job with this status, now."""
 

@@ -74,6 +74,9 @@ class LocalExchange(Exchange):
     def part(self, status: int) -> None:
         """See :class:`Exchange`."""
 
+    def leave(self) -> None:
+        """See :class:`Exchange`."""
+
     def abort(self, status: int) -> None:
         """See :class:`Exchange`; a checkpoint under way is waited for, unless its file system hangs."""
         settle(LONGEST_WRITE_S)

@@ -237,6 +237,13 @@ class MpiExchange(Exchange):
         # Without Python's own long way out: nobody is left to notice a rank that hangs there.
         os._exit(status)
 
+    def leave(self) -> None:
+        """See :class:`Exchange`."""
+        self._meet()
+        for comm in (self._far_workers, self._far, self._comm):
+            comm.Free()
+        self._forget()
+
     def abort(self, status: int) -> None:
         """See :class:`Exchange`."""
         sys.stdout.flush()
@@ -259,6 +266,10 @@ class MpiExchange(Exchange):
         """Give up what is shared with a lost rank, and all memory in which a transfer of before may still write."""
         for comm in (self._comm, self._far, self._far_workers):
             comm.Revoke()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Give up buffers, shared memory and the other ranks' bells."""
         self._buffers = {}
         self._memory.close()
         while self._bells:

@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
@@ -31,6 +33,17 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda received, _: self.ask(signal.Signals(received).name))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Stop signals are requests for so long; then they do again what they did before."""
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @staticmethod
     def close() -> None:

@@ -1,13 +1,19 @@
 """Server methods: how a round's uploads become the next global parameters.
 
 A method needs no model, file or MPI: state in, uploads in, state out. A new one is one file: a class, registered; here
-its module is named.
+its name is imported.
 """
 
 from typing import Any
 
-from fedhpc.methods import fedavg, fedavgm, fedopt, fedpeptao, fedprox, mime, scaffold  # noqa: F401
 from fedhpc.methods.base import LocalRule, Method, Population, ServerState, SummedMethod
+from fedhpc.methods.fedavg import FedAvg
+from fedhpc.methods.fedavgm import FedAvgM, MomSAdamD
+from fedhpc.methods.fedopt import FedAdam, FedYogi
+from fedhpc.methods.fedpeptao import FedPepTAO
+from fedhpc.methods.fedprox import FedProx
+from fedhpc.methods.mime import Mime
+from fedhpc.methods.scaffold import Scaffold
 from fedhpc.registry import METHODS
 
 
@@ -17,4 +23,20 @@ def make_method(config: Any, population: Population) -> Method:
     return method
 
 
-__all__ = ["LocalRule", "Method", "Population", "ServerState", "SummedMethod", "make_method"]
+__all__ = [
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedPepTAO",
+    "FedProx",
+    "FedYogi",
+    "LocalRule",
+    "Method",
+    "Mime",
+    "MomSAdamD",
+    "Population",
+    "Scaffold",
+    "ServerState",
+    "SummedMethod",
+    "make_method",
+]

@@ -1,4 +1,4 @@
-"""What is trained on the frozen backbone. A new tuning is one file: a class, registered; here its module is named.
+"""What is trained on the frozen backbone. A new tuning is one file: a class, registered; here its name is imported.
 
 PEFT holds one adapter a model; here devices train side by side, each with its own, and tensors lie layer by layer for
 the exchange. The tests compare with PEFT what it has too, and export gives it adapters that it loads.
@@ -9,17 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.registry import TUNINGS
-from fedhpc.tuning import (  # noqa: F401
-    adapter,
-    attempt,
-    instance_prompt,
-    late_prompt,
-    lora,
-    prompt,
-    prompt_tuning,
-    weights,
-)
-from fedhpc.tuning.base import Tuning
+from fedhpc.tuning.adapter import Adapter
+from fedhpc.tuning.attempt import Attempt
+from fedhpc.tuning.base import ModuleTuning, TokensConfig, Tuning
+from fedhpc.tuning.instance_prompt import InstancePrompt
+from fedhpc.tuning.late_prompt import LatePrompt
+from fedhpc.tuning.lora import LoRA
+from fedhpc.tuning.prompt import DeepPrompts
+from fedhpc.tuning.prompt_tuning import PromptTuning
+from fedhpc.tuning.weights import BitFit, FullTuning
 
 if TYPE_CHECKING:
     from fedhpc.model.pretrained import BackboneShape
@@ -31,4 +29,18 @@ def make_tuning(config: Any, shape: BackboneShape, *, num_classes: int) -> Tunin
     return tuning
 
 
-__all__ = ["Tuning", "make_tuning"]
+__all__ = [
+    "Adapter",
+    "Attempt",
+    "BitFit",
+    "DeepPrompts",
+    "FullTuning",
+    "InstancePrompt",
+    "LatePrompt",
+    "LoRA",
+    "ModuleTuning",
+    "PromptTuning",
+    "TokensConfig",
+    "Tuning",
+    "make_tuning",
+]

@@ -75,7 +75,7 @@ def test_every_parameter_of_every_layer_matters(world, name, kind):
         return
     for head in ("verbalizer", "linear"):
         backbone, tuning, _ = tuned(world, name, kind, head=head)
-        tuning.check(backbone.float())
+        tuning.check_on(backbone.float())
 
 
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
@@ -83,7 +83,7 @@ def test_layers_that_take_no_notice_are_named(world, kind):
     backbone, tuning, _ = tuned(world, "bert", kind)
     backbone.float()._layers[1].forward = lambda hidden, *_, **__: hidden
     with pytest.raises(ModelError, match=rf"tuning.kind: {kind}: .* takes no notice of .* in layers \[1\]"):
-        tuning.check(backbone)
+        tuning.check_on(backbone)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
