@@ -1,15 +1,16 @@
-"""Ranks that run several jobs, one after the other: python run_each.py CONFIG...
+"""Ranks that run several jobs, one after the other: python run_each.py CONFIG... Or one that is stopped before its so
+many-th local step: python run_each.py --stop STEP CONFIG.
 
 Weights are read once: most of a small job's time goes into that.
 """
 
 import copy
 import sys
-from argparse import Namespace
 from contextlib import ExitStack
 from unittest import mock
 
 from fedhpc.commands import cli
+from fedhpc.config_file import load_config
 from fedhpc.exchange import connect
 from fedhpc.exchange.messages import Op
 from fedhpc.job.environment import JobEnvironment
@@ -42,9 +43,12 @@ def run(config, stop_at_step=0):
     if stop_at_step:
         exchange.beat = counting_beat
     with ExitStack() as held, mock.patch.object(models, "load_frozen", load_once):
-        return cli.set_up(Namespace(config=config, set=[], resume="auto"), exchange, environment, held)()
+        return cli.set_up(lambda: load_config(config), "auto", exchange, environment, held)()
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--stop":
+        assert run(sys.argv[3], int(sys.argv[2])) == Op.SUSPEND
+        sys.exit()
     for path in sys.argv[1:]:
         assert run(path) == Op.STOP, path
