@@ -32,7 +32,7 @@ from fedhpc.device import worker as device_module
 from fedhpc.device.local_update import DeviceUpdate
 from fedhpc.device.worker import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
-from fedhpc.exchange.messages import NO_RECORD, Kind, Note
+from fedhpc.exchange.messages import NO_RECORD, Note, NoteKind
 from fedhpc.federation import sampling as federation
 from fedhpc.files import fsync
 from fedhpc.job.environment import JobEnvironment
@@ -187,7 +187,7 @@ def measure_server(folder, seen):
     exchange = LocalExchange(StopRequest())
 
     def handler(command):
-        exchange.post(Note(kind=Kind.ALL_SAVED))
+        exchange.post(Note(kind=NoteKind.ALL_SAVED))
         return NO_RECORD.zeros(0)
 
     exchange.handler = handler

@@ -41,7 +41,7 @@ from fedhpc.checkpoint.state_file import (
     read_server_file,
 )
 from fedhpc.errors import CheckpointError
-from fedhpc.exchange.messages import Kind, Note
+from fedhpc.exchange.messages import Note, NoteKind
 from fedhpc.files import fsync, names_in, write_whole
 from fedhpc.job.log import log
 from fedhpc.methods.updates import Vector
@@ -80,14 +80,14 @@ class Checkpoints(CheckpointFiles):
         for device, state in states.items():
             data = local_file(state, round_index, layers, tuning)
             name, sha256 = self.write_device_file(LOCAL, device, generation, data)
-            post(Note(kind=Kind.SAVED, text=name, sha256=sha256))
+            post(Note(kind=NoteKind.SAVED, text=name, sha256=sha256))
         fsync(self.folder / LOCAL)
         if progress:
             name = f"progress_{rank:04d}.h5"
             data = progress_file(progress)
             write_whole(self.partial / name, data)
-            post(Note(kind=Kind.SAVED, text=name, sha256=sha256_of(data)))
-        post(Note(kind=Kind.ALL_SAVED))
+            post(Note(kind=NoteKind.SAVED, text=name, sha256=sha256_of(data)))
+        post(Note(kind=NoteKind.ALL_SAVED))
 
     def write_device_file(self, kind: str, device: int, generation: int, data: bytes) -> tuple[str, str]:
         """Write a file of control/ or local/; its name as in the checkpoint's list, and SHA-256."""

@@ -57,7 +57,7 @@ ELSEWHERE = -1
 
 def serve(exchange: MpiExchange, worker: "Worker") -> Op:
     """Receive, update the local devices, reply, until the server says how to end."""
-    while (command := exchange.receive()).op not in (Op.STOP, Op.SUSPEND):
+    while (command := exchange.receive()).op not in (Op.FINISH, Op.SUSPEND):
         exchange.reply(worker.handle(command))
     return command.op
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedhpc.config import ExchangeConfig
 from fedhpc.errors import Halt
 from fedhpc.exchange.exact_sum import SumSize, Terms
-from fedhpc.exchange.messages import Command, Kind, Note, Op, RecordType
+from fedhpc.exchange.messages import Command, Note, NoteKind, Op, RecordType
 from fedhpc.job.stopping import StopRequest
 
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
@@ -160,5 +160,5 @@ class Exchange(ABC):
 
     def _deliver(self, note: Note) -> None:
         """Server: a note about a checkpoint has arrived."""
-        assert note.kind in (Kind.SAVED, Kind.ALL_SAVED)
+        assert note.kind in (NoteKind.SAVED, NoteKind.ALL_SAVED)
         self.on_saved(note)

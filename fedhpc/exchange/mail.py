@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.exchange.base import LONGEST_GAP_S
-from fedhpc.exchange.messages import NOTE, Kind, Note
+from fedhpc.exchange.messages import NOTE, Note, NoteKind
 from fedhpc.job.stopping import StopRequest
 
 BEAT_S = 5.0
@@ -76,7 +76,7 @@ class Mail:
             self._send(self.outbox.popleft())
         if self._since_beat >= min(BEAT_S, timeout_s / BEATS_PER_TIMEOUT) and not self._under_way:
             self._since_beat = 0.0
-            self._send(Note(kind=Kind.BEAT, text=self.activity))
+            self._send(Note(kind=NoteKind.BEAT, text=self.activity))
         for peer, silent in self._silence.items():
             if silent > timeout_s:
                 raise TimeoutError(
@@ -87,9 +87,9 @@ class Mail:
     def _word_of_the_stop(self) -> Note:
         rank = self._comm.rank
         if rank == 0:
-            return Note(kind=Kind.HALT)
+            return Note(kind=NoteKind.HALT)
         text = f"{self._stop.reason} at rank {rank} ({self._hosts[rank]})"
-        return Note(kind=Kind.STOP, text=text, seconds=time.monotonic() - self._stop.since)
+        return Note(kind=NoteKind.STOP_REQUESTED, text=text, seconds=time.monotonic() - self._stop.since)
 
     def _read(self) -> None:
         status = self._mpi.Status()
@@ -98,11 +98,11 @@ class Mail:
             self._comm.Recv([packed, self._mpi.BYTE], source=status.source, tag=NOTES)
             note = Note.unpacked(packed)
             self._silence[status.source] = 0.0
-            if note.kind == Kind.BEAT:
+            if note.kind == NoteKind.BEAT:
                 self._doing[status.source] = note.text
-            elif note.kind == Kind.STOP:
+            elif note.kind == NoteKind.STOP_REQUESTED:
                 self._stop.ask(note.text, note.seconds)
-            elif note.kind == Kind.HALT:
+            elif note.kind == NoteKind.HALT:
                 self.halted = True
             else:
                 self._deliver(note)

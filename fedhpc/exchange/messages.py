@@ -15,7 +15,8 @@ from fedhpc.selection.strategy import MAX_LAYERS
 class Op(IntEnum):
     """What the server asks of the workers."""
 
-    STOP = 0
+    FINISH = 0
+    """End: the run is done."""
     SCORE = 1
     """Score the layers on every device; reply `score_record`."""
     SELECT = 2
@@ -31,7 +32,7 @@ class Op(IntEnum):
     SAVE = 7
     """Begin to write checkpoint `generation`; a `SAVED` note follows for every file, and `ALL_SAVED`."""
     SUSPEND = 8
-    """End, to be started again."""
+    """End: the run was stopped on request, and goes on when it is started again."""
     PROBE = 9
     """Time a step of 1, 2, 4 ... up to `pack` devices side by side; reply `probe_record`."""
 
@@ -183,12 +184,12 @@ def evaluation_record(num_classes: int, num_devices: int) -> RecordType:
     )
 
 
-class Kind(IntEnum):
+class NoteKind(IntEnum):
     """What a note is about."""
 
     BEAT = 0
     """From any rank: alive; the text says what it is doing."""
-    STOP = 1
+    STOP_REQUESTED = 1
     """To the server: a stop was requested at this rank `seconds` ago, for the reason in the text."""
     HALT = 2
     """To the workers: end what is under way at the next local step."""
@@ -206,7 +207,7 @@ NOTE = np.dtype([("kind", "<i8"), ("seconds", "<f8"), ("text", "S176"), ("sha256
 class Note:
     """A word between ranks outside the order of the commands."""
 
-    kind: Kind
+    kind: NoteKind
     text: str = ""
     seconds: float = 0.0
     sha256: str = ""
@@ -220,5 +221,5 @@ class Note:
         """The note that has arrived."""
         kind, seconds, text, sha256 = packed[0]
         return cls(
-            kind=Kind(int(kind)), seconds=float(seconds), text=text.decode(errors="replace"), sha256=sha256.decode()
+            kind=NoteKind(int(kind)), seconds=float(seconds), text=text.decode(errors="replace"), sha256=sha256.decode()
         )

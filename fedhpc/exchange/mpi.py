@@ -101,7 +101,7 @@ class MpiExchange(Exchange):
                 self._broadcast(part)
         sums[...] = 0  # while devices train; workers add when they are told the unit
         sent = time.perf_counter()
-        if command.op in (Op.STOP, Op.SUSPEND):
+        if command.op in (Op.FINISH, Op.SUSPEND):
             return record.zeros(0)
         ready, exponent = self._collect(records, counts if record.nbytes else [0] * self.num_workers, summed)
         if summed:

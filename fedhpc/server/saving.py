@@ -10,7 +10,7 @@ from fedhpc.checkpoint.files import Position, Sums, device_sums, newer
 from fedhpc.checkpoint.state_file import RunState, server_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.exchange import LONGEST_GAP_S, Exchange
-from fedhpc.exchange.messages import NO_RECORD, Command, Kind, Note, Op
+from fedhpc.exchange.messages import NO_RECORD, Command, Note, NoteKind, Op
 from fedhpc.job.background import Background
 from fedhpc.job.lock import RunLock
 from fedhpc.methods.updates import Vector
@@ -30,7 +30,8 @@ class CheckpointWriter:
         self.control = ControlVariates(checkpoints, job.tuning, {})
         self.bytes_written = 0
         self._device_files: Sums = {}
-        self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self._notes: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
+        """From the workers; None: no more will come."""
         self._writing = Background(exchange.fail)
         self._silence = 0.0
         exchange.on_saved = self._hear
@@ -104,7 +105,7 @@ class CheckpointWriter:
 
     def give_up_waiting(self) -> None:
         """Nobody will finish a file of the checkpoint under way any more."""
-        self._notes.put(Note(kind=Kind.STOP))
+        self._notes.put(None)
 
     def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int], after: Position | None) -> None:
         position, keep = Position.of(state), self.job.config.checkpoint.keep
@@ -117,9 +118,9 @@ class CheckpointWriter:
         waiting_for = self.exchange.num_workers
         while waiting_for:
             note = self._notes.get()
-            if note.kind == Kind.STOP:
+            if note is None:
                 return
-            if note.kind == Kind.ALL_SAVED:
+            if note.kind == NoteKind.ALL_SAVED:
                 waiting_for -= 1
             else:
                 sums[note.text] = note.sha256

@@ -66,7 +66,7 @@ class Server:
         """Whether devices have been, since the start."""
 
     def run(self, found: RunState | None) -> Op:
-        """The whole job, from the start or from a checkpoint's state; how it ended, STOP or SUSPEND."""
+        """The whole job, from the start or from a checkpoint's state; how it ended, FINISH or SUSPEND."""
         resolved = self.config.resolved(task=self.description.task, max_length=self.description.max_length)
         write_whole(self.files.config, resolved.to_yaml().encode())
         try:
@@ -78,7 +78,7 @@ class Server:
                 self.suspend()
                 return Op.SUSPEND
             self.saving.wait()
-            self._command(Command(op=Op.STOP))
+            self._command(Command(op=Op.FINISH))
         except RanksLost:
             self.saving.abandon()
             raise
@@ -94,7 +94,7 @@ class Server:
             self.files.run_dir,
             digest,
         )
-        return Op.STOP
+        return Op.FINISH
 
     def run_rounds(self, state: RunState) -> RunState:
         """The main loop; returns the state after the last round."""

@@ -9,8 +9,8 @@ from fedhpc.exchange.messages import (
     NOTE,
     UPLOAD_HEADER,
     Command,
-    Kind,
     Note,
+    NoteKind,
     Op,
     upload_headers,
     upload_payloads,
@@ -60,9 +60,9 @@ def test_commands_cross_as_fixed_headers():
 @pytest.mark.parametrize(
     "note",
     [
-        Note(kind=Kind.HALT),
-        Note(kind=Kind.STOP, text="SIGUSR1 at rank 3 (node-7)", seconds=0.1 + 0.2),
-        Note(kind=Kind.SAVED, text="../control/000123_000007.h5", sha256="0123456789abcdef" * 4),
+        Note(kind=NoteKind.HALT),
+        Note(kind=NoteKind.STOP_REQUESTED, text="SIGUSR1 at rank 3 (node-7)", seconds=0.1 + 0.2),
+        Note(kind=NoteKind.SAVED, text="../control/000123_000007.h5", sha256="0123456789abcdef" * 4),
     ],
 )
 def test_notes_cross_as_fixed_records(note):

@@ -8,7 +8,7 @@ from blind import make_blind
 
 from fedhpc.errors import RanksLost
 from fedhpc.exchange import MpiExchange
-from fedhpc.exchange.messages import Command, Kind, Note, Op, upload_headers, upload_record
+from fedhpc.exchange.messages import Command, Note, NoteKind, Op, upload_headers, upload_record
 from fedhpc.job.stopping import StopRequest
 
 
@@ -29,7 +29,7 @@ try:
 except RanksLost:
     if old_rank == 3:
         exchange._join = die
-exchange.post(Note(kind=Kind.ALL_SAVED))  # of a checkpoint that the ranks which are left know nothing of
+exchange.post(Note(kind=NoteKind.ALL_SAVED))  # of a checkpoint that the ranks which are left know nothing of
 exchange.repair()
 record_type = upload_record(1)
 if exchange.rank == 0:

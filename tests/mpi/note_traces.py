@@ -28,4 +28,4 @@ measuring.fisher_traces = noted_traces
 run_each.load_once = models.load_frozen  # a copy lies otherwise in memory, and products may be rounded otherwise
 make_blind(1, 3)
 for path in sys.argv[2:]:
-    assert run_each.run(path) == Op.STOP, path
+    assert run_each.run(path) == Op.FINISH, path

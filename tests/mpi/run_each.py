@@ -51,4 +51,4 @@ if __name__ == "__main__":
         assert run(sys.argv[3], int(sys.argv[2])) == Op.SUSPEND
         sys.exit()
     for path in sys.argv[1:]:
-        assert run(path) == Op.STOP, path
+        assert run(path) == Op.FINISH, path

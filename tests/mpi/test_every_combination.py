@@ -79,6 +79,6 @@ def outcome(config):
 def test_ranks_and_interruptions_leave_no_trace(folder, together, combination):
     alone = write_config(folder, "alone", *combination)
     assert run(alone, STOP_AT_STEP) == Op.SUSPEND
-    assert run(alone) == Op.STOP
+    assert run(alone) == Op.FINISH
     assert outcome(together[combination]) == outcome(alone)
     assert len(traces(alone)) == 3
