@@ -10,7 +10,7 @@ from threading import Lock
 
 import numpy as np
 
-from fedhpc.checkpoint.files import CONTROL, Sums, files_of, read_verified
+from fedhpc.checkpoint.files import CONTROL, Checksums, files_of, read_verified
 from fedhpc.checkpoint.state_file import control_file, read_control_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.methods.updates import Vector
@@ -20,7 +20,7 @@ from fedhpc.tuning import Tuning
 class ControlVariates:
     """c_i by device; a device never seen has c_i = 0 and no entry."""
 
-    def __init__(self, checkpoints: Checkpoints, tuning: Tuning, files: Sums) -> None:
+    def __init__(self, checkpoints: Checkpoints, tuning: Tuning, files: Checksums) -> None:
         self.checkpoints, self.tuning = checkpoints, tuning
         self.files: dict[int, tuple[str, str]] = {}
         """Device -> name and SHA-256 of its file."""
@@ -80,7 +80,7 @@ class ControlVariates:
                 if self.fresh.get(device) is vector:
                     del self.fresh[device]
 
-    def note_files(self, sums: Sums) -> None:
+    def note_files(self, sums: Checksums) -> None:
         """These files hold the devices' c_i from now on; others among them are left alone."""
         self.files |= files_of(sums, CONTROL)
 

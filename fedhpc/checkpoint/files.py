@@ -18,7 +18,7 @@ from fedhpc.files import names_in
 if TYPE_CHECKING:
     from fedhpc.checkpoint.state_file import RunState
 
-SUMS = "SHA256SUMS"
+CHECKSUMS_FILE = "SHA256SUMS"
 SEAL = "COMPLETE"
 SERVER_FILE = "server.h5"
 CONTROL, LOCAL = "control", "local"
@@ -28,7 +28,7 @@ DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 READERS = 8
 """Files read at once to verify a checkpoint: those of 10,000 devices are gigabytes."""
 T = TypeVar("T")
-Sums = dict[str, str]
+Checksums = dict[str, str]
 """File name, relative to the checkpoint's folder -> SHA-256."""
 
 
@@ -93,7 +93,7 @@ class CheckpointFiles:
             for position in self.positions():
                 with suppress(CheckpointError, OSError):
                     path = self.path(position) / SERVER_FILE
-                    data = read_verified(path, read_sums(path.parent).get(SERVER_FILE, ""))
+                    data = read_verified(path, read_checksums(path.parent).get(SERVER_FILE, ""))
                     with open_state(data, str(path)) as file:
                         return read(file)
             raise CheckpointError(f"{self.folder}: no {SERVER_FILE} is whole")
@@ -103,18 +103,18 @@ class CheckpointFiles:
         return None
 
 
-def newer(sums: Sums, over: Sums) -> Sums:
+def newer(sums: Checksums, over: Checksums) -> Checksums:
     """The files of a checkpoint's devices with those that have been written since in the place of older ones."""
     written = {stem_of(name) for name in over}
     return {**{name: sha256 for name, sha256 in sums.items() if stem_of(name) not in written}, **over}
 
 
-def device_sums(sums: Sums) -> Sums:
+def device_checksums(sums: Checksums) -> Checksums:
     """Those of control/ and local/ among a checkpoint's files."""
     return {name: sha256 for name, sha256 in sums.items() if DEVICE_FILE.fullmatch(name)}
 
 
-def files_of(sums: Sums, kind: str) -> dict[int, tuple[str, str]]:
+def files_of(sums: Checksums, kind: str) -> dict[int, tuple[str, str]]:
     """Device -> name and SHA-256 of its file among these, in control/ or local/."""
     return {device_of(name): (name, sha256) for name, sha256 in sums.items() if name.startswith(f"../{kind}/")}
 
@@ -136,12 +136,12 @@ def verify(
     """Raise CheckpointError unless every file needed of a checkpoint is whole and unaltered; beat after each file."""
     if folder.is_symlink():
         raise CheckpointError(f"{folder}: is a link, not a folder")
-    sums = read_sums(folder)
+    sums = read_checksums(folder)
     own = {name for name in sums if not DEVICE_FILE.fullmatch(name)}
-    found = {path.name for path in folder.iterdir()} - {SUMS, SEAL}
+    found = {path.name for path in folder.iterdir()} - {CHECKSUMS_FILE, SEAL}
     if SERVER_FILE not in own or found != own:
         odd = ", ".join(sorted(found ^ {*own, SERVER_FILE}))
-        raise CheckpointError(f"{folder}: its files are not those that {SUMS} names: {odd}")
+        raise CheckpointError(f"{folder}: its files are not those that {CHECKSUMS_FILE} names: {odd}")
 
     def check(name: str) -> None:
         path = _plain(folder / name)
@@ -153,15 +153,15 @@ def verify(
             beat()
 
 
-def read_sums(folder: Path) -> Sums:
+def read_checksums(folder: Path) -> Checksums:
     """The files of a checkpoint, or CheckpointError if the list is not whole."""
     try:
-        text, seal = (_plain(folder / name, links=True).read_text(encoding="ascii") for name in (SUMS, SEAL))
-        if seal != f"{sha256_of(text.encode())}  {SUMS}\n":
+        text, seal = (_plain(folder / name, links=True).read_text(encoding="ascii") for name in (CHECKSUMS_FILE, SEAL))
+        if seal != f"{sha256_of(text.encode())}  {CHECKSUMS_FILE}\n":
             raise ValueError(f"it is not what {SEAL} seals")
         return {name: sha256 for sha256, name in (line.split("  ", 1) for line in text.splitlines())}
     except (*DAMAGE, ValueError) as error:  # CheckpointError is one
-        raise CheckpointError(f"{folder}: is not complete: {SUMS} cannot be used: {error}") from None
+        raise CheckpointError(f"{folder}: is not complete: {CHECKSUMS_FILE} cannot be used: {error}") from None
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
@@ -180,7 +180,7 @@ def _plain(path: Path, *, links: bool = False) -> Path:
 
 def _check_sha256(path: Path, found: str, wanted: str) -> None:
     if found != wanted:
-        raise CheckpointError(f"{path}: is truncated or altered: its SHA-256 is not the one in {SUMS}")
+        raise CheckpointError(f"{path}: is truncated or altered: its SHA-256 is not the one in {CHECKSUMS_FILE}")
 
 
 def sha256_of(data: bytes) -> str:

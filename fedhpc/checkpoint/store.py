@@ -14,19 +14,19 @@ from typing import Any
 
 from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.checkpoint.files import (
+    CHECKSUMS_FILE,
     CONTROL,
     DAMAGE,
     DEVICE_FILE,
     LOCAL,
     SEAL,
     SERVER_FILE,
-    SUMS,
     CheckpointFiles,
+    Checksums,
     Position,
-    Sums,
-    device_sums,
+    device_checksums,
     files_of,
-    read_sums,
+    read_checksums,
     read_verified,
     sha256_of,
     verify,
@@ -99,7 +99,7 @@ class Checkpoints(CheckpointFiles):
         self,
         position: Position,
         server: bytes,
-        sums: Sums,
+        sums: Checksums,
         *,
         after: Position | None,
         keep: int,
@@ -113,8 +113,8 @@ class Checkpoints(CheckpointFiles):
         final, partial = self.path(position), self.partial
         write_whole(partial / SERVER_FILE, server)
         text = "".join(f"{sha}  {name}\n" for name, sha in sorted({**sums, SERVER_FILE: sha256_of(server)}.items()))
-        write_whole(partial / SUMS, text.encode())
-        write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {SUMS}\n".encode())
+        write_whole(partial / CHECKSUMS_FILE, text.encode())
+        write_whole(partial / SEAL, f"{sha256_of(text.encode())}  {CHECKSUMS_FILE}\n".encode())
         fsync(self.folder / CONTROL)
         fsync(partial)
         check_lock()  # writing may have hung until the directory was another run's
@@ -188,7 +188,7 @@ class Checkpoints(CheckpointFiles):
         """Device rank: the states of its devices and what they have done of a round under way."""
         states = self.load_states(position, wanted, tuning, layers, unseen_local)
         progress, folder = RoundProgress(round=position.round), self.path(position)
-        for name, sha256 in read_sums(folder).items():
+        for name, sha256 in read_checksums(folder).items():
             if name != SERVER_FILE and not DEVICE_FILE.fullmatch(name):
                 found = read_progress_file(read_verified(folder / name, sha256), str(folder / name), tuning)
                 progress.finished.update((d, record) for d, record in found.finished.items() if d in wanted)
@@ -200,15 +200,15 @@ class Checkpoints(CheckpointFiles):
     ) -> dict[int, DeviceState]:
         """What these devices keep, of those that have been seen."""
         states, folder = {}, self.path(position)
-        for device, (name, sha256) in files_of(read_sums(folder), LOCAL).items():
+        for device, (name, sha256) in files_of(read_checksums(folder), LOCAL).items():
             if device in wanted:
                 data = read_verified(folder / name, sha256)
                 states[device] = read_local_file(data, str(folder / name), layers, tuning, unseen_local)
         return states
 
-    def device_files(self, position: Position) -> Sums:
+    def device_files(self, position: Position) -> Checksums:
         """The files of control/ and local/ that belong to a checkpoint."""
-        return device_sums(read_sums(self.path(position)))
+        return device_checksums(read_checksums(self.path(position)))
 
     def _drop(self, positions: list[Position]) -> None:
         """Remove checkpoints, and the device files that no other one lists."""

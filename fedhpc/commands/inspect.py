@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from fedhpc.checkpoint.files import SERVER_FILE, CheckpointFiles, read_sums, verify
+from fedhpc.checkpoint.files import SERVER_FILE, CheckpointFiles, read_checksums, verify
 from fedhpc.checkpoint.plain_hdf5 import open_state
 from fedhpc.commands.bounded import bounded
 from fedhpc.errors import CheckpointError
@@ -72,7 +72,7 @@ def _checkpoint(folder: Path) -> tuple[str, bool]:
     try:
         verify(folder)
         lines = [f"checkpoint {folder}: valid", *(f"  {line}" for line in _state(folder / SERVER_FILE))]
-        files = [folder / name for name in read_sums(folder)]
+        files = [folder / name for name in read_checksums(folder)]
         size = sum(file.stat().st_size for file in files)
     except (CheckpointError, OSError) as error:
         return f"checkpoint {folder}: NOT VALID: {error}", False

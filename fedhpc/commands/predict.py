@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedhpc.commands.trained import Trained, load_trained
 from fedhpc.data.prepared import Description, Split
-from fedhpc.data.tables import TABLES, Record, read_lines, read_table
+from fedhpc.data.readers import TABLES, Record, read_lines, read_table
 from fedhpc.data.tasks import TASKS, Task, template_fields
 from fedhpc.data.texts import Row, Texts, encode, text_fields
 from fedhpc.device.processor import choose_torch_device

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fedhpc.data.prepared import Description, Split, check_writable, tokenizer_fingerprint, write_prepared
-from fedhpc.data.tables import Record, read_table
+from fedhpc.data.readers import Record, read_table
 from fedhpc.data.tasks import SPLITS, Head, Kind, Task, load_task, template_fields
 from fedhpc.data.texts import Texts, encode, text_fields
 from fedhpc.data.tokens import TextEncoder, check_known, find_word_ids
@@ -66,7 +66,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class Examples:
     """The examples of one split, read and checked."""
 
     texts: Texts
@@ -74,7 +74,7 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
+class TargetModel:
     """What tokenising for a model needs to know of it."""
 
     tokenizer: Any
@@ -83,7 +83,7 @@ class Backbone:
     vocabulary_size: int
 
 
-def read_source(task: Task, source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Rows]:
+def read_source(task: Task, source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Examples]:
     """Read and check both splits of a source of any form; DataError for what cannot be read.
 
     Args:
@@ -145,7 +145,7 @@ def refuse_pickle(file: Path) -> None:
         )
 
 
-def _read_file(task: Task, file: Path) -> Rows:
+def _read_file(task: Task, file: Path) -> Examples:
     records, first_line = read_table(file, headerless=task.headerless, labels=task.classes)
     return _rows(task, f"{file} line", records, first=first_line)
 
@@ -170,7 +170,7 @@ def _load_datasets(source: str) -> Any:
         ) from error
 
 
-def _read_datasets(task: Task, source: str, dataset: Any, files: Mapping[str, Sequence[str]]) -> dict[str, Rows]:
+def _read_datasets(task: Task, source: str, dataset: Any, files: Mapping[str, Sequence[str]]) -> dict[str, Examples]:
     if not isinstance(dataset, dict):
         raise DataError(f"{source} is a single split; save a DatasetDict with train and validation")
     rows = {}
@@ -186,7 +186,7 @@ def _read_datasets(task: Task, source: str, dataset: Any, files: Mapping[str, Se
 
 def _rows(
     task: Task, unit: str, records: Iterable[Record], *, first: int, features: Mapping[str, Any] | None = None
-) -> Rows:
+) -> Examples:
     rows, labels = [], []
     places = {value: place for place, value in enumerate(task.classes)}
     columns: dict[str, str] = {}
@@ -200,7 +200,7 @@ def _rows(
         raise DataError(f"{unit} {first + len(rows)}: {error}") from error
     if not rows:
         raise DataError(f"{unit.rpartition(' ')[0]} holds no examples")
-    return Rows(texts=Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows), labels=labels)
+    return Examples(texts=Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows), labels=labels)
 
 
 def _resolve(task: Task, field: str, available: list[str]) -> str:
@@ -228,7 +228,7 @@ def _label(task: Task, value: Any, column: str, feature: Any) -> str:
     return label
 
 
-def load_backbone(name: str) -> Backbone:
+def load_target_model(name: str) -> TargetModel:
     """A model's tokenizer and what its configuration says, without its weights, or ModelError."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -245,7 +245,7 @@ def load_backbone(name: str) -> Backbone:
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"model {name!r} comes without a usable tokenizer: its folder needs a tokenizer.json")
     kind, has_word_head = model_kind(config)
-    return Backbone(
+    return TargetModel(
         tokenizer=tokenizer,
         kind=kind,
         can_score_words=has_word_head and (kind == "decoder" or tokenizer.mask_token is not None),
@@ -273,68 +273,68 @@ def model_kind(config: Any) -> tuple[Kind, bool]:
     raise ModelError(f"{config.model_type} is no kind of language model that transformers knows")
 
 
-def limit(rows: Rows, count: int | None, seed: int) -> Rows:
+def limit(given: Examples, count: int | None, seed: int) -> Examples:
     """A random choice of so many examples, in their order in the source."""
-    if count is None or count >= len(rows.labels):
-        return rows
-    chosen = np.sort(generator(seed, purpose="limit-train").choice(len(rows.labels), count, replace=False))
-    numbers, texts = ([part[index] for index in chosen] for part in (rows.texts.numbers, rows.texts.rows))
-    labels = [rows.labels[index] for index in chosen]
-    return Rows(texts=Texts(unit=rows.texts.unit, numbers=numbers, rows=texts), labels=labels)
+    if count is None or count >= len(given.labels):
+        return given
+    chosen = np.sort(generator(seed, purpose="limit-train").choice(len(given.labels), count, replace=False))
+    numbers, rows = ([part[index] for index in chosen] for part in (given.texts.numbers, given.texts.rows))
+    labels = [given.labels[index] for index in chosen]
+    return Examples(texts=Texts(unit=given.texts.unit, numbers=numbers, rows=rows), labels=labels)
 
 
-def tokenise(rows: Rows, encoder: TextEncoder, vocabulary_size: int, pad_id: int, title: str) -> tuple[Split, int]:
+def tokenise(given: Examples, encoder: TextEncoder, vocabulary_size: int, pad_id: int, title: str) -> tuple[Split, int]:
     """Tokenise one split; also tells how many examples were shortened."""
     encoded: list[tuple[np.ndarray, int]] = []
     num_shortened = 0
-    examples = encode(rows.texts.rows, rows.texts.place, encoder, vocabulary_size)
-    for example in tqdm(examples, total=len(rows.labels), desc=title, unit=" ex", disable=None):
+    examples = encode(given.texts.rows, given.texts.place, encoder, vocabulary_size)
+    for example in tqdm(examples, total=len(given.labels), desc=title, unit=" ex", disable=None):
         ids = np.array(example.ids, np.int32)  # the list is ten times as large
         encoded.append((ids, example.slot))
         num_shortened += example.truncated
-    return Split.of(encoded, rows.labels, pad_id=pad_id), num_shortened
+    return Split.of(encoded, given.labels, pad_id=pad_id), num_shortened
 
 
 def prepare(recipe: Recipe) -> str:
     """Do all of it; returns the closing summary."""
     check_writable(recipe.out)
-    task, backbone = load_task(recipe.task), load_backbone(recipe.model)
-    facts = description_of(recipe, task, backbone)
-    template, tokenizer = facts["template"], backbone.tokenizer
+    task, model = load_task(recipe.task), load_target_model(recipe.model)
+    facts = description_of(recipe, task, model)
+    template, tokenizer = facts["template"], model.tokenizer
     source = read_source(task, recipe.source, recipe.files(task))
-    for rows in source.values():
-        rows.texts.check_blank(template_fields(template))
+    for given in source.values():
+        given.texts.check_blank(template_fields(template))
     source["train"] = limit(source["train"], recipe.limit_train, recipe.seed)
 
-    encoder = TextEncoder(template, tokenizer, kind=backbone.kind, max_length=recipe.max_length)
-    size, pad_id = backbone.vocabulary_size, facts["pad_id"]
-    encoded = {name: tokenise(rows, encoder, size, pad_id, name) for name, rows in source.items()}
+    encoder = TextEncoder(template, tokenizer, kind=model.kind, max_length=recipe.max_length)
+    size, pad_id = model.vocabulary_size, facts["pad_id"]
+    encoded = {name: tokenise(given, encoder, size, pad_id, name) for name, given in source.items()}
     description = write_prepared(recipe.out, facts, {name: split for name, (split, _) in encoded.items()})
     return summary(description, encoded, recipe.out)
 
 
-def description_of(recipe: Recipe, task: Task, backbone: Backbone) -> dict[str, Any]:
+def description_of(recipe: Recipe, task: Task, model: TargetModel) -> dict[str, Any]:
     """What the prepared data's description says that does not follow from the source.
 
     Raises:
         UserError: the task cannot be put to this model.
     """
-    template = task.template(kind=backbone.kind, head=recipe.head)
+    template = task.template(kind=model.kind, head=recipe.head)
     word_ids: list[list[int]] = [[] for _ in task.classes]
     if recipe.head == "verbalizer":
-        if not backbone.can_score_words:
+        if not model.can_score_words:
             raise ModelError(f"model {recipe.model!r} has no language-model head to score words; use --head linear")
-        word_ids = find_word_ids(list(task.classes.values()), template, backbone.tokenizer, kind=backbone.kind)
+        word_ids = find_word_ids(list(task.classes.values()), template, model.tokenizer, kind=model.kind)
         for word, ids in zip(task.classes.values(), word_ids, strict=True):
-            check_known(f"class word {word!r}", ids, backbone.tokenizer, backbone.vocabulary_size)
-    usual = (backbone.tokenizer.pad_token_id, backbone.tokenizer.eos_token_id)  # a model may know neither
+            check_known(f"class word {word!r}", ids, model.tokenizer, model.vocabulary_size)
+    usual = (model.tokenizer.pad_token_id, model.tokenizer.eos_token_id)  # a model may know neither
     return {
         "task": task.name,
         "head": recipe.head,
-        "kind": backbone.kind,
+        "kind": model.kind,
         "model": recipe.model,
-        "tokenizer_sha256": tokenizer_fingerprint(backbone.tokenizer),
-        "pad_id": next((i for i in usual if i is not None and i < backbone.vocabulary_size), 0),
+        "tokenizer_sha256": tokenizer_fingerprint(model.tokenizer),
+        "pad_id": next((i for i in usual if i is not None and i < model.vocabulary_size), 0),
         "max_length": recipe.max_length,
         "template": template,
         "class_names": list(task.classes),

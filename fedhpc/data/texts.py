@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedhpc.data.tables import Record
+from fedhpc.data.readers import Record
 from fedhpc.data.tokens import EncodedText, TextEncoder, check_known
 from fedhpc.errors import DataError
 

@@ -50,7 +50,7 @@ from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
 
 NO_ROUND = -1
-NOTHING = messages.NO_RECORD.zeros(0)
+NO_RECORDS = messages.NO_RECORD.zeros(0)
 ELSEWHERE = -1
 """In place of a class: another worker predicts it."""
 
@@ -121,7 +121,7 @@ class Worker:
             Op.SAVE: self.save,
         }
         if command.op not in actions:
-            return NOTHING
+            return NO_RECORDS
         try:
             return actions[command.op](command)
         except Halt:
@@ -312,7 +312,7 @@ class Worker:
         self.unseen = DeviceState(local=command.payload.copy())
         kept = self.tuning.kept_elements(command.layers)
         self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}
-        return NOTHING
+        return NO_RECORDS
 
     def evaluate(self, command: Command) -> np.ndarray:
         """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
@@ -361,7 +361,7 @@ class Worker:
                 post=self.exchange.post,
             )
         )
-        return NOTHING
+        return NO_RECORDS
 
     def restore(self, command: Command) -> np.ndarray:
         """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
@@ -374,7 +374,7 @@ class Worker:
         self.touched.clear()
         words = self._upload_of(self.tuning.exchanged(command.layers).size).record.shape
         self.progress.check(words, with_moments=self.config.device.optimizer == "adamw")
-        return NOTHING
+        return NO_RECORDS
 
     def _predict(
         self,

@@ -6,7 +6,7 @@ from fedhpc.errors import UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
-from fedhpc.exchange.watchdog import bounded
+from fedhpc.exchange.watchdog import time_limit
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.stopping import StopRequest
 
@@ -48,7 +48,7 @@ def _loads_intel_mpi(timeout_s: float) -> bool:
 
     if MPI.Get_library_version().startswith("Intel"):
         return True
-    with bounded(timeout_s):
+    with time_limit(timeout_s):
         MPI.Init_thread()
     return False
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fedhpc.methods.updates import BLOCK, Vector
 
-BITS = 62
-NOTHING = -(1 << 20)
+SUM_BITS = 62
+ZERO_EXPONENT = -(1 << 20)
 """Exponent of terms that are all zero."""
 
 
@@ -37,7 +37,7 @@ class SumSize:
 
     def unit(self, exponent: int) -> float:
         """What one stands for in sums of terms of at most 2^exponent: a power of two."""
-        return 1.0 if exponent == NOTHING else 2.0 ** (exponent + self.num_terms.bit_length() - BITS)
+        return 1.0 if exponent == ZERO_EXPONENT else 2.0 ** (exponent + self.num_terms.bit_length() - SUM_BITS)
 
     def floats(self, sums: NDArray[np.int64], exponent: int) -> NDArray[np.float64]:
         """The sums [k, n] as numbers."""
@@ -62,7 +62,7 @@ class Terms:
             for row, vector in zip(self.coefficients, self.vectors, strict=True)
             if vector.size
         ]
-        return int(np.frexp(max(largest))[1]) if any(largest) else NOTHING
+        return int(np.frexp(max(largest))[1]) if any(largest) else ZERO_EXPONENT
 
     def fixed(self, exponent: int) -> NDArray[np.int64]:
         """This rank's part of the sums, shape [k, n], in units for the largest ``exponent`` of all ranks."""

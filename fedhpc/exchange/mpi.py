@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
-from fedhpc.exchange.exact_sum import NOTHING, SumSize, Terms
+from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.exchange.mail import NOTES, Mail
 from fedhpc.exchange.memory import ADDRESS, TOKEN, Bell, HostMemory, bell_of, ring
 from fedhpc.exchange.messages import HEADER, Command, Note, Op, RecordType
 from fedhpc.exchange.room import PACKS, PAYLOAD, Room, sums_record
-from fedhpc.exchange.watchdog import ABORT_S, Watchdog, bounded
+from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
 from fedhpc.job.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
@@ -71,7 +71,7 @@ class MpiExchange(Exchange):
 
     def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         super().__init__(stop, timeout_s)
-        with bounded(timeout_s):
+        with time_limit(timeout_s):
             from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
 
         self._mpi: Any = MPI
@@ -143,7 +143,7 @@ class MpiExchange(Exchange):
         """Worker: send this worker's records; None if it was halted."""
         self._mail.activity = "waiting for the other ranks"
         terms, self._terms = self._terms, None
-        answer = np.array([(records is None, terms.exponent if terms else NOTHING)], ANSWERS)
+        answer = np.array([(records is None, terms.exponent if terms else ZERO_EXPONENT)], ANSWERS)
         if self._is_near and records is not None and records.nbytes:
             rows = self.rows(RecordType(records.dtype, records.shape[1:]), len(records))
             if not np.may_share_memory(records, rows):
@@ -232,7 +232,7 @@ class MpiExchange(Exchange):
         if self._repaired:  # MPI_Finalize can hang then
             time.sleep(PARTING_S)
         else:
-            with bounded(self.timeout_s):
+            with time_limit(self.timeout_s):
                 self._mpi.Finalize()
         # Without Python's own long way out: nobody is left to notice a rank that hangs there.
         os._exit(status)

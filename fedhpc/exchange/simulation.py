@@ -14,7 +14,7 @@ from fedhpc.exchange.messages import FLOAT
 from fedhpc.methods import Method
 from fedhpc.seeding import generator
 
-BITS = 8
+BITS_PER_BYTE = 8
 MEGA = 1e6
 
 
@@ -48,7 +48,7 @@ def device_seconds(
     step = measured if simulation.step_seconds == "measured" else simulation.step_seconds
     seconds = 2 * simulation.latency_s + steps * step * _slowness(seed, device, simulation.slowness)
     for count, rate in ((load.down, simulation.down_mbit), (load.up, simulation.up_mbit)):
-        seconds += 0.0 if rate is None else BITS * count / (MEGA * rate)
+        seconds += 0.0 if rate is None else BITS_PER_BYTE * count / (MEGA * rate)
     return seconds
 
 

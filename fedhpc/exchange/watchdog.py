@@ -15,7 +15,7 @@ ABORT_S = 15.0
 
 
 @contextmanager
-def bounded(limit_s: float) -> Iterator[None]:
+def time_limit(limit_s: float) -> Iterator[None]:
     """End this process, with the stack of every thread on stderr, if the body takes longer.
 
     For MPI_Init and MPI_Finalize, in which no other Python thread runs either.

@@ -35,7 +35,7 @@ from fedhpc.registry import TUNINGS
 
 attention.register()
 
-NOTHING = Overlay()
+NO_OVERLAY = Overlay()
 PROBE_TOKENS = 8
 ROUNDING = 3e-5
 """Relative difference of two float32 results of the same sums in another order, after tens of layers."""
@@ -67,16 +67,16 @@ class Backbone(nn.Module):
     def _load(self, config: ModelConfig, data: Description, torch_device: torch.device) -> Any:
         return load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
 
-    def hidden(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+    def hidden(self, batch: Batch, overlay: Overlay = NO_OVERLAY) -> Tensor:
         """The last layer's hidden states [b, s, H] of the texts, without those of soft tokens."""
         positions = self._positions(batch.input_ids, batch.attention_mask, overlay.first_position)
         return self._run(batch.input_ids, self._mask(batch), positions, overlay, batch)
 
-    def pooled(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+    def pooled(self, batch: Batch, overlay: Overlay = NO_OVERLAY) -> Tensor:
         """The mean of the last layer's hidden states over each text [b, H], for a trained head."""
         return mean_over_text(self.hidden(batch, overlay), batch.attention_mask.unsqueeze(-1))
 
-    def word_scores(self, batch: Batch, overlay: Overlay = NOTHING) -> Tensor:
+    def word_scores(self, batch: Batch, overlay: Overlay = NO_OVERLAY) -> Tensor:
         """Class scores [b, C] in float32: how well each class word fits the answer slot.
 
         One token per word: its logit (its log-probability where the whole vocabulary is computed). Several: the mean
@@ -165,7 +165,7 @@ class Backbone(nn.Module):
         """The last layer's hidden states at the answer slots [b, H]."""
         positions = self._positions(batch.input_ids, batch.attention_mask, overlay.first_position)
         first = overlay.tokens.count if overlay.tokens else 0
-        narrow = {"slots": batch.slots + first} if self._last_layer and overlay is not NOTHING else {}
+        narrow = {"slots": batch.slots + first} if self._last_layer and overlay is not NO_OVERLAY else {}
         hidden = self._run(batch.input_ids, self._mask(batch), positions, overlay, batch, **narrow)
         if narrow:
             return hidden[:, 0]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedhpc.checkpoint.control_variates import ControlVariates
-from fedhpc.checkpoint.files import Position, Sums, device_sums, newer
+from fedhpc.checkpoint.files import Checksums, Position, device_checksums, newer
 from fedhpc.checkpoint.state_file import RunState, server_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.exchange import LONGEST_GAP_S, Exchange
@@ -29,7 +29,7 @@ class CheckpointWriter:
         """Of the checkpoint written, being written or resumed from last."""
         self.control = ControlVariates(checkpoints, job.tuning, {})
         self.bytes_written = 0
-        self._device_files: Sums = {}
+        self._device_files: Checksums = {}
         self._notes: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
         """From the workers; None: no more will come."""
         self._writing = Background(exchange.fail)
@@ -109,7 +109,7 @@ class CheckpointWriter:
 
     def _write(self, state: RunState, fresh: Mapping[int, Vector], devices: list[int], after: Position | None) -> None:
         position, keep = Position.of(state), self.job.config.checkpoint.keep
-        sums: Sums = {}
+        sums: Checksums = {}
         for name, sha256 in self.control.write(
             fresh, generation=state.generation, round_index=position.round, layers=state.layers
         ):
@@ -124,7 +124,7 @@ class CheckpointWriter:
                 waiting_for -= 1
             else:
                 sums[note.text] = note.sha256
-        written = device_sums(sums)
+        written = device_checksums(sums)
         self.control.note_files(written)
         self.bytes_written += len(server) + sum((self.checkpoints.partial / name).stat().st_size for name in sums)
         self._device_files = newer(self._device_files, written)

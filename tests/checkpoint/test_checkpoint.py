@@ -20,7 +20,7 @@ from fedhpc.checkpoint import state_file
 from fedhpc.checkpoint import store as checkpoint
 from fedhpc.checkpoint.control_variates import ControlVariates
 from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
-from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_sums, verify
+from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_checksums, verify
 from fedhpc.checkpoint.state_file import RoundProgress, RunState, read_server_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import inspect as inspection
@@ -311,7 +311,7 @@ def test_sha256sum_checks_a_checkpoint(run):
         return found.stdout
 
     files = {"server.h5", "progress_0001.h5", "../control/000002_000001.h5", "../local/000003_000001.h5"}
-    assert set(read_sums(folder)) == files
+    assert set(read_checksums(folder)) == files
     assert problems("COMPLETE", "SHA256SUMS") == ""
     for name in sorted(files):
         content = (folder / name).read_bytes()
@@ -610,7 +610,7 @@ def test_what_a_report_wants_is_read_from_the_newest_whole_file(run, monkeypatch
     assert run.checkpoints.newest_readable(lambda file: int(file.attrs["part"])) == 2
     flip_bit(run.checkpoints.path(Position(1, 2)) / "server.h5")
     assert run.checkpoints.newest_readable(lambda file: int(file.attrs["part"])) == 0
-    monkeypatch.setattr(checkpoint_files, "read_sums", save_meanwhile(run, read_sums))
+    monkeypatch.setattr(checkpoint_files, "read_checksums", save_meanwhile(run, read_checksums))
     assert run.checkpoints.newest_readable(lambda file: int(file.attrs["round"])) == 3
     for position in run.checkpoints.positions():
         flip_bit(run.checkpoints.path(position) / "server.h5")

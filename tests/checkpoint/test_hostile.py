@@ -9,7 +9,7 @@ import pytest
 import tiny
 from hostile import NOT_PLAIN, WRONG
 
-from fedhpc.checkpoint.files import CONTROL, LOCAL, SEAL, SERVER_FILE, SUMS, Position, sha256_of
+from fedhpc.checkpoint.files import CHECKSUMS_FILE, CONTROL, LOCAL, SEAL, SERVER_FILE, Position, sha256_of
 from fedhpc.checkpoint.plain_hdf5 import open_state
 from fedhpc.checkpoint.state_file import read_server_file
 from fedhpc.checkpoint.store import Checkpoints
@@ -59,11 +59,11 @@ def test_values_that_do_not_fit_the_run_are_refused(changed, finished, change):
 
 def reseal(folder):
     """As who made the file can do it, too."""
-    lines = (folder / SUMS).read_text().splitlines()
+    lines = (folder / CHECKSUMS_FILE).read_text().splitlines()
     names = [line.split("  ")[1] for line in lines]
     text = "".join(f"{sha256_of((folder / name).read_bytes())}  {name}\n" for name in names)
-    (folder / SUMS).write_text(text)
-    (folder / SEAL).write_text(f"{sha256_of(text.encode())}  {SUMS}\n")
+    (folder / CHECKSUMS_FILE).write_text(text)
+    (folder / SEAL).write_text(f"{sha256_of(text.encode())}  {CHECKSUMS_FILE}\n")
 
 
 @pytest.mark.parametrize("name", ["external link", "never written"])

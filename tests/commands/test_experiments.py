@@ -11,7 +11,7 @@ from fedhpc.commands.cli import main
 from fedhpc.commands.report import read_reference
 from fedhpc.commands.sweep import prepared
 from fedhpc.commands.sweep.experiment import load_experiment
-from fedhpc.data.preparing import Backbone
+from fedhpc.data.preparing import TargetModel
 from fedhpc.data.tasks import TASKS
 from fedhpc.registry import TUNINGS
 from fedhpc.server.notices import notices
@@ -24,7 +24,7 @@ def stand_in(name):
     """For a model of the hub: knows every class word."""
     tokenizer = bert_like()
     tokenizer.add_tokens([word for task in TASKS.values() for word in task.classes.values()])
-    return Backbone(tokenizer=tokenizer, kind="encoder", can_score_words=True, vocabulary_size=len(tokenizer))
+    return TargetModel(tokenizer=tokenizer, kind="encoder", can_score_words=True, vocabulary_size=len(tokenizer))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -42,7 +42,7 @@ def test_an_experiment_is_valid_without_notices(path):
 def test_an_experiment_has_all_that_it_needs(path, tmp_path, monkeypatch, capsys):
     """One command, where every task has a folder: nothing is to be prepared, run or exported by hand."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepared, "load_backbone", stand_in)
+    monkeypatch.setattr(prepared, "load_target_model", stand_in)
     for task in TASKS:
         (tmp_path / "sources" / task).mkdir(parents=True)
         for split in ("train", "dev", "test"):

@@ -17,7 +17,7 @@ import yaml
 from states import bits
 
 from fedhpc.checkpoint.control_variates import ControlVariates
-from fedhpc.checkpoint.files import SEAL, SUMS, Position, read_sums, verify
+from fedhpc.checkpoint.files import CHECKSUMS_FILE, SEAL, Position, read_checksums, verify
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
 from fedhpc.config_file import load_config
@@ -66,7 +66,8 @@ class Original:
         self.newest, self.older = Checkpoints(self.run_dir).positions()
         self.belongs = {
             position: {
-                os.path.normpath(f"{position}/{name}") for name in (*read_sums(self.folder / str(position)), SUMS, SEAL)
+                os.path.normpath(f"{position}/{name}")
+                for name in (*read_checksums(self.folder / str(position)), CHECKSUMS_FILE, SEAL)
             }
             for position in (self.newest, self.older)
         }
@@ -249,8 +250,8 @@ def zeroed_ranges(original):
 
 def swapped_files(original):
     newest, older = str(original.newest), str(original.older)
-    pairs = [(f"{newest}/{name}", f"{older}/{name}") for name in ("server.h5", SUMS, SEAL)]
-    own = ["server.h5", "progress_0001.h5", SUMS, SEAL]
+    pairs = [(f"{newest}/{name}", f"{older}/{name}") for name in ("server.h5", CHECKSUMS_FILE, SEAL)]
+    own = ["server.h5", "progress_0001.h5", CHECKSUMS_FILE, SEAL]
     pairs += [(f"{newest}/{one}", f"{newest}/{other}") for one in own for other in own if one < other]
     devices = [name for name in original.files if name.startswith(("control/", "local/"))]
     rng = np.random.default_rng([SEED, 2])
@@ -275,7 +276,7 @@ def deleted_files(original):
 def links(original):
     for name in original.files:
         # The list and its seal are text for everybody: what is sealed is their content.
-        same = frozenset() if name.endswith((SUMS, SEAL)) else frozenset([name])
+        same = frozenset() if name.endswith((CHECKSUMS_FILE, SEAL)) else frozenset([name])
         yield Mutation("link", name, link(name), same)
         yield Mutation("dangling link", name, link(name, "nowhere"), frozenset([name]))
     for position in (original.newest, original.older):
@@ -286,7 +287,7 @@ def links(original):
 
 def foreign_files(original):
     for position in (original.newest, original.older):
-        hit = frozenset([f"{position}/{SUMS}"])
+        hit = frozenset([f"{position}/{CHECKSUMS_FILE}"])
         for name in ("notes.txt", "progress_0002.h5", "server.h5.partial", ".hidden", "folder/file"):
             yield Mutation("foreign file", f"{position}/{name}", add(f"{position}/{name}"), hit)
     for name in (
@@ -307,7 +308,7 @@ def foreign_files(original):
 
 def list_lines(original):
     for position in (original.newest, original.older):
-        name = f"{position}/{SUMS}"
+        name = f"{position}/{CHECKSUMS_FILE}"
         count = len(original.content[name].splitlines())
         for place in range(count):
             for kind, times in (("line dropped", 0), ("line duplicated", 2)):
@@ -321,7 +322,7 @@ def list_lines(original):
 
 def moved_folders(original):
     newest, older = str(original.newest), str(original.older)
-    old, new = (frozenset([f"{name}/{SUMS}"]) for name in (older, newest))
+    old, new = (frozenset([f"{name}/{CHECKSUMS_FILE}"]) for name in (older, newest))
     later = ("round_000003", "round_000002_part_000099", "round_123456789", "round_000009_part_000001")
     earlier = ("round_000001", "round_000000", "round_000001_part_000099")
     odd = ("old", "round_x", "round_000002_part_", "round_000003.bak", "round_000003 ")
@@ -415,7 +416,7 @@ GOING_ON = {
     "progress cut": lambda o: [rewrite(f"{o.newest}/progress_0001.h5", halve)],
     "control variate cut": lambda o: [rewrite(only_in_newest(o, "control"), halve)],
     "local state deleted": lambda o: [delete(only_in_newest(o, "local"))],
-    "list cut": lambda o: [rewrite(f"{o.newest}/{SUMS}", halve)],
+    "list cut": lambda o: [rewrite(f"{o.newest}/{CHECKSUMS_FILE}", halve)],
     "seal deleted": lambda o: [delete(f"{o.newest}/{SEAL}")],
     "foreign file": lambda o: [add(f"{o.newest}/notes.txt")],
     "foreign folder among the device files": lambda o: [add("control/folder/file")],
@@ -423,7 +424,7 @@ GOING_ON = {
     "newest folder renamed to a later round": lambda o: [rename(str(o.newest), "round_000009")],
     "newest folder renamed to the next round": lambda o: [rename(str(o.newest), "round_000004")],
     "older folder copied to a later round": lambda o: [duplicate(str(o.older), "round_000005")],
-    "older folder broken": lambda o: [rewrite(f"{o.older}/{SUMS}", halve)],
+    "older folder broken": lambda o: [rewrite(f"{o.older}/{CHECKSUMS_FILE}", halve)],
     "older folder a link": lambda o: [link(str(o.older))],
     "a file in the place of a later round": lambda o: [add("round_000004")],
     "a round written with more digits": lambda o: [rename(str(o.newest), str(o.newest).replace("_0", "_00", 1))],

@@ -13,7 +13,7 @@ from fedhpc.checkpoint.files import SERVER_FILE
 from fedhpc.checkpoint.state_file import open_state
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.exchange.encoding import make_encoding
-from fedhpc.exchange.exact_sum import NOTHING, SumSize, Terms
+from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.federation import packing
 from fedhpc.federation.packing import choose_pack, largest_pack, probe
 from fedhpc.methods import Population, make_method
@@ -73,7 +73,7 @@ def test_sums_of_extreme_numbers(value):
     found = add_up([terms(vectors, [[1 << 20, 1]] * 3)])
     np.testing.assert_array_equal(found[1], 3 * np.float64(vectors[0][0]))
     np.testing.assert_array_equal(found[0], 3 * 2.0**20 * np.float64(vectors[0][0]))
-    assert terms([], []).exponent == terms([np.zeros(SIZE, np.float32)], [[7, 1]]).exponent == NOTHING
+    assert terms([], []).exponent == terms([np.zeros(SIZE, np.float32)], [[7, 1]]).exponent == ZERO_EXPONENT
 
 
 def encoding(dtype):

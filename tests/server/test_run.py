@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import save_file
 from tiny import KEY_WIDTH, NUM_LAYERS, NUM_TOKENS, arrays, final_prompts, metrics, run_dir, server_file
 
-from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_sums
+from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_checksums
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands.report import read_run
 from fedhpc.config import Config
 from fedhpc.config_file import load_config
 from fedhpc.device import worker as device
-from fedhpc.device.worker import NOTHING, Worker
+from fedhpc.device.worker import NO_RECORDS, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate.predictions import evaluation_examples
 from fedhpc.job.log import RunFiles
@@ -71,7 +71,7 @@ def test_a_run_leaves_the_promised_files_and_learns(fedhpc, run_config):
         "round_000010",
     }
     # Where all layers are exchanged and moments are reset, a device keeps nothing.
-    assert set(read_sums(folder / "checkpoints/round_000010")) == {
+    assert set(read_checksums(folder / "checkpoints/round_000010")) == {
         "server.h5",
         *(f"../control/{path.name}" for path in device_files(config, CONTROL).values()),
     }
@@ -428,8 +428,8 @@ def test_a_fault_leaves_no_thread_that_writes(fedhpc, run_config, monkeypatch):
 
     monkeypatch.setattr(saving, "server_file", slow)
     config = run_config(federation__rounds=2, device__pack=1)
-    monkeypatch.setattr(Worker, "evaluate", lambda *_: failing(None) if writers else NOTHING)
-    monkeypatch.setattr(Worker, "save", lambda *_: NOTHING)
+    monkeypatch.setattr(Worker, "evaluate", lambda *_: failing(None) if writers else NO_RECORDS)
+    monkeypatch.setattr(Worker, "save", lambda *_: NO_RECORDS)
     with pytest.raises(SystemExit):
         fedhpc("run", config, "--set", "evaluate.every=2")
     assert len(writers) == 1

@@ -46,14 +46,14 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Axis:
+class ChartAxis:
     """Numbers along an axis, divided by its unit."""
 
     title: str
     unit: float = 1.0
 
 
-def line_chart(title: str, series: Sequence[Series], x: Axis) -> Markup:
+def line_chart(title: str, series: Sequence[Series], x: ChartAxis) -> Markup:
     """Lines over a common grid, with a tooltip at each marker."""
     chart = _svg(title, WIDTH, HEIGHT, class_="chart")
     ends = [float(line.x.max()) / x.unit for line in series]
@@ -75,7 +75,7 @@ def line_chart(title: str, series: Sequence[Series], x: Axis) -> Markup:
 class _Plot:
     """Where numbers are in a line chart."""
 
-    x: Axis
+    x: ChartAxis
     x_ticks: list[float]
     y_ticks: list[float]
     logarithmic: bool

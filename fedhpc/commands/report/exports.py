@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedhpc.commands.report.groups import Goal, Group, leaf_name
-from fedhpc.commands.report.tables import Cell, Summary, Table
+from fedhpc.commands.report.tables import Summary, Table, TableCell
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -57,7 +57,7 @@ def _latex(name: str, table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _latex_cell(cell: Cell) -> str:
+def _latex_cell(cell: TableCell) -> str:
     return rf"\textbf{{{_escaped(cell.text)}}}" if cell.is_best else _escaped(cell.text)
 
 

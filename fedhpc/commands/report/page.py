@@ -15,7 +15,7 @@ from fedhpc.commands.report.groups import DEFAULT_TARGET, Group, group_runs, lea
 from fedhpc.commands.report.parts import TaskPart, task_metrics, task_part
 from fedhpc.commands.report.published import Reference, find_matches, published_csv, published_table
 from fedhpc.commands.report.runs import Run
-from fedhpc.commands.report.tables import Cell, Table
+from fedhpc.commands.report.tables import Table, TableCell
 from fedhpc.commands.report.units import unit_for
 from fedhpc.errors import ReportError
 from fedhpc.files import check_target, write_target
@@ -129,8 +129,8 @@ def _configurations(parts: Sequence[TaskPart]) -> Table:
     keys = list(parts[0].groups[0].settings)
     rows = [
         [
-            Cell(text=label if len(variants) == 1 else f"{label}, {', '.join(tasks)}"),
-            *(Cell(text=text) for text in texts),
+            TableCell(text=label if len(variants) == 1 else f"{label}, {', '.join(tasks)}"),
+            *(TableCell(text=text) for text in texts),
         ]
         for label, variants in found.items()
         for texts, tasks in variants.items()
@@ -147,10 +147,10 @@ def _runs(runs: Sequence[Run], tasks: Mapping[str, Sequence[Group]]) -> Table:
     names = {id(run): (task, group.label) for task, groups in tasks.items() for group in groups for run in group.runs}
     rows = [
         [
-            Cell(text=str(run.path)),
-            *(Cell(text=name) for name in names[id(run)]),
-            Cell(text=str(run.seed)),
-            Cell(text=f"{run.rounds_done} of {run.rounds_wanted}" + ("" if run.is_finished else ", unfinished")),
+            TableCell(text=str(run.path)),
+            *(TableCell(text=name) for name in names[id(run)]),
+            TableCell(text=str(run.seed)),
+            TableCell(text=f"{run.rounds_done} of {run.rounds_wanted}" + ("" if run.is_finished else ", unfinished")),
         ]
         for run in runs
     ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fedhpc.commands.report.groups import Group, Stat, final, stat
-from fedhpc.commands.report.tables import Cell, Table, name_cell
+from fedhpc.commands.report.tables import Table, TableCell, name_cell
 
 SIGNIFICANT, POWERFUL = 1.96, 0.84
 """Quantiles of the normal distribution: of a test at 5 %, two-sided, and of 80 %."""
@@ -28,7 +28,7 @@ def paired_table(groups: Sequence[Group], metric: str, words: str) -> Table | No
         if found is not best and difference and difference.runs > 1:
             shown = f"{difference.mean:+.3f} ± {difference.deviation:.3f}"
             texts = (shown, str(difference.runs), _seeds_needed(difference))
-            rows.append([name_cell(group), *(Cell(text=text) for text in texts)])
+            rows.append([name_cell(group), *(TableCell(text=text) for text in texts)])
     if not rows:
         return None
     return Table(

@@ -7,7 +7,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fedhpc.commands.report import charts, tables
-from fedhpc.commands.report.charts import Axis, Series
+from fedhpc.commands.report.charts import ChartAxis, Series
 from fedhpc.commands.report.groups import Goal, Group, goal_of
 from fedhpc.commands.report.mix import class_mix, partition_setting
 from fedhpc.commands.report.paired import paired_table
@@ -28,7 +28,7 @@ AXES: dict[str, tuple[str, Quantity]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class NamedBar:
     """A named bar."""
 
     name: str
@@ -43,7 +43,7 @@ class Bars:
     """Bars among each other, with what their colours and ends mean."""
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[NamedBar]
     colours: Sequence[str] = ()
     ends: Sequence[str] = ()
     note: str = ""
@@ -140,10 +140,10 @@ def _series(index: int, group: Group, key: str, along: str) -> Series | None:
     )
 
 
-def _axis(along: str, largest: float) -> Axis:
+def _axis(along: str, largest: float) -> ChartAxis:
     title, quantity = AXES[along]
     unit = unit_for(quantity, [largest])
-    return Axis(title=title.format(unit.name), unit=unit.size)
+    return ChartAxis(title=title.format(unit.name), unit=unit.size)
 
 
 def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -> Iterator[Table]:
@@ -179,7 +179,7 @@ def _phase_column(phase: str) -> Column:
 
 def _bars(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[Bars]:
     spread = [
-        Row(
+        NamedBar(
             name=group.label,
             bar=charts.box_bar(f"accuracy of the devices, {group.label}", values, index),
             words=f"median {np.median(values):.3f}",
@@ -201,7 +201,7 @@ def _bars(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[Bar
         yield Bars(title="Layers and their scores", rows=layers, ends=("first layer", "last layer"), note=note)
 
 
-def _phase_rows(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[Row]:
+def _phase_rows(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[NamedBar]:
     times = [
         [found.mean if (found := summary.get(f"seconds_{phase}")) else 0.0 for phase in PHASES] for summary in summaries
     ]
@@ -211,20 +211,20 @@ def _phase_rows(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterat
             names = (f"{PHASE_NAMES.get(p, p)}: {_seconds(s)}" for p, s in zip(PHASES, seconds, strict=True))
             parts = list(zip(names, seconds, strict=True))
             bar = charts.stacked_bar(f"time of a round by phase, {group.label}", parts, longest)
-            yield Row(name=group.label, bar=bar, words=_seconds(sum(seconds)), index=index)
+            yield NamedBar(name=group.label, bar=bar, words=_seconds(sum(seconds)), index=index)
 
 
 def _seconds(value: float) -> str:
     return unit_for("seconds", [value]).full_text(value)
 
 
-def _layer_rows(groups: Sequence[Group]) -> Iterator[Row]:
+def _layer_rows(groups: Sequence[Group]) -> Iterator[NamedBar]:
     for index, group in enumerate(groups):
         layers = next((run.layers for run in group.counted if run.layers), None)
         if layers and layers.count:
             bar = charts.layer_bar(f"layer scores, {group.label}", layers)
             words = f"exchanged: {', '.join(map(str, layers.exchanged))}"
-            yield Row(name=group.label, bar=bar, words=words, index=index)
+            yield NamedBar(name=group.label, bar=bar, words=words, index=index)
 
 
 def _mixes(groups: Sequence[Group], notes: list[str]) -> Iterator[Bars]:
@@ -232,7 +232,7 @@ def _mixes(groups: Sequence[Group], notes: list[str]) -> Iterator[Bars]:
     first: dict[tuple[str, str], Run] = {}
     for run in sorted((run for group in groups for run in group.runs), key=lambda run: run.seed or 0):
         first.setdefault((str(run.config.get("data.path")), partition_setting(run)), run)
-    rows: dict[tuple[str, ...], list[Row]] = {}
+    rows: dict[tuple[str, ...], list[NamedBar]] = {}
     for run in first.values():
         try:
             mix = class_mix(run)
@@ -242,7 +242,7 @@ def _mixes(groups: Sequence[Group], notes: list[str]) -> Iterator[Bars]:
         sizes = mix.counts.sum(axis=1)
         words = f"label skew {mix.skew:.2f}; {sizes.min()} to {sizes.max()} examples"
         bar = charts.class_bars(f"classes of the devices, {mix.setting}: {words}", mix)
-        rows.setdefault(tuple(mix.class_names), []).append(Row(name=mix.setting, bar=bar, words=words))
+        rows.setdefault(tuple(mix.class_names), []).append(NamedBar(name=mix.setting, bar=bar, words=words))
     for names, found in rows.items():
         note = "A bar for each device, from the largest to the smallest. Skew: 0 all alike, 1 nothing in common."
         yield Bars(title="Class mix of the devices", rows=found, colours=names, note=note)

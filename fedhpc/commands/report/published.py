@@ -12,12 +12,20 @@ from typing import Any
 from fedhpc.commands.report.groups import Group, Stat
 from fedhpc.commands.report.parts import TaskPart
 from fedhpc.commands.report.runs import GLOBAL
-from fedhpc.commands.report.tables import NO_RUN_IS_FINISHED, UNKNOWN, Cell, Table, name_cell, stat_text
+from fedhpc.commands.report.tables import (
+    NO_RUN_IS_FINISHED,
+    UNKNOWN,
+    Table,
+    TableCell,
+    name_cell,
+    stat_text,
+)
 from fedhpc.commands.report.units import unit_for
 from fedhpc.config_file import known_keys, suggestion
-from fedhpc.data.tasks import METRICS, TASKS
+from fedhpc.data.tasks import TASKS
 from fedhpc.errors import ReportError
 from fedhpc.evaluate.metrics import lowest_of, title_of
+from fedhpc.registry import METRICS
 from fedhpc.yaml_files import YAML_ERRORS, read_value
 
 COLUMNS = ("task", "metric", "statistic", "value", "source")
@@ -197,7 +205,7 @@ def published_table(reference: Reference, matches: Sequence[Match]) -> Table:
     )
 
 
-def _cells(match: Match) -> Iterator[Cell]:
+def _cells(match: Match) -> Iterator[TableCell]:
     figure = match.figure
     words = f"{title_of(figure.metric)}, {figure.statistic}"
     yield name_cell(match.group)
@@ -205,7 +213,7 @@ def _cells(match: Match) -> Iterator[Cell]:
         *(figure.task, words, stat_text(match.ours, SCORE, len(match.group.counted)), SCORE.text(figure.value)),
         *(UNKNOWN if match.difference is None else f"{match.difference:+.{SCORE.decimals}f}", figure.source),
     ):
-        yield Cell(text=text)
+        yield TableCell(text=text)
 
 
 def published_csv(matches: Sequence[Match]) -> str:

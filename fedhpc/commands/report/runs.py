@@ -25,7 +25,7 @@ from fedhpc.methods.fedpeptao import as_called_now, may_be_old_released
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 
 Floats = NDArray[np.float64]
-Record = Mapping[str, Any]
+RoundRecord = Mapping[str, Any]
 """A round's line of metrics.jsonl."""
 GLOBAL = "_global"
 PHASES = ("broadcast", "local", "idle", "gather", "server", "evaluate", "checkpoint")
@@ -52,7 +52,7 @@ class Run:
     path: Path
     config: Mapping[str, Any]
     """Dotted key -> value."""
-    records: Sequence[Record]
+    records: Sequence[RoundRecord]
     """Lines of metrics.jsonl by ascending round."""
     is_cut: bool = False
     """Whether the rounds after these are left out, as beyond a budget of bytes."""
@@ -200,7 +200,7 @@ def read_run(
     return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))
 
 
-def counted(records: Sequence[Record], rounds: int | None, budget_bytes: float | None) -> Sequence[Record]:
+def counted(records: Sequence[RoundRecord], rounds: int | None, budget_bytes: float | None) -> Sequence[RoundRecord]:
     """The first rounds of a run, of these those until which no more bytes were moved; None: no such limit."""
     first = [record for record in records if rounds is None or record["round"] < rounds]
     if budget_bytes is None:

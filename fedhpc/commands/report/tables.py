@@ -16,7 +16,7 @@ NO_RUN_IS_FINISHED = "† no run is finished: the latest values, not compared wi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class TableCell:
     """What stands in a row's column."""
 
     text: str
@@ -29,7 +29,7 @@ class Table:
 
     title: str
     headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[TableCell]]
     notes: Sequence[str] = ()
     is_text: bool = False
     """Whether the cells hold words rather than numbers."""
@@ -67,7 +67,7 @@ def group_table(
     """One row for each group; only those with as many finished runs as any, all of them known, can be the best."""
     columns = [column for column in columns if any(summary.get(column.key) for summary in summaries)]
     drawn = [_column(groups, [summary.get(column.key) for summary in summaries], column) for column in columns]
-    names = [[name_cell(group), *([Cell(text=group.state)] if with_runs else [])] for group in groups]
+    names = [[name_cell(group), *([TableCell(text=group.state)] if with_runs else [])] for group in groups]
     rows = [[*name, *(cells[index] for _, cells in drawn)] for index, name in enumerate(names)]
     headings = ["configuration", *(["runs"] if with_runs else []), *(heading for heading, _ in drawn)]
     if any(not group.is_finished for group in groups):
@@ -75,9 +75,9 @@ def group_table(
     return Table(title=title, headings=headings, rows=rows, notes=[*notes, *_fewer(groups)])
 
 
-def name_cell(group: Group) -> Cell:
+def name_cell(group: Group) -> TableCell:
     """The group's label; a dagger on those without a finished run."""
-    return Cell(text=group.label + ("" if group.is_finished else UNFINISHED))
+    return TableCell(text=group.label + ("" if group.is_finished else UNFINISHED))
 
 
 def _are_rivals(groups: Sequence[Group], stats: Sequence[Stat | None]) -> list[bool]:
@@ -95,7 +95,7 @@ def _fewer(groups: Sequence[Group]) -> list[str]:
     return [f"only configurations with {max(numbers)} finished runs are compared"] if len(numbers) > 1 else []
 
 
-def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[Cell]]:
+def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Column) -> tuple[str, list[TableCell]]:
     """Heading with unit, and the cells; the best are all that look like the best."""
     unit = unit_for(column.quantity, (found.mean for found in stats if found))
     are_rivals = _are_rivals(groups, stats)
@@ -103,7 +103,7 @@ def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Colum
     choose = {"highest": max, "lowest": min}.get(column.best or "")
     best = unit.text(choose(rivals)) if choose and len(rivals) > 1 else None
     cells = [
-        Cell(
+        TableCell(
             text=stat_text(found, unit, len(group.counted)),
             is_best=found is not None and is_rival and unit.text(found.mean) == best,
         )
@@ -117,26 +117,26 @@ def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summar
 
     Only configurations with as many finished runs as any of the task count for the mean.
     """
-    columns: list[dict[str, Cell]] = []
+    columns: list[dict[str, TableCell]] = []
     means: dict[str, list[float]] = {}
-    labels: dict[str, Cell] = {}
+    labels: dict[str, TableCell] = {}
     for _, column, groups, summaries in tasks:
         stats = [summary.get(column.key) for summary in summaries]
         columns.append({})
         cells, are_rivals = _column(groups, stats, column)[1], _are_rivals(groups, stats)
         for group, found, cell, is_rival in zip(groups, stats, cells, are_rivals, strict=True):
             text = cell.text if group.is_finished else cell.text + UNFINISHED
-            columns[-1][group.label] = Cell(text=text, is_best=cell.is_best)
-            labels[group.label] = Cell(text=group.label)
+            columns[-1][group.label] = TableCell(text=text, is_best=cell.is_best)
+            labels[group.label] = TableCell(text=group.label)
             means.setdefault(group.label, []).extend([found.mean] if found and is_rival else [])
     whole = {label: f"{sum(known) / len(known):.3f}" for label, known in means.items() if len(known) == len(tasks)}
     best = max(whole.values(), key=float) if len(whole) > 1 else None
-    none = Cell(text=UNKNOWN)
+    none = TableCell(text=UNKNOWN)
     rows = [
         [
             cell,
             *(column.get(label, none) for column in columns),
-            Cell(text=whole[label], is_best=whole[label] == best) if label in whole else none,
+            TableCell(text=whole[label], is_best=whole[label] == best) if label in whole else none,
         ]
         for label, cell in labels.items()
     ]

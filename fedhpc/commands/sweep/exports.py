@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedhpc.checkpoint.files import SERVER_FILE, CheckpointFiles, read_sums
+from fedhpc.checkpoint.files import SERVER_FILE, CheckpointFiles, read_checksums
 from fedhpc.commands.sweep.experiment import Cell, Experiment, some_of
 from fedhpc.commands.sweep.experiment_file import place, refusal
 from fedhpc.commands.sweep.standing import standing, waiting
@@ -94,5 +94,5 @@ def _checkpoint(run_dir: Path) -> str | None:
     files = CheckpointFiles(run_dir)
     for position in files.positions():
         with suppress(CheckpointError, OSError):
-            return read_sums(files.path(position)).get(SERVER_FILE)
+            return read_checksums(files.path(position)).get(SERVER_FILE)
     return None

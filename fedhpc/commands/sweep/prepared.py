@@ -11,7 +11,7 @@ from fedhpc.commands.sweep.experiment import Cell, Experiment, some_of
 from fedhpc.commands.sweep.experiment_file import PREPARE, Preparation, place, refusal
 from fedhpc.commands.sweep.standing import waiting
 from fedhpc.data.prepared import Description, PreparedData, check_writable
-from fedhpc.data.preparing import Backbone, Recipe, description_of, find_source, load_backbone, prepare
+from fedhpc.data.preparing import Recipe, TargetModel, description_of, find_source, load_target_model, prepare
 from fedhpc.data.tasks import load_task
 from fedhpc.errors import ConfigError, UserError, users_fault
 from fedhpc.files import held
@@ -56,16 +56,16 @@ def find_parts(experiment: Experiment, sources: str | None) -> list[Part]:
                 for key in ours
                 if key != "out" and theirs[key] != ours[key]
             ]
-    backbones: dict[str, Backbone] = {}
+    models: dict[str, TargetModel] = {}
     for model in dict.fromkeys(part.recipe.model for part in parts.values()):
         try:
-            backbones[model] = load_backbone(model)
+            models[model] = load_target_model(model)
         except UserError as error:
             problems.append(str(error))
     for part in parts.values():
         for check in (_check_source, check_made):
             try:
-                check(part, backbones.get(part.recipe.model))
+                check(part, models.get(part.recipe.model))
             except (UserError, OSError) as error:
                 problems.append(f"{part.key}: {_said_of(error)}")
     if problems:
@@ -140,7 +140,7 @@ def _common(option: str, key: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def _check_source(part: Part, _: Backbone | None) -> None:
+def _check_source(part: Part, _: TargetModel | None) -> None:
     """UserError if a part that is not there cannot be made of its source, or not where it is to be."""
     recipe = part.recipe
     if not part.is_there:
@@ -158,17 +158,17 @@ def make(part: Part) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         if part.is_there:
-            check_made(part, load_backbone(part.recipe.model))
+            check_made(part, load_target_model(part.recipe.model))
         else:
             prepare(part.recipe)
 
 
-def check_made(part: Part, backbone: Backbone | None) -> None:
+def check_made(part: Part, model: TargetModel | None) -> None:
     """UserError if the task does not suit the model, or what is there was made otherwise."""
-    if backbone is None:
+    if model is None:
         return
     recipe = part.recipe
-    wanted = description_of(recipe, load_task(recipe.task), backbone)
+    wanted = description_of(recipe, load_task(recipe.task), model)
     if not part.is_there:
         return
     if differing := _differences(PreparedData.open(recipe.out, verify=False).description, wanted):
