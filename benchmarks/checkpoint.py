@@ -252,7 +252,8 @@ def main():
         parser.error(f"start it on {SAMPLED + 1} ranks: mpirun -np {SAMPLED + 1}")
     overhead = [measure_overhead(exchange, arguments.out, ratio) for ratio in (1, 0.5)]
     if exchange.rank:
-        exchange.part(0)
+        exchange.finalize()
+        return
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         servers = [pool.apply(measure_server, (arguments.out, seen)) for seen in (NUM_DEVICES, SEEN)]
     figures = {"overhead": overhead, "write_rate": measure_write_rate(arguments.out), "server": servers}
@@ -276,7 +277,7 @@ def main():
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     shutil.rmtree(arguments.out, ignore_errors=True)
-    exchange.part(0)
+    exchange.finalize()
 
 
 if __name__ == "__main__":

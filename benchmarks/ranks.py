@@ -101,7 +101,7 @@ def rank_process(part, folder):
     found = {"rounds": equal_rounds, "makespan": unequal_rounds, "no work": without_work}[part](exchange, folder)
     if exchange.rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
-    exchange.part(0)
+    exchange.finalize()
 
 
 def equal_rounds(exchange, folder):

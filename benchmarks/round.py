@@ -132,7 +132,7 @@ def main():
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
         shutil.rmtree(folder)
-    exchange.part(0)
+    exchange.finalize()
 
 
 if __name__ == "__main__":

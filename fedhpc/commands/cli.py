@@ -82,7 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
             if exchange.rank == 0 and status == 0:
                 environment.mark("FINISHED")
     with faults_end_every_rank(exchange):
-        exchange.part(status)
+        exchange.finalize()
+    if isinstance(exchange, MpiExchange):
+        # Without Python's own long way out: nobody is left to notice a rank that hangs there, as in MPI after a repair.
+        os._exit(status)
     return status
 
 
@@ -117,11 +120,11 @@ def set_up(
             job = load()
             jobs.check_data(job)
             jobs.check_run_dir(job.config)
-            lock = held.enter_context(RunLock(job.config.run_dir, environment, exchange.attend))
+            lock = held.enter_context(RunLock(job.config.run_dir, environment, exchange.progress))
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
             if lock.notice:
                 log.warning("%s", lock.notice)
-            state = jobs.load_state(job, resume, exchange.attend)
+            state = jobs.load_state(job, resume, exchange.progress)
             jobs.log_notices(job, exchange.num_workers)
             stop_before_end(job.config, environment, exchange.stop)
     with all_ranks_or_none(exchange) as digests:

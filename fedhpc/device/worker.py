@@ -177,7 +177,7 @@ class Worker:
         if not self.has_states:
             return
         outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
-        received = self.exchange.trade(outgoing, [old for _, old in coming])
+        received = self.exchange.move_states(outgoing, [old for _, old in coming])
         for (device, _), data in zip(coming, received, strict=True):
             self._unpack_state(device, data, command)
 

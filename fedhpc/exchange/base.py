@@ -17,7 +17,7 @@ from fedhpc.job.stopping import StopRequest
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
 DEFAULT_TIMEOUT_S = ExchangeConfig().timeout_s
 LONGEST_GAP_S = 1.0
-"""Between two looks at the mail, at most this counts as silence of others: a suspended job finds no rank late."""
+"""At most this counts as silence of others between two calls of `progress`: a suspended job finds no rank late."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Exchange(ABC):
         self.stop = stop
         self.timeout_s = timeout_s
         self.traffic = Traffic()
-        """Of the latest request."""
+        """What the latest request moved."""
         self.sums: NDArray[np.float64] = np.empty((0, 0))
         """Server: those that came with the latest reply, shape [k, n]."""
         self._terms: Terms | None = None
@@ -87,22 +87,22 @@ class Exchange(ABC):
 
     @abstractmethod
     def beat(self, activity: str) -> None:
-        """Say what this rank is about to do, and read the mail; between any two local steps.
+        """A heartbeat: say what this rank is about to do, and make progress; between any two local steps.
 
         Raises:
             Halt: worker: a stop was requested.
         """
 
     @abstractmethod
-    def attend(self) -> None:
-        """One look at the mail, while waiting for something other than a command or a reply."""
+    def progress(self) -> None:
+        """Send and read the notes that are due, while waiting for something other than a command or a reply."""
 
     @abstractmethod
     def post(self, note: Note) -> None:
         """Worker: a note to the server; from any thread."""
 
     @abstractmethod
-    def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
+    def move_states(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
         """Workers: pass on devices' states.
 
         Args:
@@ -115,7 +115,7 @@ class Exchange(ABC):
         self._terms = terms
 
     def fail(self, error: BaseException) -> None:
-        """From a thread beside the main one: this error is to be raised there, at its next look at the mail."""
+        """From a thread beside the main one: raise this error in the main thread, at its next call of `progress`."""
         self._failure = error
 
     @abstractmethod
@@ -135,10 +135,10 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def part(self, status: int) -> None:
+    def finalize(self) -> None:
         """All ranks: wait for each other for the last time, so that no exit status ends a rank that still works.
 
-        A rank of several ends here, with this exit status.
+        Nothing can be exchanged after that.
         """
 
     @abstractmethod

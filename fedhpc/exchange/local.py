@@ -29,7 +29,7 @@ class LocalExchange(Exchange):
     ) -> np.ndarray:
         """See :class:`Exchange`."""
         assert self.handler is not None
-        self.attend()
+        self.progress()
         self._refuse_when_stopped(command)
         start = time.perf_counter()
         records = self.handler(command)
@@ -44,11 +44,11 @@ class LocalExchange(Exchange):
 
     def beat(self, activity: str) -> None:
         """See :class:`Exchange`."""
-        self.attend()
+        self.progress()
         if self.stop:
             raise Halt
 
-    def attend(self) -> None:
+    def progress(self) -> None:
         """See :class:`Exchange`."""
         self._look_for_failure()
 
@@ -56,7 +56,7 @@ class LocalExchange(Exchange):
         """See :class:`Exchange`."""
         self._deliver(note)
 
-    def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
+    def move_states(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
         """See :class:`Exchange`."""
         assert not outgoing
         assert not incoming
@@ -71,7 +71,7 @@ class LocalExchange(Exchange):
         """See :class:`Exchange`."""
         raise AssertionError("there is no other rank to lose")
 
-    def part(self, status: int) -> None:
+    def finalize(self) -> None:
         """See :class:`Exchange`."""
 
     def leave(self) -> None:

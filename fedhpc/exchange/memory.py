@@ -1,4 +1,4 @@
-"""What processes of one host share: memory of one of them, and bells that wake them.
+"""What processes of one host share: memory of one of them, and doorbells that wake them.
 
 Both are files without a name, which other processes of the same user open under their owner's process number. However
 a process ends, nothing of them is left behind.
@@ -19,24 +19,24 @@ from fedhpc.exchange.messages import RecordType
 NAME = "fedhpc"
 ADDRESS = np.dtype([("file", "<i8"), ("nbytes", "<i8")])
 TOKEN = RecordType(np.dtype(np.uint8), (16,))
-"""Random bytes, by which a process knows that what it sees is the owner's memory."""
+"""Random bytes, by which a process knows that the memory it has attached is the owner's."""
 UNIT_BYTES = 1 << 20
-"""Room grows by these: new memory has to be found by everyone and filled page by page."""
+"""The memory grows by multiples of this: every process has to attach new memory, and fills it page by page."""
 SHORTEST_POLL_S = 1e-3
 """The system counts the time of a poll in milliseconds."""
 
 
 class HostMemory:
-    """Memory of one process, as that process or another one sees it; empty until its owner makes room."""
+    """Memory of one process, as that process or another one sees it; empty until its owner reserves some."""
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
         self.address = np.array([(-1, 0)], ADDRESS)
-        """Of the memory now in use, shape [1]: the owner's number of the file, and its size."""
+        """Where the memory now in use is, shape [1]: the owner's number of the file, and its size."""
         self._file = -1
         self._memory = np.empty(0, np.uint8)
 
-    def make_room(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int) -> None:
         """Owner: see that it has at least so many bytes; what was in it may be lost."""
         if nbytes <= self._memory.size:
             return
@@ -46,8 +46,8 @@ class HostMemory:
         self._use(file, nbytes)
         self.address[0] = (file, nbytes)
 
-    def look_at(self, address: np.ndarray) -> None:
-        """Another process: from now on, see what the owner has there.
+    def attach(self, address: np.ndarray) -> None:
+        """Another process: from now on, see what the owner has at this address.
 
         Raises:
             OSError: it cannot be seen from here.
@@ -56,31 +56,34 @@ class HostMemory:
         if address == self.address:
             return
         number, nbytes = address[0].tolist()
-        self._use(open_of(self.owner, number, os.O_RDWR, f"/memfd:{NAME} (deleted)"), nbytes)
+        self._use(open_file_of(self.owner, number, os.O_RDWR, f"/memfd:{NAME} (deleted)"), nbytes)
         self.address[:] = address
 
-    def put_token(self) -> np.ndarray:
-        """Owner: begin with random bytes; these."""
+    def write_token(self) -> np.ndarray:
+        """Owner: write random bytes at the beginning of the memory; these bytes."""
         token = np.frombuffer(os.urandom(TOKEN.nbytes), np.uint8)
-        self.make_room(TOKEN.nbytes)
+        self.reserve(TOKEN.nbytes)
         self.at(0, TOKEN, 1)[:] = token
         return token
 
-    def sees(self, address: np.ndarray, token: np.ndarray) -> bool:
-        """Another process: whether the owner's memory is there, and begins with this token."""
+    def try_attach(self, address: np.ndarray, token: np.ndarray) -> bool:
+        """Another process: attach the owner's memory; whether it is there, and begins with this token."""
         try:
-            self.look_at(address)
+            self.attach(address)
         except (OSError, ValueError):
             return False
         return np.array_equal(self.at(0, TOKEN, 1)[0], token)
 
     def at(self, begin: int, record: RecordType, count: int) -> np.ndarray:
-        """So many records that begin there; no copy."""
+        """The ``count`` records that begin at this byte; no copy."""
         return np.ndarray((count, *record.shape), record.dtype, self._memory, begin)
 
     @contextmanager
-    def alone(self, begin: int, count: int) -> Iterator[None]:
-        """Nobody else is inside with any of so many numbers from ``begin`` on."""
+    def locked(self, begin: int, count: int) -> Iterator[None]:
+        """Hold a lock on the ``count`` numbers from ``begin`` on: no other process can lock any of them meanwhile.
+
+        The numbers are the callers' own: they need not be bytes of the memory.
+        """
         fcntl.lockf(self._file, fcntl.LOCK_EX, count, begin)
         try:
             yield
@@ -88,7 +91,7 @@ class HostMemory:
             fcntl.lockf(self._file, fcntl.LOCK_UN, count, begin)
 
     def close(self) -> None:
-        """Let go of it; what somebody still holds stays in place."""
+        """Let go of the memory; arrays that are still held stay valid."""
         if self._file >= 0:
             os.close(self._file)
         self._file, self._memory = -1, np.empty(0, np.uint8)
@@ -98,17 +101,17 @@ class HostMemory:
         self._file, self._memory = file, np.frombuffer(mmap.mmap(file, nbytes), np.uint8)
 
 
-class Bell:
-    """Wakes its owner from a nap."""
+class Doorbell:
+    """Wakes its owner; any process that has opened it can ring."""
 
     def __init__(self) -> None:
         self._read, self.file = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.number = os.fstat(self.file).st_ino
-        """By which another process knows it."""
+        self.inode = os.fstat(self.file).st_ino
+        """By which another process knows that it has opened this one."""
         self._poll = select.poll()
         self._poll.register(self._read, select.POLLIN)
 
-    def nap(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Sleep so long, or until somebody rings; whether anybody did."""
         if seconds < SHORTEST_POLL_S:
             time.sleep(seconds)
@@ -119,23 +122,27 @@ class Bell:
         return True
 
 
-def bell_of(owner: int, file: int, number: int) -> int:
-    """A process's bell, to be rung from here.
+def open_doorbell(owner: int, file: int, inode: int) -> int:
+    """The file by which this process can :func:`ring` another one's doorbell.
 
     Raises:
-        OSError: it cannot be.
+        OSError: it cannot be opened from here.
     """
-    return open_of(owner, file, os.O_WRONLY | os.O_NONBLOCK, f"pipe:[{number}]")
+    return open_file_of(owner, file, os.O_WRONLY | os.O_NONBLOCK, f"pipe:[{inode}]")
 
 
-def ring(bell: int) -> None:
-    """Wake its owner."""
-    with suppress(OSError):  # who has ended, or has not listened for long
-        os.write(bell, b"!")
+def ring(doorbell: int) -> None:
+    """Wake the owner of a doorbell, by its file."""
+    with suppress(OSError):  # the owner has ended, or has not looked for so long that the pipe is full
+        os.write(doorbell, b"!")
 
 
-def open_of(owner: int, number: int, flags: int, name: str) -> int:
-    """A file of another process, if it is what we take it for."""
+def open_file_of(owner: int, number: int, flags: int, name: str) -> int:
+    """Open a file of another process by the number that it has there.
+
+    Raises:
+        OSError: it cannot be opened, or is not the file of this name.
+    """
     path = f"/proc/{owner}/fd/{number}"
     if os.readlink(path) != name:
         raise OSError(f"{path} is another file")

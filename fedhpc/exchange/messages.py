@@ -184,6 +184,21 @@ def evaluation_record(num_classes: int, num_devices: int) -> RecordType:
     )
 
 
+class Tag(IntEnum):
+    """What a message between two ranks is."""
+
+    NOTE = 0
+    STATE = 1
+    """A device's state, from worker to worker."""
+    SUMS = 2
+    COMMAND = 3
+    REPLY = 4
+    """A worker is done with a command."""
+    RECORDS = 5
+    EXPONENT = 6
+    """The largest exponent of all workers' terms; each worker's own came with its reply."""
+
+
 class NoteKind(IntEnum):
     """What a note is about."""
 

@@ -2,11 +2,11 @@
 
 The server calls :meth:`MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
 each worker's as soon as it has them, while others are still at work. Every buffer is contiguous, allocated once and
-used again. Workers on the server's host read the command and write their records where the server has them; only what
-goes to other hosts is sent. Beside that order, small notes pass at any time: every rank says what it is doing, a rank
-that was asked to stop tells the server, the server tells all.
+used again. Workers on the server's host read the command and write their records in its memory; only what goes to other
+hosts is sent. Beside that order, small notes pass at any time: every rank says what it is doing, a rank that was asked
+to stop tells the server, the server tells all.
 
-Whoever waits for another rank's work sleeps between two looks. A message of a few bytes goes straight to every rank: in
+Whoever waits for another rank's work sleeps between two tests. A message of a few bytes goes straight to every rank: in
 a tree each rank on the way would have to wake up first.
 """
 
@@ -23,46 +23,45 @@ from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
+from fedhpc.exchange.control_channel import ControlChannel
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
-from fedhpc.exchange.mail import NOTES, Mail
-from fedhpc.exchange.memory import ADDRESS, TOKEN, Bell, HostMemory, bell_of, ring
-from fedhpc.exchange.messages import HEADER, Command, Note, Op, RecordType
-from fedhpc.exchange.room import PACKS, PAYLOAD, Room, sums_record
+from fedhpc.exchange.memory import ADDRESS, TOKEN, Doorbell, HostMemory, open_doorbell, ring
+from fedhpc.exchange.messages import HEADER, Command, Note, Op, RecordType, Tag
+from fedhpc.exchange.shared_layout import PACKS, PAYLOAD, SharedLayout, sums_record
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
 from fedhpc.job.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
 DIGEST_BYTES = 64
-SHORTEST_NAP_S, LONGEST_NAP_S = 1e-5, 0.005
-NAP_SHARE = 0.15
-"""Of the time waited so far: what a rank may oversleep."""
-LOOK_S = 0.002
-"""Between two looks at the mail while waiting; a look takes longer than a test."""
-LISTEN_S = 0.1
-"""The same for a rank whose peers all ring when they have sent something."""
-TRANSFER_NAP_S = 1e-4
-"""Data moves only while its ranks look; between large parts there is no time to sleep."""
-PARTING_S = 0.2
+SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 1e-5, 0.005
+SLEEP_SHARE = 0.15
+"""A rank sleeps for this share of the time that it has waited so far, and may oversleep by as much."""
+PROGRESS_S = 0.002
+"""Seconds between two calls of `progress` while waiting; one takes longer than a test of a request."""
+DOORBELL_SLEEP_S = 0.1
+"""Longest sleep of a rank whose peers all ring when they have sent something."""
+TRANSFER_SLEEP_S = 1e-4
+"""Longest sleep during a transfer: data moves only while its ranks test their requests."""
+GRACE_S = 0.2
+"""After a repair, in place of MPI_Finalize, which can hang then."""
 FLOAT_BYTES = 4
 PAGE_BYTES = 4096
-"""Unit of a device's state on its way."""
+"""A device's state is sent in units of this."""
 LOSSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")
 """Error classes that say that a rank is gone, or that another rank has noticed it."""
-STATE, SUMS, COMMAND, ANSWER, RECORDS, UNIT = range(NOTES + 1, NOTES + 7)
-"""Tags of messages between two ranks."""
-CARD = np.dtype(
+RANK = np.dtype(
     [
         ("host", "S64"),
         ("process", "<i8"),
-        ("bell", "<i8", (2,)),
+        ("doorbell", "<i8", (2,)),
         ("memory", ADDRESS),
         ("token", TOKEN.dtype, TOKEN.shape),
     ]
 )
 """What the other ranks must know of a rank; memory and token are the server's."""
-CALL = np.dtype([("header", HEADER), ("address", ADDRESS)])
-"""What goes straight to every worker: a command's header, and where near workers find the rest of it."""
-ANSWERS = np.dtype([("halted", "?"), ("exponent", "<i8")])
+COMMAND = np.dtype([("header", HEADER), ("address", ADDRESS)])
+"""What goes straight to every worker: a command's header, and where workers of the same host find the rest of it."""
+REPLY = np.dtype([("halted", "?"), ("exponent", "<i8")])
 """What a worker says when it is done with a command: whether it was halted, and the exponent of its terms."""
 
 
@@ -79,7 +78,7 @@ class MpiExchange(Exchange):
         self._types: dict[int, Any] = {}
         self._repaired = False
         self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
-        self._bell = Bell()
+        self._doorbell = Doorbell()
         self._abandoned: list[BaseException] = []
         """Errors whose frames hold requests and buffers that a transfer may still use."""
         with self._inside("the start of MPI"):
@@ -89,13 +88,13 @@ class MpiExchange(Exchange):
         self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
     ) -> np.ndarray:
         """See :class:`Exchange`."""
-        self._mail.activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
-        self.attend()
+        self._control.activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
+        self.progress()
         self._refuse_when_stopped(command)
         start = time.perf_counter()
-        records, sums = self._room.furnish(command, record, counts, summed)
-        call = np.array([(command.header()[0], self._memory.address[0])], CALL)
-        self._tell(range(self.num_workers), call, COMMAND)
+        records, sums = self._layout.write_command(command, record, counts, summed)
+        message = np.array([(command.header()[0], self._memory.address[0])], COMMAND)
+        self._send_to_workers(range(self.num_workers), message, Tag.COMMAND)
         with self._inside("the broadcast"):
             for part in (command.workers, command.payload):
                 self._broadcast(part)
@@ -117,15 +116,14 @@ class MpiExchange(Exchange):
 
     def receive(self) -> Command:
         """Worker: the server's next command; its payload is valid until the next one arrives."""
-        call = np.zeros(1, CALL)
-        self._mail.activity = "waiting for the server"
-        with self._losses():
-            self._finish(self._comm.Irecv([call, self._mpi.BYTE], source=0, tag=COMMAND), LONGEST_NAP_S, rings=True)
-        header = call["header"]
+        message = np.zeros(1, COMMAND)
+        self._control.activity = "waiting for the server"
+        self._receive_from_server(message, Tag.COMMAND)
+        header = message["header"]
         num_packs, payload_size = int(header[0]["num_packs"]), int(header[0]["payload_size"])
-        if self._is_near:
-            self._memory.look_at(call["address"])
-            workers, payload = self._room.command_parts(num_packs, payload_size)
+        if self._shares_memory:
+            self._memory.attach(message["address"])
+            workers, payload = self._layout.command_parts(num_packs, payload_size)
         else:
             workers, payload = self.buffer(PACKS, num_packs), self.buffer(PAYLOAD, payload_size)
             with self._inside("the broadcast"):
@@ -135,46 +133,45 @@ class MpiExchange(Exchange):
 
     def rows(self, record: RecordType, count: int) -> np.ndarray:
         """See :class:`Exchange`."""
-        if not self._is_near:
+        if not self._shares_memory:
             return super().rows(record, count)
-        return self._room.rows(self.rank - 1, record, count)
+        return self._layout.rows(self.rank - 1, record, count)
 
     def reply(self, records: np.ndarray | None) -> None:
         """Worker: send this worker's records; None if it was halted."""
-        self._mail.activity = "waiting for the other ranks"
+        self._control.activity = "waiting for the other ranks"
         terms, self._terms = self._terms, None
-        answer = np.array([(records is None, terms.exponent if terms else ZERO_EXPONENT)], ANSWERS)
-        if self._is_near and records is not None and records.nbytes:
+        reply = np.array([(records is None, terms.exponent if terms else ZERO_EXPONENT)], REPLY)
+        if self._shares_memory and records is not None and records.nbytes:
             rows = self.rows(RecordType(records.dtype, records.shape[1:]), len(records))
             if not np.may_share_memory(records, rows):
                 rows[:] = records
         with self._inside("the gather"):
-            self._finish(self._comm.Isend([answer, self._mpi.BYTE], dest=0, tag=ANSWER))
+            self._wait(self._comm.Isend([reply, self._mpi.BYTE], dest=0, tag=Tag.REPLY))
             self._ring(0)
             if records is None:
                 return
-            if records.nbytes and not self._is_near:
+            if records.nbytes and not self._shares_memory:
                 source = [np.ascontiguousarray(records), len(records), self._type(records[0].nbytes)]
-                self._finish(self._comm.Isend(source, dest=0, tag=RECORDS))
+                self._wait(self._comm.Isend(source, dest=0, tag=Tag.RECORDS))
         if terms:
-            with self._losses():
-                self._finish(self._comm.Irecv([answer, self._mpi.BYTE], source=0, tag=UNIT), LONGEST_NAP_S, rings=True)
-            if not answer[0]["halted"]:
-                self._send_sums(terms, int(answer[0]["exponent"]))
+            self._receive_from_server(reply, Tag.EXPONENT)
+            if not reply[0]["halted"]:
+                self._send_sums(terms, int(reply[0]["exponent"]))
 
     def beat(self, activity: str) -> None:
         """See :class:`Exchange`."""
-        self._mail.activity = activity
-        self.attend()
-        if self._mail.halted:
+        self._control.activity = activity
+        self.progress()
+        if self._control.halted:
             raise Halt
 
     def post(self, note: Note) -> None:
         """See :class:`Exchange`."""
-        self._mail.outbox.append(note)
-        ring(self._bell.file)
+        self._control.outgoing.append(note)
+        ring(self._doorbell.file)
 
-    def trade(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
+    def move_states(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
         """See :class:`Exchange`."""
         with self._inside("an exchange of device states"):
             requests = []
@@ -182,10 +179,10 @@ class MpiExchange(Exchange):
                 pages = -(-len(data) // PAGE_BYTES)
                 whole = [data.ljust(pages * PAGE_BYTES, b"\0"), pages, self._type(PAGE_BYTES)]
                 size = [np.array([len(data)], np.int64), self._mpi.BYTE]
-                requests += [self._comm.Isend(part, dest=worker + 1, tag=STATE) for part in (size, whole)]
+                requests += [self._comm.Isend(part, dest=worker + 1, tag=Tag.STATE) for part in (size, whole)]
             received = [self._receive_state(worker + 1) for worker in incoming]
             for request in requests:
-                self._finish(request)
+                self._wait(request)
         return received
 
     def agree(self, problem: str | None, digest: str) -> None:
@@ -194,8 +191,8 @@ class MpiExchange(Exchange):
         text = (digest.ljust(DIGEST_BYTES) + (problem or "")).encode(errors="backslashreplace")[:PROBLEM_BYTES]
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everyone = np.zeros((self.size, PROBLEM_BYTES), np.uint8)
-        self._mail.activity = "set-up done, waiting for the other ranks"
-        self._meet()
+        self._control.activity = "set-up done, waiting for the other ranks"
+        self._barrier()
         with self._inside("an exchange of set-up results"):
             self._comm.Allgather([mine, self._mpi.BYTE], [everyone, self._mpi.BYTE])
         texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
@@ -220,22 +217,20 @@ class MpiExchange(Exchange):
             raise RanksLost("no rank with devices is left")
         self._repaired = True
 
-    def part(self, status: int) -> None:
+    def finalize(self) -> None:
         """See :class:`Exchange`."""
         self.stop.close()
         try:
-            self._meet()
+            self._barrier()
         except RanksLost:  # all is done and saved
             self._repaired = True
         sys.stdout.flush()
         sys.stderr.flush()
         if self._repaired:  # MPI_Finalize can hang then
-            time.sleep(PARTING_S)
+            time.sleep(GRACE_S)
         else:
             with time_limit(self.timeout_s):
                 self._mpi.Finalize()
-        # Without Python's own long way out: nobody is left to notice a rank that hangs there.
-        os._exit(status)
 
     def leave(self) -> None:
         """See :class:`Exchange`."""
@@ -264,7 +259,7 @@ class MpiExchange(Exchange):
 
     def _leave(self) -> None:
         """Give up what is shared with a lost rank, and all memory in which a transfer of before may still write."""
-        for comm in (self._comm, self._far, self._far_workers):
+        for comm in (self._comm, self._remote, self._remote_workers):
             comm.Revoke()
         self._forget()
 
@@ -272,8 +267,8 @@ class MpiExchange(Exchange):
         """Give up buffers, shared memory and the other ranks' bells."""
         self._buffers = {}
         self._memory.close()
-        while self._bells:
-            os.close(self._bells.popitem()[1])
+        while self._doorbells:
+            os.close(self._doorbells.popitem()[1])
 
     def _join(self, comm: Any) -> None:
         self._comm = comm
@@ -284,49 +279,55 @@ class MpiExchange(Exchange):
         host_comm.Free()
         self._memory = HostMemory(owner=os.getpid())
         """The server's."""
-        cards = np.zeros(self.size, CARD)
-        token = self._memory.put_token() if self.rank == 0 else TOKEN.zeros(1)[0]
-        own_bell = (self._bell.file, self._bell.number)
-        cards[self.rank] = (self.host.encode(), os.getpid(), own_bell, self._memory.address[0], token)
-        comm.Allgather(self._mpi.IN_PLACE, [cards, self._mpi.BYTE])
-        hosts = [name.decode(errors="replace") for name in cards["host"].tolist()]
-        self._bells = self._find_near(cards)
-        """Of the other ranks that we can ring."""
-        self._room = Room(self._memory, self.num_workers)
-        self._is_near = 0 in self._bells
-        self._far = comm.Split(color=int(self._is_near), key=self.rank)
-        """The server and the workers that are not near, among themselves."""
-        self._far_workers = comm.Split(color=1 if self.rank == 0 else int(self._is_near), key=self.rank)
-        """These workers alone."""
-        self._all_ring = len(self._bells) == (1 if self.rank else self.num_workers)
-        """Whether every rank that we may wait for does so when it has sent something."""
-        self._mail = Mail(self._mpi, comm, hosts, self.stop, deliver=self._deliver, ring=self._ring)
+        ranks = np.zeros(self.size, RANK)
+        token = self._memory.write_token() if self.rank == 0 else TOKEN.zeros(1)[0]
+        own_doorbell = (self._doorbell.file, self._doorbell.inode)
+        ranks[self.rank] = (self.host.encode(), os.getpid(), own_doorbell, self._memory.address[0], token)
+        comm.Allgather(self._mpi.IN_PLACE, [ranks, self._mpi.BYTE])
+        hosts = [name.decode(errors="replace") for name in ranks["host"].tolist()]
+        self._doorbells = self._find_doorbells(ranks)
+        """Rank -> the file by which this rank rings it; of those that share memory with this one."""
+        self._layout = SharedLayout(self._memory, self.num_workers)
+        self._shares_memory = 0 in self._doorbells
+        self._remote = comm.Split(color=int(self._shares_memory), key=self.rank)
+        """Communicator of the server and the workers that do not share its memory."""
+        self._remote_workers = comm.Split(color=1 if self.rank == 0 else int(self._shares_memory), key=self.rank)
+        """Communicator of these workers alone."""
+        self._all_ring = len(self._doorbells) == (1 if self.rank else self.num_workers)
+        """Whether every rank that this one may wait for rings when it has sent something."""
+        self._control = ControlChannel(self._mpi, comm, hosts, self.stop, deliver=self._deliver, ring=self._ring)
 
-    def _find_near(self, cards: np.ndarray) -> dict[int, int]:
-        """The bells of the ranks that share the server's memory with this one: of the server, or of its workers."""
-        bells = {}
+    def _find_doorbells(self, ranks: np.ndarray) -> dict[int, int]:
+        """The doorbells of the ranks that share the server's memory with this one: of the server, or of its workers."""
+        doorbells = {}
         for peer in range(1, self.size) if self.rank == 0 else [0]:
             with suppress(OSError):
-                bells[peer] = bell_of(int(cards[peer]["process"]), *cards[peer]["bell"].tolist())
+                doorbells[peer] = open_doorbell(int(ranks[peer]["process"]), *ranks[peer]["doorbell"].tolist())
         if self.rank:
-            self._memory = HostMemory(owner=int(cards[0]["process"]))
-            if not self._memory.sees(cards[0]["memory"][None], cards[0]["token"]):
-                bells.clear()
-        are_near = np.zeros(self.size, np.bool_)
-        self._comm.Gather([np.array([bool(bells)]), self._mpi.BYTE], [are_near, self._mpi.BYTE], root=0)
-        are_near &= np.isin(np.arange(self.size), list(bells))  # of the server, who says so
-        self._comm.Bcast([are_near, self._mpi.BYTE], root=0)
-        return {peer: bell for peer, bell in bells.items() if are_near[peer or self.rank]}
+            self._memory = HostMemory(owner=int(ranks[0]["process"]))
+            if not self._memory.try_attach(ranks[0]["memory"][None], ranks[0]["token"]):
+                doorbells.clear()
+        share_memory = np.zeros(self.size, np.bool_)
+        self._comm.Gather([np.array([bool(doorbells)]), self._mpi.BYTE], [share_memory, self._mpi.BYTE], root=0)
+        share_memory &= np.isin(np.arange(self.size), list(doorbells))  # of the server, who says so
+        self._comm.Bcast([share_memory, self._mpi.BYTE], root=0)
+        return {peer: doorbell for peer, doorbell in doorbells.items() if share_memory[peer or self.rank]}
 
-    def _tell(self, workers: Iterable[int], word: np.ndarray, tag: int) -> None:
+    def _send_to_workers(self, workers: Iterable[int], message: np.ndarray, tag: Tag) -> None:
         with self._losses():
             for worker in workers:
-                self._finish(self._comm.Isend([word, self._mpi.BYTE], dest=worker + 1, tag=tag))
+                self._wait(self._comm.Isend([message, self._mpi.BYTE], dest=worker + 1, tag=tag))
                 self._ring(worker + 1)
 
+    def _receive_from_server(self, message: np.ndarray, tag: Tag) -> None:
+        """Wait for a message of a few bytes, however long the server is at work before it."""
+        with self._losses():
+            request = self._comm.Irecv([message, self._mpi.BYTE], source=0, tag=tag)
+            self._wait(request, LONGEST_SLEEP_S, with_doorbell=True)
+
     def _ring(self, peer: int) -> None:
-        if peer in self._bells:
-            ring(self._bells[peer])
+        if peer in self._doorbells:
+            ring(self._doorbells[peer])
 
     def _collect(self, records: np.ndarray, counts: Sequence[int], summed: SumSize | None) -> tuple[float, int]:
         """Take every worker's records when it has them; when the last worker was done, the exponent of all terms.
@@ -334,99 +335,106 @@ class MpiExchange(Exchange):
         Raises:
             Halt: a worker was halted.
         """
-        answers = np.zeros(self.num_workers, ANSWERS)
+        replies = np.zeros(self.num_workers, REPLY)
         rows = np.split(records, np.cumsum(counts)[:-1])
         with self._losses():
-            coming = [
-                self._comm.Irecv([answers[worker : worker + 1], self._mpi.BYTE], source=worker + 1, tag=ANSWER)
+            pending = [
+                self._comm.Irecv([replies[worker : worker + 1], self._mpi.BYTE], source=worker + 1, tag=Tag.REPLY)
                 for worker in range(self.num_workers)
             ]
-            on_their_way = []
+            receiving = []
 
-            def all_have_answered() -> bool:
-                for worker in self._mpi.Request.Testsome(coming) or ():
-                    if counts[worker] and worker + 1 not in self._bells and not answers[worker]["halted"]:
+            def all_have_replied() -> bool:
+                for worker in self._mpi.Request.Testsome(pending) or ():
+                    if counts[worker] and worker + 1 not in self._doorbells and not replies[worker]["halted"]:
                         target = [rows[worker], counts[worker], self._type(rows[worker][0].nbytes)]
-                        on_their_way.append(self._comm.Irecv(target, source=worker + 1, tag=RECORDS))
-                return all(request == self._mpi.REQUEST_NULL for request in coming)
+                        receiving.append(self._comm.Irecv(target, source=worker + 1, tag=Tag.RECORDS))
+                return all(request == self._mpi.REQUEST_NULL for request in pending)
 
-            self._wait(all_have_answered, LONGEST_NAP_S, rings=True)
+            self._wait_until(all_have_replied, LONGEST_SLEEP_S, with_doorbell=True)
         ready = time.perf_counter()
         with self._inside("the gather"):
-            for request in on_their_way:
-                self._finish(request)
-        common = np.array([(answers["halted"].any(), answers["exponent"].max())], ANSWERS)
+            for request in receiving:
+                self._wait(request)
+        common = np.array([(replies["halted"].any(), replies["exponent"].max())], REPLY)
         if summed:
-            self._tell(np.flatnonzero(~answers["halted"]), common, UNIT)
+            self._send_to_workers(np.flatnonzero(~replies["halted"]), common, Tag.EXPONENT)
         if common[0]["halted"]:
             raise Halt
         return ready, int(common[0]["exponent"])
 
     def _broadcast(self, part: np.ndarray) -> None:
-        if part.size and self._far.size > 1:
-            self._finish(self._far.Ibcast([part, 1, self._type(part.nbytes)], root=0))
+        if part.size and self._remote.size > 1:
+            self._wait(self._remote.Ibcast([part, 1, self._type(part.nbytes)], root=0))
 
     def _receive_state(self, rank: int) -> bytes:
         size = np.zeros(1, np.int64)
-        self._finish(self._comm.Irecv([size, self._mpi.BYTE], source=rank, tag=STATE))
+        self._wait(self._comm.Irecv([size, self._mpi.BYTE], source=rank, tag=Tag.STATE))
         pages = -(-int(size[0]) // PAGE_BYTES)
         data = np.empty(pages * PAGE_BYTES, np.uint8)
-        self._finish(self._comm.Irecv([data, pages, self._type(PAGE_BYTES)], source=rank, tag=STATE))
+        self._wait(self._comm.Irecv([data, pages, self._type(PAGE_BYTES)], source=rank, tag=Tag.STATE))
         return data[: size[0]].tobytes()
 
     def _send_sums(self, terms: Terms, exponent: int) -> None:
-        """Near the server, into its memory; else to the first of the others, by a tree, and from there once."""
+        """Add the terms in the server's memory; remote workers reduce theirs to one of them, which sends the sums."""
         with self._inside("a reduction"):
-            if self._is_near:
-                self._room.add(self.rank - 1, terms, exponent)
-                self._finish(self._comm.Isend([np.zeros(1, np.uint8), self._mpi.BYTE], dest=0, tag=SUMS))
+            if self._shares_memory:
+                self._layout.add(self.rank - 1, terms, exponent)
+                self._wait(self._comm.Isend([np.zeros(1, np.uint8), self._mpi.BYTE], dest=0, tag=Tag.SUMS))
                 self._ring(0)
                 return
             part = terms.fixed(exponent)  # by a name: a request that is not root's does not keep it
-            total = self.buffer(sums_record(terms.of), 1)[0] if self._far_workers.rank == 0 else None
-            self._finish(self._far_workers.Ireduce(part, total, self._mpi.SUM, root=0))
+            total = self.buffer(sums_record(terms.of), 1)[0] if self._remote_workers.rank == 0 else None
+            self._wait(self._remote_workers.Ireduce(part, total, self._mpi.SUM, root=0))
             if total is not None:
-                self._finish(self._far.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=SUMS))
+                self._wait(self._remote.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=Tag.SUMS))
 
     def _take_sums(self, sums: NDArray[np.int64]) -> None:
-        """Wait until near workers have added their terms, and add what the others have added up."""
+        """Wait until the workers of this host have added their terms, and add the remote workers' sums."""
         with self._inside("a reduction"):
-            told = [
-                self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=SUMS) for peer in self._bells
+            pending = [
+                self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=Tag.SUMS)
+                for peer in self._doorbells
             ]
-            self._wait(lambda: self._mpi.Request.Testall(told), TRANSFER_NAP_S, rings=True)
-            if self._far.size > 1:
+            self._wait_until(lambda: self._mpi.Request.Testall(pending), TRANSFER_SLEEP_S, with_doorbell=True)
+            if self._remote.size > 1:
                 (part,) = self.buffer(RecordType(sums.dtype, sums.shape), 1)
-                self._finish(self._far.Irecv([part, 1, self._type(part.nbytes)], source=1, tag=SUMS))
+                self._wait(self._remote.Irecv([part, 1, self._type(part.nbytes)], source=1, tag=Tag.SUMS))
                 sums += part
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """Wait for all ranks without spinning, so that waiters leave the cores alone."""
         with self._losses():
-            self._finish(self._comm.Ibarrier(), LONGEST_NAP_S)
+            self._wait(self._comm.Ibarrier(), LONGEST_SLEEP_S)
 
-    def _finish(self, request: Any, longest_nap_s: float = TRANSFER_NAP_S, *, rings: bool = False) -> None:
+    def _wait(self, request: Any, longest_sleep_s: float = TRANSFER_SLEEP_S, *, with_doorbell: bool = False) -> None:
         """Wait for an operation."""
-        self._wait(request.Test, longest_nap_s, rings=rings)
+        self._wait_until(request.Test, longest_sleep_s, with_doorbell=with_doorbell)
 
-    def _wait(self, is_over: Callable[[], bool], longest_nap_s: float, *, rings: bool = False) -> None:
-        """Wait, and go on saying and noticing who is alive; near peers ring when they have sent something."""
-        began = looked = time.monotonic()
-        if rings and self._all_ring:
-            began, longest_nap_s = -math.inf, LISTEN_S
+    def _wait_until(self, is_over: Callable[[], bool], longest_sleep_s: float, *, with_doorbell: bool = False) -> None:
+        """Wait, and make progress meanwhile.
+
+        Args:
+            is_over: what is waited for; tested between two sleeps.
+            longest_sleep_s: the longest sleep between two tests.
+            with_doorbell: peers that share memory with this rank ring when it is over, so that sleeps can be longer.
+        """
+        began = progressed = time.monotonic()
+        if with_doorbell and self._all_ring:
+            began, longest_sleep_s = -math.inf, DOORBELL_SLEEP_S
         while not is_over():
             now = time.monotonic()
-            if now - looked > LOOK_S:
-                self.attend()
-                looked = now
-            if self._bell.nap(min(max(SHORTEST_NAP_S, NAP_SHARE * (now - began)), longest_nap_s)):
+            if now - progressed > PROGRESS_S:
+                self.progress()
+                progressed = now
+            if self._doorbell.wait(min(max(SHORTEST_SLEEP_S, SLEEP_SHARE * (now - began)), longest_sleep_s)):
                 began = now
 
-    def attend(self) -> None:
-        """See :class:`Exchange`: send what is due, read what has come, notice who is silent."""
+    def progress(self) -> None:
+        """See :class:`Exchange`; also notices ranks that are silent."""
         self._look_for_failure()
         with self._losses():
-            self._mail.exchange(self.timeout_s)
+            self._control.progress(self.timeout_s)
 
     @contextmanager
     def _inside(self, what: str) -> Iterator[None]:

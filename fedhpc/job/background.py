@@ -1,4 +1,4 @@
-"""Work beside the main thread, which must go on looking at the mail."""
+"""Work beside the main thread, which must go on making progress with the other ranks."""
 
 import threading
 import time

@@ -91,7 +91,7 @@ class RunLock:
         self,
         run_dir: str | Path,
         environment: JobEnvironment,
-        attend: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
         *,
         key: str = "run_dir",
         beat_s: float = BEAT_S,
@@ -105,7 +105,7 @@ class RunLock:
         self.lost = False
         """Another run has taken the lock over, because this process gave no sign of life: it must not write again."""
         self._environment, self._beat_s, self._watch_s = environment, beat_s, watch_s
-        self._attend = attend
+        self._progress = progress
         """Called every now and then while another run's lock is watched."""
         self._descriptor: int | None = None
         os.register_at_fork(after_in_child=self._close)
@@ -254,7 +254,7 @@ class RunLock:
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
-        self._attend()
+        self._progress()
 
     def _refusal(self, record: bytes, remedy: str = "") -> ConfigError:
         return ConfigError(

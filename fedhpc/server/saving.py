@@ -16,7 +16,7 @@ from fedhpc.job.lock import RunLock
 from fedhpc.methods.updates import Vector
 from fedhpc.server.job import Job
 
-NAP_S = 0.002
+POLL_S = 0.002
 
 
 class CheckpointWriter:
@@ -79,8 +79,8 @@ class CheckpointWriter:
         """
         self._silence, before = 0.0, time.monotonic()
         while self._writing.busy:
-            self.exchange.attend()
-            time.sleep(NAP_S)
+            self.exchange.progress()
+            time.sleep(POLL_S)
             now = time.monotonic()
             self._silence, before = self._silence + min(now - before, LONGEST_GAP_S), now
             if self._silence > self.exchange.timeout_s:
@@ -88,7 +88,7 @@ class CheckpointWriter:
                     f"no file of the checkpoint under way was finished within exchange.timeout_s: "
                     f"{self.exchange.timeout_s:g} s; a file system may hang"
                 )
-        self.exchange.attend()
+        self.exchange.progress()
 
     def _hear(self, note: Note) -> None:
         self._silence = 0.0

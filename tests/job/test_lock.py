@@ -163,7 +163,7 @@ def test_whoever_watches_a_lock_can_attend_to_other_things(tmp_path):
     """Rank 0's other ranks wait meanwhile, and would take it for dead."""
     (tmp_path / "lock").write_bytes(b"somebody")
     looks = []
-    with run_lock(tmp_path, attend=lambda: looks.append(time.monotonic())):
+    with run_lock(tmp_path, progress=lambda: looks.append(time.monotonic())):
         assert len(looks) == lock.LOOKS
 
 

@@ -12,4 +12,4 @@ def make_blind(*ranks):
         raise PermissionError(address)
 
     if MPI.COMM_WORLD.rank in ranks:
-        HostMemory.look_at = see_nothing
+        HostMemory.attach = see_nothing

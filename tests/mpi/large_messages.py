@@ -32,7 +32,7 @@ if exchange.rank == 0:
 else:
     state = bytearray(4 * FLOATS + 1)
     state[-1] = 9
-    (received,) = exchange.trade([(0, state)], [0])
+    (received,) = exchange.move_states([(0, state)], [0])
     assert received == state
     del state, received
     command = exchange.receive()

@@ -2,11 +2,11 @@
 
 import time
 
-from fedhpc.exchange import MpiExchange, mail
+from fedhpc.exchange import MpiExchange, control_channel
 from fedhpc.exchange.messages import NO_RECORD, Command, Op
 from fedhpc.job.stopping import StopRequest
 
-mail.LONGEST_GAP_S = 0.25
+control_channel.LONGEST_GAP_S = 0.25
 exchange = MpiExchange(StopRequest())
 exchange.timeout_s = 2.0  # the start of a rank may take longer
 if exchange.rank == 0:

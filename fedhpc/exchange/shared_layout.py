@@ -1,8 +1,8 @@
-"""Where the parts of one request lie in the memory that near workers share with the server.
+"""Where the parts of one request lie in the memory that workers of the server's host share with it.
 
-One behind the other: where each worker's records begin, and last where the sums do; the workers of the command's packs
-and its payload; the records, worker by worker; the sums. A command without a payload and records leaves those of the
-one before alone: what a stop saves may be among them.
+The parts lie one behind the other: the offsets of each worker's records and of the sums; the workers of the command's
+packs; its payload; the records, worker by worker; the sums. A command without a payload and records leaves those of the
+command before it in place: a checkpoint at a stop may save some of them.
 """
 
 from collections.abc import Sequence
@@ -18,26 +18,26 @@ from fedhpc.methods.updates import Vector
 
 LINE_BYTES = 64
 """Parts begin at multiples of this."""
-PLACES, PACKS, PAYLOAD = (RecordType(np.dtype(name)) for name in ("<i8", "<i4", "<f4"))
+OFFSETS, PACKS, PAYLOAD = (RecordType(np.dtype(name)) for name in ("<i8", "<i4", "<f4"))
 NO_SUMS = SumSize(num_sums=0, size=0, num_terms=1)
 
 
-class Room:
-    """The memory of one request after the other."""
+class SharedLayout:
+    """The layout of one request after the other, in the same memory."""
 
     def __init__(self, memory: HostMemory, num_workers: int) -> None:
         self.memory, self.num_workers = memory, num_workers
 
-    def furnish(
+    def write_command(
         self, command: Command, record: RecordType, counts: Sequence[int], summed: SumSize | None
     ) -> tuple[np.ndarray, NDArray[np.int64]]:
-        """Server: put the command there; where the records and the sums will be."""
+        """Server: write the command into the memory; the places of the records, and of the sums [k, n]."""
         given, total = ((PACKS, command.workers), (PAYLOAD, command.payload)), sums_record(summed or NO_SUMS)
         sizes = [(part, array.size) for part, array in given]
-        *begins, first, last, end = lay_out(self._places, *sizes, (record, sum(counts)), (total, 1))
-        self.memory.make_room(end)
-        places = np.array([*(first + record.nbytes * np.cumsum([0, *counts[:-1]])), last])
-        for begin, (part, array) in zip(begins, ((PLACES, places), *given), strict=True):
+        *begins, first, last, end = lay_out(self._offsets, *sizes, (record, sum(counts)), (total, 1))
+        self.memory.reserve(end)
+        offsets = np.array([*(first + record.nbytes * np.cumsum([0, *counts[:-1]])), last])
+        for begin, (part, array) in zip(begins, ((OFFSETS, offsets), *given), strict=True):
             self.memory.at(begin, part, array.size)[:] = array
         (sums,) = self.memory.at(last, total, 1)
         return self.memory.at(first, record, sum(counts)), sums
@@ -45,26 +45,26 @@ class Room:
     def command_parts(self, num_packs: int, payload_size: int) -> tuple[NDArray[np.int32], Vector]:
         """Worker: the workers of the command's packs, and its payload."""
         parts = ((PACKS, num_packs), (PAYLOAD, payload_size))
-        _, first, second, _ = lay_out(self._places, *parts)
+        _, first, second, _ = lay_out(self._offsets, *parts)
         return self.memory.at(first, *parts[0]), self.memory.at(second, *parts[1])
 
     def rows(self, worker: int, record: RecordType, count: int) -> np.ndarray:
-        """Worker: where its records go."""
-        return self.memory.at(self._begin(worker), record, count)
+        """Worker: the place of its records."""
+        return self.memory.at(self._offset(worker), record, count)
 
     def add(self, worker: int, terms: Terms, exponent: int) -> None:
         """Worker: add its terms to the sums, in units for the largest ``exponent`` of all."""
-        (sums,) = self.memory.at(self._begin(self.num_workers), sums_record(terms.of), 1)
+        (sums,) = self.memory.at(self._offset(self.num_workers), sums_record(terms.of), 1)
         for block, part in terms.blocks(exponent, first=worker):
-            with self.memory.alone(block.start, block.stop - block.start):
+            with self.memory.locked(block.start, block.stop - block.start):
                 sums[:, block] += part
 
     @property
-    def _places(self) -> tuple[RecordType, int]:
-        return PLACES, self.num_workers + 1
+    def _offsets(self) -> tuple[RecordType, int]:
+        return OFFSETS, self.num_workers + 1
 
-    def _begin(self, place: int) -> int:
-        return int(self.memory.at(0, *self._places)[place])
+    def _offset(self, part: int) -> int:
+        return int(self.memory.at(0, *self._offsets)[part])
 
 
 def lay_out(*parts: tuple[RecordType, int]) -> list[int]:
@@ -74,5 +74,5 @@ def lay_out(*parts: tuple[RecordType, int]) -> list[int]:
 
 
 def sums_record(of: SumSize) -> RecordType:
-    """Sums of terms in fixed point, [k, n]."""
+    """The form of sums in fixed point, [k, n]."""
     return RecordType(np.dtype(np.int64), (of.num_sums, of.size))
