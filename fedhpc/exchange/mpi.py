@@ -11,11 +11,10 @@ a tree each rank on the way would have to wake up first.
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,12 @@ from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
+from fedhpc.exchange.connection import Connection
 from fedhpc.exchange.control_channel import ControlChannel
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
-from fedhpc.exchange.memory import ADDRESS, TOKEN, Doorbell, HostMemory, open_doorbell, ring
+from fedhpc.exchange.memory import ADDRESS, ring
 from fedhpc.exchange.messages import HEADER, Command, Note, Op, RecordType, Tag
+from fedhpc.exchange.repair import repair
 from fedhpc.exchange.shared_layout import PACKS, PAYLOAD, SharedLayout, sums_record
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
 from fedhpc.job.stopping import StopRequest
@@ -49,16 +50,6 @@ PAGE_BYTES = 4096
 """A device's state is sent in units of this."""
 LOSSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")
 """Error classes that say that a rank is gone, or that another rank has noticed it."""
-RANK = np.dtype(
-    [
-        ("host", "S64"),
-        ("process", "<i8"),
-        ("doorbell", "<i8", (2,)),
-        ("memory", ADDRESS),
-        ("token", TOKEN.dtype, TOKEN.shape),
-    ]
-)
-"""What the other ranks must know of a rank; memory and token are the server's."""
 COMMAND = np.dtype([("header", HEADER), ("address", ADDRESS)])
 """What goes straight to every worker: a command's header, and where workers of the same host find the rest of it."""
 REPLY = np.dtype([("halted", "?"), ("exponent", "<i8")])
@@ -78,7 +69,7 @@ class MpiExchange(Exchange):
         self._types: dict[int, Any] = {}
         self._repaired = False
         self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
-        self._doorbell = Doorbell()
+        self._connection = Connection(MPI)
         self._abandoned: list[BaseException] = []
         """Errors whose frames hold requests and buffers that a transfer may still use."""
         with self._inside("the start of MPI"):
@@ -93,7 +84,7 @@ class MpiExchange(Exchange):
         self._refuse_when_stopped(command)
         start = time.perf_counter()
         records, sums = self._layout.write_command(command, record, counts, summed)
-        message = np.array([(command.header()[0], self._memory.address[0])], COMMAND)
+        message = np.array([(command.header()[0], self._connection.memory.address[0])], COMMAND)
         self._send_to_workers(range(self.num_workers), message, Tag.COMMAND)
         with self._inside("the broadcast"):
             for part in (command.workers, command.payload):
@@ -121,8 +112,8 @@ class MpiExchange(Exchange):
         self._receive_from_server(message, Tag.COMMAND)
         header = message["header"]
         num_packs, payload_size = int(header[0]["num_packs"]), int(header[0]["payload_size"])
-        if self._shares_memory:
-            self._memory.attach(message["address"])
+        if self._connection.shares_memory:
+            self._connection.memory.attach(message["address"])
             workers, payload = self._layout.command_parts(num_packs, payload_size)
         else:
             workers, payload = self.buffer(PACKS, num_packs), self.buffer(PAYLOAD, payload_size)
@@ -133,7 +124,7 @@ class MpiExchange(Exchange):
 
     def rows(self, record: RecordType, count: int) -> np.ndarray:
         """See :class:`Exchange`."""
-        if not self._shares_memory:
+        if not self._connection.shares_memory:
             return super().rows(record, count)
         return self._layout.rows(self.rank - 1, record, count)
 
@@ -142,16 +133,16 @@ class MpiExchange(Exchange):
         self._control.activity = "waiting for the other ranks"
         terms, self._terms = self._terms, None
         reply = np.array([(records is None, terms.exponent if terms else ZERO_EXPONENT)], REPLY)
-        if self._shares_memory and records is not None and records.nbytes:
+        if self._connection.shares_memory and records is not None and records.nbytes:
             rows = self.rows(RecordType(records.dtype, records.shape[1:]), len(records))
             if not np.may_share_memory(records, rows):
                 rows[:] = records
         with self._inside("the gather"):
             self._wait(self._comm.Isend([reply, self._mpi.BYTE], dest=0, tag=Tag.REPLY))
-            self._ring(0)
+            self._connection.ring(0)
             if records is None:
                 return
-            if records.nbytes and not self._shares_memory:
+            if records.nbytes and not self._connection.shares_memory:
                 source = [np.ascontiguousarray(records), len(records), self._type(records[0].nbytes)]
                 self._wait(self._comm.Isend(source, dest=0, tag=Tag.RECORDS))
         if terms:
@@ -169,7 +160,7 @@ class MpiExchange(Exchange):
     def post(self, note: Note) -> None:
         """See :class:`Exchange`."""
         self._control.outgoing.append(note)
-        ring(self._doorbell.file)
+        ring(self._connection.doorbell.file)
 
     def move_states(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
         """See :class:`Exchange`."""
@@ -207,14 +198,8 @@ class MpiExchange(Exchange):
                 )
 
     def repair(self) -> None:
-        """See :class:`Exchange`; by ULFM's revoke and shrink."""
-        if "OMPI_MCA_mpi_ft_enable" not in os.environ:
-            raise RanksLost("exchange.on_rank_failure: continue needs an MPI with ULFM: mpirun --with-ft ulfm")
-        first = self._join_survivors(self.rank)
-        if first != 0:
-            raise RanksLost("rank 0, the server, is lost")
-        if not self.num_workers:
-            raise RanksLost("no rank with devices is left")
+        """See :class:`Exchange`; by ULFM."""
+        repair(self._connection, self._join, self._inside)
         self._repaired = True
 
     def finalize(self) -> None:
@@ -234,10 +219,9 @@ class MpiExchange(Exchange):
 
     def leave(self) -> None:
         """See :class:`Exchange`."""
-        self._meet()
-        for comm in (self._far_workers, self._far, self._comm):
-            comm.Free()
-        self._forget()
+        self._barrier()
+        self._buffers = {}
+        self._connection.free()
 
     def abort(self, status: int) -> None:
         """See :class:`Exchange`."""
@@ -246,88 +230,30 @@ class MpiExchange(Exchange):
         with self._watchdog.over("MPI_Abort", ABORT_S):
             self._comm.Abort(status)
 
-    def _join_survivors(self, old_rank: int) -> int:
-        """The number that the new rank 0 had."""
-        for _ in range(self.size):
-            with suppress(RanksLost), self._inside("the repair after a loss"):  # another one may be lost meanwhile
-                self._leave()
-                self._join(self._comm.Shrink())
-                first = np.array([old_rank], np.int64)
-                self._comm.Bcast(first, root=0)
-                return int(first[0])
-        raise RanksLost("the ranks that are left do not find together")
-
-    def _leave(self) -> None:
-        """Give up what is shared with a lost rank, and all memory in which a transfer of before may still write."""
-        for comm in (self._comm, self._remote, self._remote_workers):
-            comm.Revoke()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Give up buffers, shared memory and the other ranks' bells."""
-        self._buffers = {}
-        self._memory.close()
-        while self._doorbells:
-            os.close(self._doorbells.popitem()[1])
-
     def _join(self, comm: Any) -> None:
+        """Go on with the ranks of this communicator, all of which must call this."""
+        self._connection.join(comm)
         self._comm = comm
         self.rank, self.size = comm.rank, comm.size
         self.num_workers = self.size - 1
-        host_comm = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        self.local_rank, self.ranks_here = host_comm.rank, host_comm.size
-        host_comm.Free()
-        self._memory = HostMemory(owner=os.getpid())
-        """The server's."""
-        ranks = np.zeros(self.size, RANK)
-        token = self._memory.write_token() if self.rank == 0 else TOKEN.zeros(1)[0]
-        own_doorbell = (self._doorbell.file, self._doorbell.inode)
-        ranks[self.rank] = (self.host.encode(), os.getpid(), own_doorbell, self._memory.address[0], token)
-        comm.Allgather(self._mpi.IN_PLACE, [ranks, self._mpi.BYTE])
-        hosts = [name.decode(errors="replace") for name in ranks["host"].tolist()]
-        self._doorbells = self._find_doorbells(ranks)
-        """Rank -> the file by which this rank rings it; of those that share memory with this one."""
-        self._layout = SharedLayout(self._memory, self.num_workers)
-        self._shares_memory = 0 in self._doorbells
-        self._remote = comm.Split(color=int(self._shares_memory), key=self.rank)
-        """Communicator of the server and the workers that do not share its memory."""
-        self._remote_workers = comm.Split(color=1 if self.rank == 0 else int(self._shares_memory), key=self.rank)
-        """Communicator of these workers alone."""
-        self._all_ring = len(self._doorbells) == (1 if self.rank else self.num_workers)
-        """Whether every rank that this one may wait for rings when it has sent something."""
-        self._control = ControlChannel(self._mpi, comm, hosts, self.stop, deliver=self._deliver, ring=self._ring)
-
-    def _find_doorbells(self, ranks: np.ndarray) -> dict[int, int]:
-        """The doorbells of the ranks that share the server's memory with this one: of the server, or of its workers."""
-        doorbells = {}
-        for peer in range(1, self.size) if self.rank == 0 else [0]:
-            with suppress(OSError):
-                doorbells[peer] = open_doorbell(int(ranks[peer]["process"]), *ranks[peer]["doorbell"].tolist())
-        if self.rank:
-            self._memory = HostMemory(owner=int(ranks[0]["process"]))
-            if not self._memory.try_attach(ranks[0]["memory"][None], ranks[0]["token"]):
-                doorbells.clear()
-        share_memory = np.zeros(self.size, np.bool_)
-        self._comm.Gather([np.array([bool(doorbells)]), self._mpi.BYTE], [share_memory, self._mpi.BYTE], root=0)
-        share_memory &= np.isin(np.arange(self.size), list(doorbells))  # of the server, who says so
-        self._comm.Bcast([share_memory, self._mpi.BYTE], root=0)
-        return {peer: doorbell for peer, doorbell in doorbells.items() if share_memory[peer or self.rank]}
+        self.local_rank, self.ranks_here = self._connection.local_rank, self._connection.ranks_here
+        self._buffers = {}  # after a loss, a transfer of before may still write in the old ones
+        self._layout = SharedLayout(self._connection.memory, self.num_workers)
+        self._control = ControlChannel(
+            self._mpi, comm, self._connection.hosts, self.stop, deliver=self._deliver, ring=self._connection.ring
+        )
 
     def _send_to_workers(self, workers: Iterable[int], message: np.ndarray, tag: Tag) -> None:
         with self._losses():
             for worker in workers:
                 self._wait(self._comm.Isend([message, self._mpi.BYTE], dest=worker + 1, tag=tag))
-                self._ring(worker + 1)
+                self._connection.ring(worker + 1)
 
     def _receive_from_server(self, message: np.ndarray, tag: Tag) -> None:
         """Wait for a message of a few bytes, however long the server is at work before it."""
         with self._losses():
             request = self._comm.Irecv([message, self._mpi.BYTE], source=0, tag=tag)
             self._wait(request, LONGEST_SLEEP_S, with_doorbell=True)
-
-    def _ring(self, peer: int) -> None:
-        if peer in self._doorbells:
-            ring(self._doorbells[peer])
 
     def _collect(self, records: np.ndarray, counts: Sequence[int], summed: SumSize | None) -> tuple[float, int]:
         """Take every worker's records when it has them; when the last worker was done, the exponent of all terms.
@@ -336,7 +262,7 @@ class MpiExchange(Exchange):
             Halt: a worker was halted.
         """
         replies = np.zeros(self.num_workers, REPLY)
-        rows = np.split(records, np.cumsum(counts)[:-1])
+        rows, doorbells = np.split(records, np.cumsum(counts)[:-1]), self._connection.doorbells
         with self._losses():
             pending = [
                 self._comm.Irecv([replies[worker : worker + 1], self._mpi.BYTE], source=worker + 1, tag=Tag.REPLY)
@@ -346,7 +272,7 @@ class MpiExchange(Exchange):
 
             def all_have_replied() -> bool:
                 for worker in self._mpi.Request.Testsome(pending) or ():
-                    if counts[worker] and worker + 1 not in self._doorbells and not replies[worker]["halted"]:
+                    if counts[worker] and worker + 1 not in doorbells and not replies[worker]["halted"]:
                         target = [rows[worker], counts[worker], self._type(rows[worker][0].nbytes)]
                         receiving.append(self._comm.Irecv(target, source=worker + 1, tag=Tag.RECORDS))
                 return all(request == self._mpi.REQUEST_NULL for request in pending)
@@ -364,8 +290,8 @@ class MpiExchange(Exchange):
         return ready, int(common[0]["exponent"])
 
     def _broadcast(self, part: np.ndarray) -> None:
-        if part.size and self._remote.size > 1:
-            self._wait(self._remote.Ibcast([part, 1, self._type(part.nbytes)], root=0))
+        if part.size and self._connection.remote.size > 1:
+            self._wait(self._connection.remote.Ibcast([part, 1, self._type(part.nbytes)], root=0))
 
     def _receive_state(self, rank: int) -> bytes:
         size = np.zeros(1, np.int64)
@@ -378,28 +304,28 @@ class MpiExchange(Exchange):
     def _send_sums(self, terms: Terms, exponent: int) -> None:
         """Add the terms in the server's memory; remote workers reduce theirs to one of them, which sends the sums."""
         with self._inside("a reduction"):
-            if self._shares_memory:
+            if self._connection.shares_memory:
                 self._layout.add(self.rank - 1, terms, exponent)
                 self._wait(self._comm.Isend([np.zeros(1, np.uint8), self._mpi.BYTE], dest=0, tag=Tag.SUMS))
-                self._ring(0)
+                self._connection.ring(0)
                 return
             part = terms.fixed(exponent)  # by a name: a request that is not root's does not keep it
-            total = self.buffer(sums_record(terms.of), 1)[0] if self._remote_workers.rank == 0 else None
-            self._wait(self._remote_workers.Ireduce(part, total, self._mpi.SUM, root=0))
+            total = self.buffer(sums_record(terms.of), 1)[0] if self._connection.remote_workers.rank == 0 else None
+            self._wait(self._connection.remote_workers.Ireduce(part, total, self._mpi.SUM, root=0))
             if total is not None:
-                self._wait(self._remote.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=Tag.SUMS))
+                self._wait(self._connection.remote.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=Tag.SUMS))
 
     def _take_sums(self, sums: NDArray[np.int64]) -> None:
         """Wait until the workers of this host have added their terms, and add the remote workers' sums."""
         with self._inside("a reduction"):
             pending = [
                 self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=Tag.SUMS)
-                for peer in self._doorbells
+                for peer in self._connection.doorbells
             ]
             self._wait_until(lambda: self._mpi.Request.Testall(pending), TRANSFER_SLEEP_S, with_doorbell=True)
-            if self._remote.size > 1:
+            if self._connection.remote.size > 1:
                 (part,) = self.buffer(RecordType(sums.dtype, sums.shape), 1)
-                self._wait(self._remote.Irecv([part, 1, self._type(part.nbytes)], source=1, tag=Tag.SUMS))
+                self._wait(self._connection.remote.Irecv([part, 1, self._type(part.nbytes)], source=1, tag=Tag.SUMS))
                 sums += part
 
     def _barrier(self) -> None:
@@ -420,14 +346,14 @@ class MpiExchange(Exchange):
             with_doorbell: peers that share memory with this rank ring when it is over, so that sleeps can be longer.
         """
         began = progressed = time.monotonic()
-        if with_doorbell and self._all_ring:
+        if with_doorbell and self._connection.all_ring:
             began, longest_sleep_s = -math.inf, DOORBELL_SLEEP_S
         while not is_over():
             now = time.monotonic()
             if now - progressed > PROGRESS_S:
                 self.progress()
                 progressed = now
-            if self._doorbell.wait(min(max(SHORTEST_SLEEP_S, SLEEP_SHARE * (now - began)), longest_sleep_s)):
+            if self._connection.doorbell.wait(min(max(SHORTEST_SLEEP_S, SLEEP_SHARE * (now - began)), longest_sleep_s)):
                 began = now
 
     def progress(self) -> None:

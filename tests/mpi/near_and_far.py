@@ -44,4 +44,4 @@ for turn, size in enumerate(SIZES):
         exchange.add(Terms(coefficients=np.ones((count, 1), np.int64), vectors=list(mine), of=of))
         exchange.reply(rows)
 if exchange.rank == 0:
-    print("near", sorted(exchange._doorbells))
+    print("near", sorted(exchange._connection.doorbells))
