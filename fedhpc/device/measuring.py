@@ -13,8 +13,8 @@ from fedhpc.config import Config
 from fedhpc.data.prepared import Split
 from fedhpc.device.curriculum import Batches, fisher_traces
 from fedhpc.device.local_update import Assignment, DeviceUpdate, local_updates
+from fedhpc.device.round_context import RoundContext
 from fedhpc.exchange import messages
-from fedhpc.exchange.messages import Command
 from fedhpc.federation.packing import probe
 from fedhpc.federation.partition import Partition
 from fedhpc.model.backbone import Backbone
@@ -25,7 +25,7 @@ from fedhpc.tuning import Tuning
 
 
 class Measurements:
-    """On the devices of one rank; each is a function of the seed, the device and what the server sends."""
+    """Measures the devices of one rank; each figure is a function of the seed, the device and the round."""
 
     def __init__(
         self,
@@ -60,18 +60,19 @@ class Measurements:
         """How hard each batch is before round 0."""
         return fisher_traces(self.backbone, self.tuning, self._initial, self.train, batches, self.beat)
 
-    def lossless_ratios(self, devices: Sequence[int], command: Command, unseen: DeviceState) -> np.ndarray:
+    def lossless_ratios(self, devices: Sequence[int], context: RoundContext, unseen: DeviceState) -> np.ndarray:
         """Ratio records of the devices, from the Hessian on one batch each.
 
         Args:
+            context: the round of the parameters at which the Hessian is taken.
             unseen: the state of a device before its first round.
         """
         records = messages.ratio_record().zeros(len(devices))
         self.backbone.training_mode(False)
         for record, device in zip(records, devices, strict=True):
             examples = self._one_batch(device, "hessian batch", self.config.device.batch_size)
-            tensors = self.tuning.merge(command.payload, unseen.local, command.layers)
-            rng = generator(self.config.seed, purpose="hessian", round_index=command.round, device=device)
+            tensors = self.tuning.merge(context.params, unseen.local, context.layers)
+            rng = generator(self.config.seed, purpose="hessian", round_index=context.round, device=device)
             batch = self.train.batch(examples).to(self.backbone.torch_device)
             record["device"], record["num_examples"] = device, len(self.partition.train[device])
             found = lossless_ratio(
@@ -88,11 +89,12 @@ class Measurements:
         return records
 
     def step_seconds(
-        self, devices: Sequence[int], command: Command, unseen: DeviceState, *, ranks_here: int
+        self, devices: Sequence[int], context: RoundContext, unseen: DeviceState, *, ranks_here: int
     ) -> np.ndarray:
         """The probe record: seconds of a device's step by the number of devices side by side, those with most texts.
 
         Args:
+            context: the round to come; its pack is the largest number to measure.
             unseen: the state of a device before its first round.
             ranks_here: processes that share this host's memory.
         """
@@ -112,18 +114,18 @@ class Measurements:
                 self.config,
                 self.backbone,
                 self.tuning,
-                command.layers,
-                start=command.payload,
+                context.layers,
+                start=context.params,
                 assignments=assignments,
                 split=self.train,
-                round_index=command.round,
+                round_index=context.round,
                 pack=pack,
                 beat=self.beat,
             )
             return max(update.num_steps for _, update in updates if isinstance(update, DeviceUpdate))
 
         records = messages.probe_record().zeros(1)
-        records["seconds"][0] = probe(train, largest=command.pack, ranks_here=ranks_here)
+        records["seconds"][0] = probe(train, largest=context.pack, ranks_here=ranks_here)
         return records
 
     @cached_property

@@ -1,7 +1,7 @@
 """The devices' side: a worker holds the devices that live on its rank and answers the server's commands."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import compress, islice
@@ -16,13 +16,9 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
 from fedhpc.device.curriculum import Batches, easy_first
-from fedhpc.device.local_update import (
-    Assignment,
-    DeviceUpdate,
-    epoch_batches,
-    local_updates,
-)
+from fedhpc.device.local_update import Assignment, DeviceUpdate, epoch_batches, local_updates
 from fedhpc.device.measuring import Measurements
+from fedhpc.device.round_context import RoundContext
 from fedhpc.errors import CheckpointError, Halt
 from fedhpc.evaluate.metrics import confusion
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches, evaluation_examples
@@ -33,18 +29,11 @@ from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import plan_round
 from fedhpc.exchange.simulation import Load
 from fedhpc.federation.partition import Partition
-from fedhpc.federation.sampling import (
-    Homes,
-    Packs,
-    batches_per_epoch,
-    local_steps,
-    population,
-    sample_devices,
-)
+from fedhpc.federation.sampling import Homes, Packs, batches_per_epoch, local_steps, population, sample_devices
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
 from fedhpc.methods import make_method
-from fedhpc.methods.updates import Fault, Vector, distance, fault_of
+from fedhpc.methods.updates import Fault, distance, fault_of
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
@@ -131,28 +120,28 @@ class Worker:
         """Local updates of the packs placed here, but for what was done before an interruption."""
         if self.progress.round != command.round:
             self.progress = RoundProgress(round=command.round)
-        packs = self._packs(command)
-        self._take_over(self.homes.move(packs, command.workers.tolist()), command)
+        packs, context = self._packs(command), self._context(command, self.method.sends)
+        self._take_over(self.homes.move(packs, command.workers.tolist()), context)
         mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
-        records = self._records(sum(map(len, mine)), self.tuning.exchanged(command.layers).size)
+        records = self._records(sum(map(len, mine)), context.params.size)
         rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
             self.progress.finished[device] = rows[device]
         for pack in mine:
-            self._train(pack, command, rows)
+            self._train(pack, context, rows)
         if not self.encoding.num_sums:
             return records
-        self.exchange.add(self._terms(records, command, num_terms=sum(map(len, packs))))
+        self.exchange.add(self._terms(records, context.params.size, num_terms=sum(map(len, packs))))
         return records[:, : messages.UPLOAD_HEADER_FLOATS]
 
     def _packs(self, command: Command) -> Packs:
         load = Load.of(self.tuning.exchanged(command.layers).size, self.method, self.encoding)
         return plan_round(self.config, self.partition, command.round, load).packs(command.pack)
 
-    def _terms(self, records: np.ndarray, command: Command, *, num_terms: int) -> Terms:
+    def _terms(self, records: np.ndarray, size: int, *, num_terms: int) -> Terms:
         """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
-        headers, size = messages.upload_headers(records), self.tuning.exchanged(command.layers).size
+        headers = messages.upload_headers(records)
         sound = headers["fault"] == Fault.NONE
         num_examples = headers["num_examples"][sound]
         return Terms(
@@ -169,46 +158,45 @@ class Worker:
     def _upload_of(self, size: int) -> Upload:
         return Upload.of(size, self.encoding, self.method)
 
-    def _take_over(self, moves: list[tuple[int, int, int]], command: Command) -> None:
+    def _take_over(self, moves: list[tuple[int, int, int]], context: RoundContext) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
         leaving = [(new, self.states.pop(d, None), d in self.touched) for d, old, new in moves if old == self.index]
         coming = [(device, old) for device, old, new in moves if new == self.index]
         self.touched.difference_update(device for device, old, _ in moves if old == self.index)
         if not self.has_states:
             return
-        outgoing = [(new, self._pack_state(state, is_touched, command)) for new, state, is_touched in leaving]
+        outgoing = [(new, self._pack_state(state, is_touched, context)) for new, state, is_touched in leaving]
         received = self.exchange.move_states(outgoing, [old for _, old in coming])
         for (device, _), data in zip(coming, received, strict=True):
-            self._unpack_state(device, data, command)
+            self._unpack_state(device, data, context)
 
-    def _pack_state(self, state: DeviceState | None, is_touched: bool, command: Command) -> bytes:
+    def _pack_state(self, state: DeviceState | None, is_touched: bool, context: RoundContext) -> bytes:
         """What another worker needs of a device."""
-        return bytes([is_touched]) + (local_file(state, command.round, command.layers, self.tuning) if state else b"")
+        return bytes([is_touched]) + (local_file(state, context.round, context.layers, self.tuning) if state else b"")
 
-    def _unpack_state(self, device: int, data: bytes, command: Command) -> None:
+    def _unpack_state(self, device: int, data: bytes, context: RoundContext) -> None:
         if data[0]:
             self.touched.add(device)
         if data[1:]:
             name = f"state of device {device}"
-            self.states[device] = read_local_file(data[1:], name, command.layers, self.tuning, self.unseen.local)
+            self.states[device] = read_local_file(data[1:], name, context.layers, self.tuning, self.unseen.local)
 
-    def _train(self, pack: list[int], command: Command, records: dict[int, np.ndarray]) -> None:
+    def _train(self, pack: list[int], context: RoundContext, records: dict[int, np.ndarray]) -> None:
         """The local updates of a pack; their upload records."""
         began = time.perf_counter()
         finished, unfinished = self.progress.finished, self.progress.unfinished
-        start, sent = self._received(command)
         waiting = [device for device in pack if device not in finished]
         if not waiting:
             return
-        upload = self._upload_of(start.size)
-        plans = {device: self._curriculum(device, command.round) for device in waiting}  # before anything is taken out
+        upload = self._upload_of(context.params.size)
+        plans = {device: self._curriculum(device, context.round) for device in waiting}  # before anything is taken out
         assignments = [
             Assignment(
                 device=device,
                 state=(state := self.states.get(device, self.unseen)),
                 examples=self.partition.train[device],
                 begun=unfinished.pop(device, None),
-                rule=self.method.local_rule(sent, state.kept),
+                rule=self.method.local_rule(context.sent, state.kept),
                 plan=plans[device],
                 out=upload.payloads(records[device][None])[0] if self.encoding.is_plain else None,
             )
@@ -219,23 +207,23 @@ class Worker:
                 self.config,
                 self.backbone,
                 self.tuning,
-                command.layers,
-                start=start,
+                context.layers,
+                start=context.params,
                 assignments=assignments,
                 split=self.train,
-                round_index=command.round,
-                pack=command.pack,
+                round_index=context.round,
+                pack=context.pack,
                 with_gradient=self.method.uploads_gradient,
                 beat=self.exchange.beat,
             ):
                 if isinstance(update, UnfinishedUpdate):
                     unfinished[device] = update
                 else:
-                    self._upload(device, update, command, records[device])
+                    self._upload(device, update, context, records[device])
                     finished[device] = records[device]
         finally:
             sizes = {device: len(self.partition.train[device]) for device in waiting}
-            steps = {device: local_steps(self.config, size, command.round) for device, size in sizes.items()}
+            steps = {device: local_steps(self.config, size, context.round) for device, size in sizes.items()}
             share = (time.perf_counter() - began) / sum(steps.values())
             for device in waiting:
                 if device in finished:
@@ -263,24 +251,26 @@ class Worker:
         used = batches_per_epoch(self.config, len(examples), round_index)
         return easy_first(given, traces)[:used] * self.config.device.epochs
 
-    def _received(self, command: Command) -> tuple[Vector, dict[str, Vector]]:
-        """P^t and the method's vectors that came with it."""
-        layout = self.tuning.exchanged(command.layers)
-        start, *sent = np.split(command.payload, len(self.method.sends) + 1)
-        assert start.size == layout.size
-        return start, dict(zip(self.method.sends, sent, strict=True))
+    def _context(self, command: Command, sends: Sequence[str] = ()) -> RoundContext:
+        """The round that a command is about; its payload is P^t and the vectors of these names."""
+        params, *sent = np.split(command.payload, len(sends) + 1)
+        assert params.size == self.tuning.exchanged(command.layers).size
+        named = dict(zip(sends, sent, strict=True))
+        return RoundContext(round=command.round, layers=command.layers, pack=command.pack, params=params, sent=named)
 
-    def _upload(self, device: int, update: DeviceUpdate, command: Command, record: np.ndarray) -> None:
+    def _upload(self, device: int, update: DeviceUpdate, context: RoundContext, record: np.ndarray) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
-        before, (start, sent) = self.states.get(device, self.unseen), self._received(command)
-        steps, rate = update.num_steps, learning_rate(self.config, command.round)
+        before, start = self.states.get(device, self.unseen), context.params
+        steps, rate = update.num_steps, learning_rate(self.config, context.round)
         fault = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
         gradient = [] if update.gradient is None else [update.gradient]
         if fault == Fault.NONE and not all(np.isfinite(vector).all() for vector in gradient):
             fault = Fault.NAN
         if fault == Fault.NONE:
             payload, kept = self.encoding.encode(update.params, start, before.kept, num_steps=steps, learning_rate=rate)
-            kept |= self.method.kept_after(start, update.params, sent, before.kept, num_steps=steps, learning_rate=rate)
+            kept |= self.method.kept_after(
+                start, update.params, context.sent, before.kept, num_steps=steps, learning_rate=rate
+            )
             upload = self._upload_of(start.size)
             for part, vector in zip((upload.payloads, upload.gradients), [payload, *gradient], strict=False):
                 (place,) = part(record[None])
@@ -300,12 +290,14 @@ class Worker:
 
     def probe(self, command: Command) -> np.ndarray:
         """Seconds of a step by the number of devices side by side."""
-        return self.measurements.step_seconds(self.share, command, self.unseen, ranks_here=self.exchange.ranks_here)
+        return self.measurements.step_seconds(
+            self.share, self._context(command), self.unseen, ranks_here=self.exchange.ranks_here
+        )
 
     def ratio(self, command: Command) -> np.ndarray:
         """Lossless ratios of the sampled devices in this worker's share."""
         devices = [device for device in sample_devices(self.config, command.round) if device in self.share]
-        return self.measurements.lossless_ratios(devices, command, self.unseen)
+        return self.measurements.lossless_ratios(devices, self._context(command), self.unseen)
 
     def select(self, command: Command) -> np.ndarray:
         """Take over the selected layers; every device goes on from the same local tensors."""
@@ -316,24 +308,25 @@ class Worker:
 
     def evaluate(self, command: Command) -> np.ndarray:
         """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
+        context = self._context(command)
         record = messages.evaluation_record(self.num_classes, len(self.partition.validation)).zeros(1)
         labels, size = self.validation.labels, self.config.evaluate.batch_size
-        is_last = command.round == self.config.federation.rounds
+        is_last = context.round == self.config.federation.rounds
         chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
         # Interleaved batches give every worker short and long texts alike.
         everything = evaluation_batches(self.validation, chosen, size)
         shared = np.full(len(self.validation), ELSEWHERE, np.int64)
-        self._predict(command, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
+        self._predict(context, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
         personal = shared
         if self.unseen.local.size:
             personal = np.full_like(shared, ELSEWHERE)
-            of_device, sampled = self.partition.validation, self._sampled_before(command.round)
+            of_device, sampled = self.partition.validation, self._sampled_before(context.round)
             for device in set(range(len(of_device))) - sampled:  # it has what the server has
                 personal[of_device[device]] = shared[of_device[device]]
             for device in sampled.intersection(self.homes.devices_of(self.index)):
                 if len(own := np.intersect1d(of_device[device], chosen)):
                     batches = evaluation_batches(self.validation, own, size)
-                    self._predict(command, self.states.get(device, self.unseen), batches, personal)
+                    self._predict(context, self.states.get(device, self.unseen), batches, personal)
         record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
         for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
             record[name] = [np.count_nonzero(counts[examples]) for examples in self.partition.validation]
@@ -378,12 +371,12 @@ class Worker:
 
     def _predict(
         self,
-        command: Command,
+        context: RoundContext,
         state: DeviceState,
         batches: Iterator[NDArray[np.int64]],
         predictions: NDArray[np.int64],
     ) -> None:
-        tensors = self.tuning.merge(command.payload, state.local, command.layers)
+        tensors = self.tuning.merge(context.params, state.local, context.layers)
 
         def announced() -> Iterator[NDArray[np.int64]]:
             for batch in batches:

@@ -8,7 +8,7 @@ from tiny import NUM_DEVICES
 from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config_file import load_config
 from fedhpc.device.measuring import Measurements
-from fedhpc.exchange.messages import Command, Op
+from fedhpc.device.round_context import RoundContext
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
 from fedhpc.selection.score import layer_score
@@ -63,9 +63,9 @@ def test_the_lossless_ratio_is_that_of_the_parameters_sent(measure, by):
     measurements, job, batch = measure(ratio="auto", auto_by=by)
     layers = tuple(range(job.shape.num_layers))
     sent = np.linspace(-1, 1, job.tuning.exchanged(layers).size, dtype=np.float32)
-    command = Command(op=Op.RATIO, round=3, layers=layers, payload=sent)
+    context = RoundContext(round=3, layers=layers, params=sent)
     nothing = DeviceState(local=np.empty(0, np.float32))
-    (record,) = measurements.lossless_ratios(DEVICES[:1], command, nothing)
+    (record,) = measurements.lossless_ratios(DEVICES[:1], context, nothing)
     assert (record["device"], record["num_examples"]) == (DEVICES[0], sizes(job)[0])
 
     def ratio_at(tensors):
