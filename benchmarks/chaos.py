@@ -29,7 +29,7 @@ import yaml
 from fedhpc.checkpoint.files import verify
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/mpi")]

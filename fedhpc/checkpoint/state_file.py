@@ -18,7 +18,7 @@ from fedhpc.checkpoint.device_state import FISHER, DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.plain_hdf5 import FORMAT, VERSION, open_state
 from fedhpc.errors import CheckpointError
 from fedhpc.exchange import messages
-from fedhpc.job.log import is_record
+from fedhpc.job.run_files import is_record
 from fedhpc.methods import ServerState
 from fedhpc.methods.updates import Layout, Vector
 from fedhpc.tuning import Tuning

@@ -27,8 +27,9 @@ from fedhpc.files import check_target, write_target
 from fedhpc.job.console import run_command, show
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
-from fedhpc.job.log import RunFiles, log, log_to_file, start_log
+from fedhpc.job.log import log, log_to_file, start_log
 from fedhpc.job.quick_start import quick_start
+from fedhpc.job.run_files import RunFiles
 from fedhpc.job.stopping import StopRequest
 
 

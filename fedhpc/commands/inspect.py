@@ -12,7 +12,8 @@ from fedhpc.checkpoint.files import SERVER_FILE, CheckpointFiles, read_checksums
 from fedhpc.checkpoint.plain_hdf5 import open_state
 from fedhpc.commands.bounded import bounded
 from fedhpc.errors import CheckpointError
-from fedhpc.job.log import RunFiles, human_bytes
+from fedhpc.job.progress import human_bytes
+from fedhpc.job.run_files import RunFiles
 
 SECONDS, BYTES_PER_S = 2, 20_000_000
 MEMORY, COPIES = 512 << 20, 6

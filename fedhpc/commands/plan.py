@@ -22,7 +22,7 @@ from fedhpc.config import Config
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
 from fedhpc.federation.sampling import Homes, batches_per_epoch, count_packs
-from fedhpc.job.log import human_bytes
+from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
 from fedhpc.server.job import Job, check_data, check_run_dir, job_notices, load_job
 

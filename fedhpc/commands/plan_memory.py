@@ -13,7 +13,7 @@ from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import UPLOAD_HEADER
 from fedhpc.federation.packing import largest_pack
 from fedhpc.federation.sampling import count_packs, population
-from fedhpc.job.log import human_bytes
+from fedhpc.job.progress import human_bytes
 from fedhpc.methods import Method, make_method
 from fedhpc.model.numbers import no_surprise
 from fedhpc.model.pretrained import run_config

@@ -13,7 +13,7 @@ from fedhpc.config_file import load_config
 from fedhpc.data.tasks import Kind
 from fedhpc.data.tokens import TextEncoder
 from fedhpc.errors import CheckpointError
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 from fedhpc.methods.updates import Vector
 from fedhpc.model.limits import most_tokens
 from fedhpc.server.job import Job, checked_tokenizer, load_job, load_state

@@ -26,7 +26,9 @@ from fedhpc.federation.packing import choose_pack, largest_pack
 from fedhpc.federation.sampling import Placement, population, sample_devices
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
-from fedhpc.job.log import Progress, RunFiles, human_bytes, log
+from fedhpc.job.log import log
+from fedhpc.job.progress import Progress, human_bytes
+from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Trackers
 from fedhpc.methods import ServerState, make_method
 from fedhpc.methods.updates import RoundUploads, Sums, distance

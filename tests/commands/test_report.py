@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedhpc.job.log import Progress, RunFiles, human_bytes, log, log_to_file, start_log
+from fedhpc.job.log import log, log_to_file, start_log
+from fedhpc.job.progress import Progress, human_bytes
+from fedhpc.job.run_files import RunFiles
 
 
 def record(round_index, **values):

@@ -23,7 +23,7 @@ from fedhpc.commands.sweep.runner import Runner
 from fedhpc.commands.sweep.standing import CellLog, standing
 from fedhpc.commands.sweep.stops import Stops
 from fedhpc.errors import EXIT_STOPPED
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 
 GRID = {
     "server.method": ["fedavg", "fedpeptao"],

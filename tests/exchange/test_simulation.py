@@ -13,7 +13,7 @@ from fedhpc.config import SimulationConfig
 from fedhpc.exchange.rounds import plan_round
 from fedhpc.exchange.simulation import Load, device_seconds, round_seconds
 from fedhpc.federation.partition import Partition
-from fedhpc.job.log import is_record
+from fedhpc.job.run_files import is_record
 
 LINK = {"down_mbit": 20.0, "up_mbit": 5.0, "latency_s": 0.05, "step_seconds": 0.2}
 LAYER_BYTES = 4 * 2 * NUM_TOKENS * KEY_WIDTH

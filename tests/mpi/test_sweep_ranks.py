@@ -10,7 +10,7 @@ from launch import MPIRUN, environment
 
 from fedhpc.commands.sweep.experiment import load_experiment
 from fedhpc.errors import EXIT_STOPPED
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun")
 TIMEOUT_S = 120

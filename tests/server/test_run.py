@@ -27,7 +27,7 @@ from fedhpc.device import worker as device
 from fedhpc.device.worker import NO_RECORDS, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate.predictions import evaluation_examples
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 from fedhpc.methods.fedpeptao import RELEASED_STEPS
 from fedhpc.server import job, saving
 

@@ -20,7 +20,7 @@ from fedhpc.checkpoint.files import CheckpointFiles
 from fedhpc.config import Config, SimulationConfig, flatten
 from fedhpc.errors import CheckpointError, ConfigError, ReportError
 from fedhpc.exchange.simulation import round_seconds
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 from fedhpc.methods.fedpeptao import as_called_now, may_be_old_released
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 

@@ -27,7 +27,7 @@ from fedhpc.data.tasks import load_task
 from fedhpc.errors import ConfigError, UserError
 from fedhpc.exchange.simulation import round_seconds
 from fedhpc.files import check_folder, check_target, write_whole
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 
 TABLE, REPORT = "results.csv", "report.html"
 

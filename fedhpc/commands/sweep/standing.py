@@ -18,7 +18,7 @@ from fedhpc.commands.sweep.experiment import Cell, Experiment
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in, naming
-from fedhpc.job.log import RunFiles
+from fedhpc.job.run_files import RunFiles
 from fedhpc.methods.fedpeptao import OLD_RELEASED, is_old_released
 
 HEAD, END = "=== ", "=== exit status "

@@ -1,0 +1,94 @@
+"""The files of a run directory that the server writes, and the lines of metrics in one of them."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from fedhpc.files import naming
+
+
+class RunFiles:
+    """The files of a run directory that the server writes."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.config = self.run_dir / "config.yaml"
+        self.metrics = self.run_dir / "metrics.jsonl"
+        self.log = self.run_dir / "log.txt"
+
+    def begin_anew(self) -> Path | None:
+        """Put the lines of rounds aside that nobody goes on from; where they are now."""
+        if not self.metrics.exists():
+            return None
+        names = (self.metrics.with_suffix(f".{number}.jsonl") for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        return self.metrics.rename(aside)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl, also behind one that an interruption cut short."""
+        with naming(self.metrics), self.metrics.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rounds recorded, ascending; of a round repeated after an interruption the last line counts.
+
+        What is no whole line of a round, as one that is being written or was cut short, is passed over.
+        """
+        records = {}
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.is_file() else ():
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if is_record(record):
+                    records[record["round"]] = record
+        return [records[round_index] for round_index in sorted(records)]
+
+    def rounds_recorded(self) -> set[int]:
+        """The rounds that have a line."""
+        return {record["round"] for record in self.read_metrics()}
+
+
+LARGEST_NUMBER = 1e50
+"""Of a run, even of its losses; what is computed of such numbers still is one."""
+TIMED = ("devices", "absent", "device_steps", "device_bytes")
+"""What a simulated clock reads of a line; older runs have the devices alone."""
+
+
+def is_record(value: Any) -> bool:
+    """Whether this is a round's line of the metrics, as far as it is computed with."""
+    if not isinstance(value, dict) or not isinstance(value.get("round"), int) or "accuracy" not in value:
+        return False
+    seconds, devices = value.get("seconds", {}), value.get("device_accuracy") or []
+    if not isinstance(seconds, dict) or not isinstance(devices, list):
+        return False
+    if (value["accuracy"] is None) != (value.get("accuracy_global") is None):
+        return False
+    unknown = [value["accuracy"], value.get("accuracy_global"), value.get("loss"), *devices]
+    numbers = [value["round"], value.get("bytes"), value.get("steps", 0), *seconds.values()]
+    return _are_numbers([*numbers, *(number for number in unknown if number is not None)]) and _is_timed(value)
+
+
+def _is_timed(record: Mapping[str, Any]) -> bool:
+    """Whether a line can be computed with by a simulated clock, or is from before there was one."""
+    devices, absent, steps, sizes = lists = [record.get(key, []) for key in TIMED]
+    if not all(isinstance(found, list) for found in lists) or not all(isinstance(entry, dict) for entry in absent):
+        return False
+    if "device_steps" not in record:
+        return True
+    if not record.keys() >= set(TIMED) or len(devices) != len(steps) or len(sizes) != 2:
+        return False
+    numbers = [*devices, *steps, *sizes, *(entry.get("device") for entry in absent)]
+    return _are_numbers([*numbers, *(record.get("seconds", {}).get(key) for key in ("step", "server"))])
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and abs(value) <= LARGEST_NUMBER for value in values)
