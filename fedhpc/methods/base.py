@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -14,8 +15,6 @@ from numpy.typing import NDArray
 from fedhpc.config import MethodConfig, Part, PositiveFloat, Probability
 from fedhpc.errors import ConfigError
 from fedhpc.methods.updates import BLOCK, Layout, RoundUploads, Sums, Vector
-
-_THREADS = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +81,11 @@ class LocalRule:
 
 
 UNCHANGED = LocalRule()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
 
 class MomentumConfig(MethodConfig):
@@ -198,7 +202,7 @@ class Method(Part, ABC):
             for target, source in zip(new.all_vectors(), part.all_vectors(), strict=True):
                 target[block] = source
 
-        list(_THREADS.map(fill, range(0, size, BLOCK)))
+        list(_threads().map(fill, range(0, size, BLOCK)))
         return replace(new, control={**state.control, **new.control})
 
     def _step_of(self, block: slice, state: ServerState, uploads: RoundUploads) -> ServerState:
