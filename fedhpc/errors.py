@@ -12,12 +12,12 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """Stopped on request with a valid checkpoint: EX_TEMPFAIL of sysexits.h, run again to continue."""
 EXIT_INTERRUPTED = 130
-"""By Ctrl-C, as shells count it."""
+"""Status of a command ended by Ctrl-C, as shells count it."""
 USERS_FAULT = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
 )
-"""Of a file that the user named or owns: what another start would not mend."""
+"""Errors about a file that the user named or owns, which another start would not mend."""
 
 
 class UserError(ValueError):

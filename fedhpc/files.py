@@ -22,7 +22,7 @@ def fsync(path: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Of what is in a folder; none where there is no folder.
+    """The names of what is in a folder; none where there is no folder.
 
     Raises:
         OSError: it cannot be listed, which `Path.glob` would take for an empty folder.

@@ -25,9 +25,9 @@ class DeviceState:
     fisher: Vector | None = None
     """Diagonal Fisher information of p_i from its first round, where `sparse.fraction` asks for it."""
     traces: NDArray[np.float64] | None = None
-    """Of each of its batches, the Fisher information before round 0, where a curriculum orders them."""
+    """The Fisher information of each of its batches before round 0, where a curriculum orders them."""
     kept: dict[str, Vector] = field(default_factory=dict)
-    """In the layout of the exchanged tensors: what is left of its uploads, see
+    """Vectors in the layout of the exchanged tensors: what is left of its uploads, see
     :class:`fedhpc.exchange.encoding.Encoding`, and what the server's method asks it to keep, see
     :attr:`fedhpc.methods.Method.keeps`."""
 

@@ -24,7 +24,7 @@ SERVER_FILE = "server.h5"
 CONTROL, LOCAL = "control", "local"
 DEVICE_FILE = re.compile(rf"\.\./(({CONTROL}|{LOCAL})/\d{{6,}})_\d{{6,}}\.h5")
 DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Of a checkpoint. Any other OSError may be a file system's that is well again tomorrow."""
+"""Errors that mean a damaged checkpoint. Any other OSError may be a file system's that is well again tomorrow."""
 READERS = 8
 """Files read at once to verify a checkpoint: those of 10,000 devices are gigabytes."""
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Position:
     round: int
     """Rounds completed."""
     part: int = 0
-    """Within a round: the checkpoint's generation."""
+    """The checkpoint's generation if it was made within a round, else 0."""
 
     def __str__(self) -> str:
         return f"round_{self.round:06d}" + (f"_part_{self.part:06d}" if self.part else "")
@@ -64,7 +64,7 @@ class CheckpointFiles:
         self.folder = Path(run_dir) / "checkpoints"
 
     def positions(self) -> list[Position]:
-        """Of all checkpoints, whole or not, newest first."""
+        """The positions of all checkpoints, whole or not, newest first."""
         found = map(Position.parse, names_in(self.folder))
         return sorted((position for position in found if position), reverse=True)
 

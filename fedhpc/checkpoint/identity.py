@@ -16,13 +16,13 @@ OLD_DATA, OLD_MODEL = "data", "model.name sha256"
 NOT_SET = "<not set>"
 OF_DATA = ("head", "kind", "tokenizer_sha256", "pad_id", "max_length", "template", "class_names", "word_ids", "metric")
 OF_NO_ACCOUNT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
-"""Of a backbone's configuration: fedhpc decides these by itself, or nothing depends on them."""
+"""Keys of a backbone's configuration that fedhpc decides by itself, or on which nothing depends."""
 LONGEST = 100
 """Characters of a value that is kept as it is; of a longer one there is a checksum."""
 
 
 def data_identity(description: Mapping[str, Any]) -> Identity:
-    """Of prepared data, whatever folder they are in and by whatever name their model was called.
+    """What identifies prepared data, whatever folder they are in and by whatever name their model was called.
 
     Args:
         description: the content of their description.json.
@@ -35,7 +35,7 @@ def data_identity(description: Mapping[str, Any]) -> Identity:
 
 
 def model_identity(config: Mapping[str, Any], weights_sha256: str) -> Identity:
-    """Of a backbone, wherever its files are.
+    """What identifies a backbone, wherever its files are.
 
     Args:
         config: its configuration as transformers reads it: what a config.json leaves out has its value, too.

@@ -22,7 +22,7 @@ UNREADABLE = (OSError, LookupError, AttributeError, ValueError, TypeError, Runti
 """What h5py, NumPy and json raise for content that is not what it should be."""
 LAYOUTS = (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED)
 LEAST_CHUNK_BYTES = 4096
-"""On average: every chunk takes a search."""
+"""The chunks of a data set must have so many bytes on average: every chunk takes a search."""
 DEEPEST = 8
 
 

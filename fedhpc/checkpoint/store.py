@@ -224,7 +224,7 @@ class Checkpoints(CheckpointFiles):
                     _discard(partial(_remove, self.folder / kind / name))
 
     def _remove(self, position: Position) -> None:
-        """At once for whoever reads beside us: what they fail to read is not in the list any more."""
+        """Remove a checkpoint; for whoever reads beside us, it leaves the list before any of its files is missing."""
         dropped = self.folder / DROPPED
         shutil.rmtree(dropped, ignore_errors=True)
         dropped.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ ROOM_RECOMPUTED = 2.4
 TOKENIZER_FACTOR = 15
 """Bytes of memory that a tokenizer takes while it is loaded, for each byte of its file."""
 TOKENIZER_LEFT = 0.1
-"""Of these, what the allocator cannot use for anything else."""
+"""Share of these bytes that the allocator cannot use for anything else."""
 STRUCTURE = "a look into the model's layers"
 TOKENIZER = "tokenizer, while the data are checked"
 Parts = dict[str, float]
@@ -160,7 +160,7 @@ def selected(job: Job) -> int:
 
 
 def exchanged_bytes(job: Job) -> int:
-    """Of a vector of the exchanged tensors."""
+    """Bytes of a vector of the exchanged tensors."""
     return job.tuning.exchanged(range(selected(job))).nbytes
 
 

@@ -37,13 +37,13 @@ FAKE_LOG = logging.getLogger(FakeTensorMode.__module__)
 
 
 class LiveBytes(TorchDispatchMode):
-    """In this context, counts what the tensors that operations make take, as long as they live."""
+    """Counts, in this context, the bytes of the tensors that operations make, as long as these live."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
         self.answer = False
-        """To every question that only a number could decide."""
+        """The answer to every question that only a number could decide."""
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,9 +103,9 @@ class Rehearsal:
         self._backbone = Outline(job.config.model, job.config.tuning, job.data.description, CPU)
         self._train, self._validation = job.data.split("train"), job.data.split("validation")
         self.loading = self._backbone.loaded_bytes
-        """Of the weights with the whole language-model head, in the type of a run."""
+        """Bytes of the weights with the whole language-model head, in the type of a run."""
         self.weights = live.now
-        """Of those that stay."""
+        """Bytes of the weights that stay."""
 
     def training(self, pack: int, waiting: int) -> int:
         """A step of so many devices, when others wait for their place in the pack, prompts and moments ready."""

@@ -134,7 +134,7 @@ class Split:
     """The n examples of one split."""
 
     tokens: np.ndarray
-    """Of all examples, one after the other."""
+    """Token ids of all examples, one example after the other."""
     offsets: np.ndarray
     """[n + 1]: where each begins in `tokens`, and the end."""
     labels: np.ndarray

@@ -46,7 +46,7 @@ class Recipe:
     limit_train: int | None = None
     """So many random training examples."""
     seed: int = 42
-    """For ``limit_train``."""
+    """Seed of the choice that ``limit_train`` makes."""
     validation: str | None = None
     """The source's split that devices are evaluated on; the task's own names unless given."""
 
@@ -371,7 +371,7 @@ def summary(description: Description, encoded: Mapping[str, tuple[Split, int]], 
 
 
 def _setting(key: str, value: str) -> str:
-    """For the shell, and in quotes of YAML where it would read something else than a text."""
+    """`KEY=VALUE` for the shell, with the value in quotes where YAML would read it as something else than a text."""
     try:
         is_plain = value.isprintable() and read_value(value) == value
     except YAML_ERRORS:

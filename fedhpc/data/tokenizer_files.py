@@ -8,7 +8,7 @@ from transformers.utils import cached_file
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 SENTENCEPIECE_START = b"\n"
-"""Of a protobuf file whose first field is text; a tiktoken file may have the same name, and begins with a letter."""
+"""How a protobuf file with text as its first field begins; a tiktoken file of the same name begins with a letter."""
 
 
 def tokenizer_advice(name: str) -> str:

@@ -38,7 +38,7 @@ class DeviceUpdate:
     loss: float
     state: DeviceState
     gradient: Vector | None = None
-    """Of the whole shard at P^t; uploaded where the method asks for it."""
+    """Gradient of the whole shard at P^t; uploaded where the method asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,8 +60,9 @@ class Changes:
 
 
 class Sparse:
-    """In a device's first round the diagonal Fisher information of its own layers is measured; from then on only the
-    neurons, rows of the tensors, that had most of it are trained there.
+    """Trains only the neurons, rows of the tensors, that have most Fisher information, in a device's own layers.
+
+    In a device's first round all of them are trained, and the diagonal Fisher information is measured.
 
     Its diagonal is approximated by a running mean of squares of each batch's mean gradient, before clipping. The
     empirical Fisher information has the mean of the examples' own squares; that would take a backward pass for each.
@@ -109,7 +110,7 @@ class Sparse:
         return {name + FISHER: total.cpu().numpy() for name, total in self._measured.items()}
 
     def fisher(self) -> Vector | None:
-        """Of the device's own layers, once its first round is over."""
+        """The Fisher information of the device's own layers, once its first round is over."""
         if not self._measured:
             return self._known
         whole = {name: total.cpu().numpy() for name, total in self._measured.items()}

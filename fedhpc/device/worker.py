@@ -41,7 +41,7 @@ from fedhpc.tuning import Tuning
 NO_ROUND = -1
 NO_RECORDS = messages.NO_RECORD.zeros(0)
 ELSEWHERE = -1
-"""In place of a class: another worker predicts it."""
+"""Stands in place of a class: another worker predicts it."""
 
 
 def serve(exchange: MpiExchange, worker: "Worker") -> Op:
@@ -94,7 +94,7 @@ class Worker:
         self.index, self.num_workers = max(0, self.exchange.rank - 1), self.exchange.num_workers
         self.homes = Homes(self.config.federation.num_devices, self.num_workers)
         self.share = self.homes.devices_of(self.index)
-        """Of work that needs no device's state."""
+        """This worker's devices in work that needs no device's state."""
         self.states, self.touched, self.progress = {}, set(), RoundProgress(round=NO_ROUND)
 
     def handle(self, command: Command) -> np.ndarray | None:

@@ -27,7 +27,7 @@ class Traffic:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """By part: broadcast, local (until the last worker was done), gather."""
+    """Seconds of each part: broadcast, local (until the last worker was done), gather."""
 
 
 class Exchange(ABC):
@@ -36,9 +36,9 @@ class Exchange(ABC):
     rank: int
     size: int
     local_rank: int
-    """Among the ranks of this host."""
+    """This rank's number among the ranks of this host."""
     ranks_here: int
-    """On this host."""
+    """How many ranks this host has."""
     num_workers: int
 
     def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -48,7 +48,7 @@ class Exchange(ABC):
         self.traffic = Traffic()
         """What the latest request moved."""
         self.sums: NDArray[np.float64] = np.empty((0, 0))
-        """Server: those that came with the latest reply, shape [k, n]."""
+        """Server: the sums that came with the latest reply, shape [k, n]."""
         self._terms: Terms | None = None
         self.on_saved: Callable[[Note], None] = lambda note: None
         """Server: takes the workers' notes about checkpoint files."""
@@ -123,7 +123,7 @@ class Exchange(ABC):
         """All ranks: raise UserError everywhere, with one and the same message, if any rank has a problem.
 
         Args:
-            digest: of what this rank has read, at most 64 characters; it is a problem if another rank's differs.
+            digest: stands for what this rank has read, at most 64 characters; a difference between ranks is a problem.
         """
 
     @abstractmethod

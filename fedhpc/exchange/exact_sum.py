@@ -24,19 +24,19 @@ class SumSize:
     """What the ranks must agree upon."""
 
     num_sums: int
-    """k."""
+    """k, the number of sums."""
     size: int
-    """n."""
+    """n, the length of the vectors."""
     num_terms: int
-    """At least the terms of all ranks together."""
+    """An upper bound of the number of terms of all ranks together."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sums on their way."""
+        """Bytes of the sums in fixed point."""
         return 8 * self.num_sums * self.size
 
     def unit(self, exponent: int) -> float:
-        """What one stands for in sums of terms of at most 2^exponent: a power of two."""
+        """The number for which 1 stands in fixed point, a power of two, where no term is larger than 2^exponent."""
         return 1.0 if exponent == ZERO_EXPONENT else 2.0 ** (exponent + self.num_terms.bit_length() - SUM_BITS)
 
     def floats(self, sums: NDArray[np.int64], exponent: int) -> NDArray[np.float64]:
@@ -72,7 +72,11 @@ class Terms:
         return sums
 
     def blocks(self, exponent: int, *, first: int = 0) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-        """The same in blocks of elements, from block ``first`` on around all of them; where nothing is to add, none."""
+        """What :meth:`fixed` returns, block by block of elements.
+
+        The first one is block ``first``, and after the last block comes block 0, so that ranks which add to the same
+        memory begin at different places. A rank without terms yields no block.
+        """
         if not self.vectors:
             return
         scale = 1 / self.of.unit(exponent)

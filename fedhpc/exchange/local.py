@@ -13,7 +13,7 @@ from fedhpc.job.background import settle
 from fedhpc.job.stopping import StopRequest
 
 LONGEST_WRITE_S = 10.0
-"""So long a failed process waits for what it is writing."""
+"""A failed process waits at most so long for what it is writing."""
 
 
 class LocalExchange(Exchange):

@@ -39,7 +39,7 @@ def device_seconds(
 
     Args:
         simulation: the clock.
-        seed: of the run.
+        seed: the run's.
         device: i.
         steps: K_i.
         load: its bytes.
@@ -65,7 +65,7 @@ def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, 
 
     Args:
         simulation: the clock; need not be the run's.
-        seed: of the run.
+        seed: the run's.
         record: the round's metrics; None also if these are from before there was a clock.
     """
     if not simulation.has_clock or "device_steps" not in record:

@@ -73,7 +73,7 @@ class JobEnvironment:
 
     @property
     def local_id(self) -> int:
-        """Among the tasks that srun started on this node."""
+        """This task's number among those that srun started on this node."""
         return self._number("SLURM_LOCALID", 0)
 
     @property
@@ -151,7 +151,7 @@ class JobEnvironment:
             Path(name).touch()
 
     def seconds_left(self) -> float | None:
-        """Until the job's time limit; None without a limit or an answer.
+        """Seconds until the job's time limit; None without a limit or an answer.
 
         It is counted by the wall clock of this moment: ask once, then count by the monotonic clock.
         """

@@ -29,7 +29,7 @@ WATCH_S = 35.0
 SETTLE_S = 1.0
 """How long to look whether another run takes a left lock over at the same moment."""
 PATIENCE = 10
-"""So often a lock is tried again that a process of a job holds which is over: its node is slow to let go."""
+"""How often a lock is tried again whose holder's job is over: that job's node may be slow to release it."""
 LOOKS = 20
 RECORD_BYTES = 1024
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -79,7 +79,7 @@ class Owner:
         return owner if all(isinstance(getattr(owner, name), kind) for name, kind in kinds) else None
 
     def write(self, descriptor: int) -> None:
-        """Put on disk what :meth:`parse` reads, of one size: from beat to beat only the counter's digits change."""
+        """Put on disk what :meth:`parse` reads, always of the same size: between two beats only the counter changes."""
         os.pwrite(descriptor, json.dumps(asdict(self)).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
         os.fsync(descriptor)
 
@@ -106,7 +106,7 @@ class RunLock:
         """Another run has taken the lock over, because this process gave no sign of life: it must not write again."""
         self._environment, self._beat_s, self._watch_s = environment, beat_s, watch_s
         self._progress = progress
-        """Called every now and then while another run's lock is watched."""
+        """Is called every now and then while another run's lock is watched."""
         self._descriptor: int | None = None
         os.register_at_fork(after_in_child=self._close)
 

@@ -58,7 +58,7 @@ class RunFiles:
 
 
 LARGEST_NUMBER = 1e50
-"""Of a run, even of its losses; what is computed of such numbers still is one."""
+"""No number of a run is larger, not even a loss; what is computed from such numbers is still finite."""
 TIMED = ("devices", "absent", "device_steps", "device_bytes")
 """What a simulated clock reads of a line; older runs have the devices alone."""
 

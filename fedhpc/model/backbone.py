@@ -97,7 +97,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def watched_embeddings(self, moved: Tensor | float = 0.0) -> Iterator[list[Tensor]]:
-        """In this context, word embeddings [b, s, H] are moved so far, collected, and can be differentiated by."""
+        """Add ``moved`` to the word embeddings [b, s, H] in this context; the list of the results, for gradients."""
         seen: list[Tensor] = []
 
         def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -134,7 +134,10 @@ class Backbone(nn.Module):
     def gradients(
         self, loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
     ) -> list[Tensor]:
-        """Of a loss. In float16 they pass the backbone enlarged, where most of a small one would become zero."""
+        """The gradients of a loss.
+
+        In float16 a larger loss is differentiated: most of a small gradient would become zero within the backbone.
+        """
         differentiate = partial(torch.autograd.grad, create_graph=create_graph, retain_graph=retain_graph)
         if self.base.dtype != torch.float16:
             return list(differentiate(loss, inputs))
@@ -340,7 +343,7 @@ class LayerModes:
         self.drop_out = False
 
     def set(self, training: bool) -> None:
-        """Of the layers themselves, not of what is in them."""
+        """Set the mode of the layers themselves, not of the modules in them."""
         for layer in self._layers:
             layer.training = training
 

@@ -40,8 +40,10 @@ class Memory:
     # Not a closure that calls itself: a cycle of references would keep keys, values and the graph behind them alive
     # until the garbage collector comes by.
     def narrow(self, value: Any, size: tuple[int, ...]) -> Any:
-        """Of what a layer is given for [b, s] positions, tensors [b or 1, s], [b or 1, s, ...] and tuples of them at
-        the slots."""
+        """What a layer is given for [b, s] positions, at the slots alone.
+
+        That concerns tensors [b or 1, s] and [b or 1, s, ...], also within tuples; all else stays as it is.
+        """
         if isinstance(value, tuple):
             return tuple(self.narrow(each, size) for each in value)
         if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == size[1]:

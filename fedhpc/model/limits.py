@@ -14,13 +14,13 @@ class _Bound(NamedTuple):
     """One reason why a text may not have more tokens."""
 
     places: int
-    """For the text and what stands beside it."""
+    """Tokens of the text and of what stands beside it, together."""
     has: str
     """Says what has so many places."""
     before: int
     """Prompt tokens that take places of their own."""
     remedies: list[str]
-    """Beside shorter texts."""
+    """What helps, other than shorter texts."""
 
 
 def most_tokens(config: Config, data: Description, shape: BackboneShape) -> int:

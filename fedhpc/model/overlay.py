@@ -34,7 +34,7 @@ class Overlay:
     prompts: Tensor | None = None
     """Keys and values before those of the texts [N, L, 2, T, D]."""
     first_position: int = 0
-    """Of the texts' first token."""
+    """Position of the texts' first token."""
     tokens: SoftTokens | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)
     """Path of a module within a layer -> what becomes of its output."""
@@ -57,7 +57,7 @@ class Hooks:
             layer.register_forward_pre_hook(self._before(index))
 
     def set(self, edits: Mapping[str, Edit], enter: tuple[int, Callable[[Tensor], Tensor]] | None) -> None:
-        """From now on, change modules' outputs, and the hidden states [b, s, H] that enter one layer."""
+        """Change modules' outputs, and the hidden states [b, s, H] that enter one layer, from now on."""
         for path in sorted(edits.keys() - self._hooked):
             for index, layer in enumerate(self._layers):
                 layer.get_submodule(path).register_forward_hook(self._after(path, index))

@@ -51,9 +51,9 @@ class BackboneShape:
     head_dim: int
     hidden_size: int
     embedding_width: int
-    """Of the word embeddings, and so of tokens put before them."""
+    """Width of the word embeddings, and so of tokens put before them."""
     output_width: int
-    """Of the hidden states behind the last layer."""
+    """Width of the hidden states behind the last layer."""
     initializer_range: float
     max_positions: int | None
     sliding_window: int | None = None

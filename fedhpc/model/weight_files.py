@@ -37,7 +37,7 @@ DTYPES = {
 HEADER_LENGTH_BYTES = 8
 SAMPLES, SAMPLE_BYTES = 2000, 4096
 CHUNK_BYTES = 2**24
-"""Of what is read of a file at once."""
+"""A file is read in pieces of this size."""
 
 
 @dataclass(frozen=True, kw_only=True)

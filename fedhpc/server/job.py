@@ -67,7 +67,7 @@ class Job:
         return self._settings | data_identity(description) | model
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """In what the run that wrote a checkpoint differs, a line each; see :attr:`identity`."""
+        """A line for each key in which the run that wrote a checkpoint differs; see :attr:`identity`."""
         ours, settings = self.identity, default_settings()
         if OLD_MODEL in saved:
             model = load_pretrained(model_sha256, self.config.model.name)
@@ -85,7 +85,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of the configuration and data that this rank has read, as far as they determine the run's numbers."""
+        """SHA-256 of the configuration and data that this rank has read, as far as they determine the run's numbers."""
         return hashlib.sha256(f"{self.config.sha256} {self.data.description.sha256}".encode()).hexdigest()
 
 

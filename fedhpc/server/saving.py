@@ -26,12 +26,12 @@ class CheckpointWriter:
         self.job, self.exchange, self.checkpoints, self.lock = job, exchange, checkpoints, lock
         self.generation = 0
         self.newest: Position | None = None
-        """Of the checkpoint written, being written or resumed from last."""
+        """Position of the checkpoint that was last written, is being written or was resumed from."""
         self.control = ControlVariates(checkpoints, job.tuning, {})
         self.bytes_written = 0
         self._device_files: Checksums = {}
         self._notes: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
-        """From the workers; None: no more will come."""
+        """What the workers have noted; None: no more will come."""
         self._writing = Background(exchange.fail)
         self._silence = 0.0
         exchange.on_saved = self._hear
@@ -72,7 +72,7 @@ class CheckpointWriter:
         return self.bytes_written - before
 
     def wait(self) -> None:
-        """Until the checkpoint under way is in place; raises what went wrong with it.
+        """Wait until the checkpoint under way is in place; raises what went wrong with it.
 
         Raises:
             TimeoutError: nobody has finished a file of it for `exchange.timeout_s`.

@@ -27,7 +27,7 @@ MARKERS = (
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 48, 400, 10, 246
 MOST_MARKERS = 12
-"""On one line."""
+"""No line has more markers."""
 SPREAD = 20
 """Where one line ends so many times further right than another, the axis is logarithmic."""
 
@@ -37,7 +37,7 @@ class Series:
     """One line of a chart, with the band between its lowest and highest run."""
 
     index: int
-    """Of its colour, dash and marker."""
+    """Number of its colour, dash and marker."""
     name: str
     x: Floats
     y: Floats

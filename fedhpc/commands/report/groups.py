@@ -16,7 +16,7 @@ FREE = ("seed", "data.task", "data.max_length", *(key for key in WITHOUT_EFFECT 
 AXES = ("tuning.kind", "server.method")
 """Keys that name a configuration before all others."""
 DEFAULT_TARGET = 0.95
-"""Of the best final value."""
+"""Share of the best final value."""
 
 
 class Stat(NamedTuple):
@@ -31,7 +31,7 @@ class Goal(NamedTuple):
     """What the runs of a task are held to."""
 
     target: float | None
-    """Of the task's own metric."""
+    """Value of the task's own metric to be reached."""
     budget: float | None
     """Bytes: as many as the most thrifty run moved; None where all moved as many."""
 
@@ -44,7 +44,7 @@ class Group:
     settings: Mapping[str, Any]
     """Dotted key -> value, where groups of a task differ."""
     runs: Sequence[Run]
-    """By seed."""
+    """Ordered by seed."""
 
     @property
     def counted(self) -> list[Run]:

@@ -49,8 +49,8 @@ def write_report(
 
     Args:
         runs: unfinished ones are marked.
-        out: of the page; see :func:`check_report_target`.
-        target: of the task's own metric; 95 % of each task's best final value unless given.
+        out: where the page is written; see :func:`check_report_target`.
+        target: value of the task's own metric to be reached; 95 % of each task's best final value unless given.
         budget_bytes: what the runs were read with.
         reference: published figures to set beside the runs'.
 

@@ -35,7 +35,7 @@ class NamedBar:
     bar: Markup
     words: str = ""
     index: int | None = None
-    """Of its group, if it is hidden with it."""
+    """Number of its group, if it is hidden with that."""
 
 
 @dataclass(frozen=True, kw_only=True)

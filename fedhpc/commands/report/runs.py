@@ -147,13 +147,13 @@ class Run:
 
     @cached_property
     def device_accuracy(self) -> Floats:
-        """Of the devices that have examples to be evaluated on, at the latest evaluation; empty if unknown."""
+        """Accuracies of the devices that have examples to be evaluated on, at the latest evaluation; or empty."""
         lists = [record["device_accuracy"] for record in self.records if record.get("device_accuracy")]
         return np.array([value for value in lists[-1] if value is not None], float) if lists else np.empty(0)
 
     @cached_property
     def layers(self) -> Layers | None:
-        """From the newest checkpoint that can be read."""
+        """The layers in the newest checkpoint that can be read."""
         return CheckpointFiles(self.path).newest_readable(_layers)
 
 

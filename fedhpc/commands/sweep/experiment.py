@@ -36,10 +36,10 @@ FIGURES = (
 LONGEST_NAME = 255 - len(".log")
 """Bytes of a cell's name: a folder and a log have it."""
 DIGITS = 12
-"""Of a digest."""
+"""How many digits of a digest are shown."""
 EXPORT = "peft"
 NEEDED = "needs"
-"""In `--out`: the folder of the experiments that this one needs."""
+"""Folder in `--out` of the experiments that this one needs."""
 CELLS_NAMED = 4
 """So many cells are named beside a problem that several have."""
 
@@ -76,9 +76,9 @@ class Experiment:
     """A grid, expanded and validated."""
 
     path: Path
-    """Of the file."""
+    """The file."""
     options: tuple[str, ...]
-    """Of the command line that made these cells of it."""
+    """Options of the command line that made these cells of the file."""
     out: Path
     axes: tuple[str, ...]
     cells: tuple[Cell, ...]
@@ -107,7 +107,7 @@ class Experiment:
 
     @cached_property
     def digest(self) -> str:
-        """Of the cells in their order and what they run: the tasks of a job array know theirs by its number."""
+        """Stands for the cells, their order and what they run: a task of a job array knows its cell by number alone."""
         cells = (f"{cell.name} {cell.config.sha256} {cell.config.federation.rounds}" for cell in self.cells)
         return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:DIGITS]
 

@@ -49,7 +49,7 @@ class ExperimentFile(Section):
     needs: Annotated[list[PathName], Field(default_factory=list)]
     """Experiment files, relative to this one: their cells run before, and are exported for these cells."""
     settings: Annotated[Settings, Field(alias="set", default_factory=dict)]
-    """For all cells; the grid comes after it."""
+    """Settings of all cells; the grid comes after them."""
     grid: Annotated[
         dict[
             str,

@@ -13,7 +13,7 @@ from fedhpc.files import replacing, write_whole
 from fedhpc.tuning.attempt import SOURCE
 
 RECORD = "checkpoint.sha256"
-"""In an export: of the checkpoint that it was made from. One that somebody made by hand has none."""
+"""File of an export: names the checkpoint that it was made from. An export that somebody made by hand has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

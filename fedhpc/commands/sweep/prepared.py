@@ -179,7 +179,7 @@ def check_made(part: Part, model: TargetModel | None) -> None:
 
 
 def _differences(found: Description, wanted: dict[str, Any]) -> list[str]:
-    """In what prepared data differ from those that an entry asks for; an older description says less."""
+    """How prepared data differ from those that an entry asks for; an older description says less."""
     there = asdict(found)
     theirs, ours = ({key: brief(side[key]) for key in COMPARED} for side in (there, wanted))
     if found.tokenizer_sha256 != wanted["tokenizer_sha256"]:

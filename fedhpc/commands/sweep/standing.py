@@ -43,7 +43,7 @@ class CellLog:
         self._append(f"{END}{status}")
 
     def last_status(self) -> int | None:
-        """Of the latest run, if it has ended."""
+        """Exit status of the latest run, if it has ended."""
         found = re.fullmatch(rf"{END}(\d+)", (self._lines() or [""])[-1])
         return int(found[1]) if found else None
 
@@ -79,7 +79,7 @@ class Standing:
     saved: bool
     """Whether the checkpoint of the last round is there; or none any more, and none that was never finished."""
     status: int | None
-    """Of its latest run in this sweep."""
+    """Exit status of its latest run in this sweep."""
 
     @property
     def done(self) -> bool:
@@ -145,7 +145,7 @@ def _foreign(cell: Cell) -> str | None:
 
 
 def _data_differences(cell: Cell) -> list[str]:
-    """In what a run, as its newest checkpoint has it, differs from one on the data in `data.path` now."""
+    """How a run, as its newest checkpoint has it, differs from one on the data in `data.path` now."""
     saved = CheckpointFiles(cell.run_dir).newest_readable(lambda file: json.loads(file.attrs["config"]))
     if saved is None:
         return []

@@ -15,7 +15,7 @@ IS_DETACHED = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT, *(() if IS_DETACHED else (signal.SIGHUP,)))
 """A terminal that closes is a request to stop, but for `nohup`."""
 PASSED_ON = signal.SIGUSR1
-"""Of all stop signals the one that every MPI launcher hands to its ranks instead of ending them."""
+"""The one stop signal that every MPI launcher hands to its ranks instead of ending them."""
 
 
 class Stopped(BaseException):
