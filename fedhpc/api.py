@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedhpc.config import Config
-from fedhpc.job.log import RunFiles, log
+from fedhpc.job.log import log
+from fedhpc.job.run_files import RunFiles
 
 
 class RunResult:

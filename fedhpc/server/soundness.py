@@ -74,9 +74,9 @@ def check_finite(update_norm: float, round_index: int) -> None:
 def warn_of_growth(norms: Sequence[float], method: Method) -> None:
     """Say once that the updates grow without bound.
 
-        Args:
-            norms: the update norm of every round so far.
-        method: knows how many times that of round 0 the update norm becomes by its momentum alone.
+    Args:
+        norms: the update norm of every round so far.
+    method: knows how many times that of round 0 the update norm becomes by its momentum alone.
     """
     above = [norm > GROWTH_FACTOR * method.usual_growth * norms[0] for norm in norms]
     grown = [all(above[t : t + GROWTH_ROUNDS]) for t in range(len(norms) - GROWTH_ROUNDS + 1)]
