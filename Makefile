@@ -39,7 +39,7 @@ endif
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
-	$(BIN)/python data_prep/prepare.py --task data_prep/tasks/demo.yaml --source $(DEMO)/backbone/data \
+	$(BIN)/fedhpc prepare --task data_prep/tasks/demo.yaml --source $(DEMO)/backbone/data \
 	    --model $(DEMO)/backbone/model --out $(DEMO)/prepared
 	rm -rf $(DEMO)/run
 	$(BIN)/mpirun -np $(RANKS) $(BIN)/fedhpc run jobs/demo.yaml

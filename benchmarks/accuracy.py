@@ -51,7 +51,7 @@ def prepare(task, source, arguments):
     """Prepared data of a task for the model, with a linear head."""
     out = arguments.out / "prepared" / task
     limit = ["--limit-train", str(SST2_TRAINING_EXAMPLES)] if task == "sst-2" else []
-    command = [sys.executable, ROOT / "data_prep/prepare.py", "--task", task, "--source", source]
+    command = [BIN / "fedhpc", "prepare", "--task", task, "--source", source]
     subprocess.run([*command, "--model", arguments.model, "--out", out, "--head", "linear", *limit], check=True)
     return out
 

@@ -2,7 +2,7 @@
 
     python benchmarks/decoder.py PREPARED... [--json FILE]
 
-PREPARED: folders that data_prep/prepare.py wrote; their lengths and classes count, their tokens do not. A LLaMA-shaped
+PREPARED: folders that `fedhpc prepare` wrote; their lengths and classes count, their tokens do not. A LLaMA-shaped
 backbone (4 layers x 256, random weights), 20 prompt tokens, one CPU thread. The other side pads to 128 tokens, scores
 the whole vocabulary, and in evaluation runs one forward pass for each class. Both take turns; medians.
 """

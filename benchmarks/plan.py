@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py PREPARED... [--cases NAME...] [--json FILE]
 
-PREPARED: folders that data_prep/prepare.py wrote, of any model. Every case is a run with two ranks, a server and a
+PREPARED: folders that `fedhpc prepare` wrote, of any model. Every case is a run with two ranks, a server and a
 device rank, and some are one process: a round of four devices and an evaluation. A peak is the largest resident set
 (VmHWM), of which a mapped model's pages are a part. `full` trains all weights: leave it out for a large model.
 """

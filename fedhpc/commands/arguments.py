@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fedhpc
+from fedhpc.data.tasks import TASKS
 
 EPILOG = (
     "exit status: 0 done; 2 the command line, configuration, data or checkpoint is at fault, or the run diverged; 75 "
@@ -25,11 +26,55 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
     )
     parser.add_argument("--version", action="version", version=f"fedhpc {fedhpc.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_run, _plan, _inspect, _report, _export, _predict, _sweep):
+    for add in (_prepare, _partition, _plan, _run, _inspect, _report, _export, _predict, _sweep):
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name])
     return parser
+
+
+def _prepare(commands: Any) -> None:
+    command = commands.add_parser(
+        "prepare",
+        help="a labelled text data set, tokenised for one model",
+        description="Prepare a labelled text data set: template applied, tokenised for one model, checked.",
+    )
+    command.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, or a task file (YAML)")
+    command.add_argument(
+        "--source",
+        required=True,
+        help="folder with TSV or JSON lines or from datasets.save_to_disk, or a data set of the Hugging Face hub",
+    )
+    command.add_argument("--model", required=True, help="folder or hub name of the backbone")
+    command.add_argument("--out", required=True, help="directory to write; an earlier prepared one is replaced")
+    command.add_argument("--head", choices=("verbalizer", "linear"), default="verbalizer")
+    command.add_argument(
+        "--max-length", type=positive_number, default=128, help="longest example in tokens (%(default)s)"
+    )
+    command.add_argument("--limit-train", type=positive_number, help="take so many random training examples")
+    command.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
+    command.add_argument(
+        "--validation",
+        metavar="SPLIT",
+        help="the source's split to evaluate on, as `test` (default: dev or validation)",
+    )
+
+
+def _partition(commands: Any) -> None:
+    command = commands.add_parser(
+        "partition",
+        help="how devices would share prepared data: a table, a picture",
+        description="Preview a partition of a prepared data set.",
+    )
+    command.add_argument("--data", required=True, help="prepared directory")
+    command.add_argument("--num-devices", type=positive_number, default=100, help="(%(default)s)")
+    command.add_argument("--partition", help="federation.partition (default: dirichlet)")
+    command.add_argument("--alpha", type=float, help="for dirichlet; smaller is more skewed (default: 1.0)")
+    command.add_argument("--shards-per-device", type=positive_number, help="for shards (default: 2)")
+    _add_set(command, "another key: federation.KEY=VALUE, or plugins=[MODULE]; repeatable")
+    command.add_argument("--seed", type=int, default=42, help="the run's seed (%(default)s)")
+    command.add_argument("--out", help="picture to write (.png, .svg, .pdf)")
+    command.add_argument("--table", help="table of all devices to write (TSV)")
 
 
 def _run(commands: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -33,11 +34,17 @@ from fedhpc.job.run_files import RunFiles
 from fedhpc.job.stopping import StopRequest
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
+def main(argv: Sequence[str] | None = None, *, prefix: str = "fedhpc: ") -> int:
+    """Run a command; the exit status.
+
+    Args:
+        prefix: what messages begin with.
+    """
     actions = {
-        "run": run,
+        "prepare": prepare,
+        "partition": partition,
         "plan": plan,
+        "run": run,
         "inspect": inspect,
         "report": report,
         "export": export,
@@ -50,7 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.action(arguments)
         return status
 
-    return run_command(command, "fedhpc: ")
+    return run_command(command, prefix)
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """`fedhpc prepare`: labelled text, tokenised for one model."""
+    from fedhpc.data import preparing
+
+    recipe = {field.name: getattr(arguments, field.name) for field in fields(preparing.Recipe)}
+    print(preparing.prepare(preparing.Recipe(**recipe)))
+    return 0
+
+
+def partition(arguments: argparse.Namespace) -> int:
+    """`fedhpc partition`: how devices would share prepared data."""
+    from fedhpc.commands.partition import preview
+
+    show("\n".join(preview(arguments)))
+    return 0
 
 
 def run(arguments: argparse.Namespace) -> int:

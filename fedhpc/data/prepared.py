@@ -25,7 +25,7 @@ FORMAT = "fedhpc-prepared"
 VERSION = 1
 _DESCRIPTION = "description.json"
 _DTYPES = {"tokens": np.int32, "offsets": np.int64, "labels": np.int32, "slots": np.int32}
-_PREPARE_AGAIN = "run data_prep/prepare.py again"
+_PREPARE_AGAIN = "run `fedhpc prepare` again"
 _PROBE = "It was a naïve test — Yes, No; 3.14 of 東京\n"
 
 
@@ -199,7 +199,7 @@ class PreparedData:
         path = Path(path)
         if not (path / _DESCRIPTION).is_file():
             found = "holds no description.json" if path.is_dir() else "is no directory"
-            raise DataError(f"{path.absolute()} {found}; prepare the data with data_prep/prepare.py --out {path}")
+            raise DataError(f"{path.absolute()} {found}; prepare the data with fedhpc prepare --out {path}")
         description = Description.load(path / _DESCRIPTION)
         for name, expected in description.files.items():
             _check_file(path / name, expected, verify=verify)

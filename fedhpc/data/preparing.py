@@ -121,7 +121,7 @@ def find_source(source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Pa
         )
     if find_spec("datasets") is None:
         found = "a folder of save_to_disk; to read it" if path.is_dir() else "no folder; to ask the hub for it"
-        raise DataError(f"{source!r} is {found}, install the datasets library: pip install -e '.[data]'")
+        raise DataError(f"{source!r} is {found}, install the datasets library: pip install datasets")
     return None
 
 

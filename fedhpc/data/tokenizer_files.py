@@ -19,7 +19,7 @@ def tokenizer_advice(name: str) -> str:
         if absent and any(file and Path(file).read_bytes()[:1] == SENTENCEPIECE_START for file in files):
             return (
                 "its tokenizer is a SentencePiece file, which transformers converts with packages that are not "
-                "installed: pip install -e '.[sentencepiece]'"
+                "installed: pip install sentencepiece protobuf"
             )
     return ""
 

@@ -140,7 +140,7 @@ def find_word_ids(words: Sequence[str], template: str, tokenizer: Any, *, kind: 
     return [list(ids) for ids in found]
 
 
-_OTHER_WORD = "choose another word in a task file (see data_prep/tasks), or use --head linear"
+_OTHER_WORD = "choose another word in a task file (`fedhpc init` writes one), or use --head linear"
 
 
 def _encoder_word_ids(tokenizer: Any, word: str) -> list[int]:

@@ -150,7 +150,7 @@ def load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torc
     extra: dict[str, Any] = {}
     if config.device_map == "auto":
         if find_spec("accelerate") is None:
-            raise ModelError("model.device_map: auto needs the package accelerate: pip install -e '.[multi-gpu]'")
+            raise ModelError("model.device_map: auto needs the package accelerate: pip install accelerate")
         extra = {"device_map": "auto"}
     model, info = load_pretrained(
         partial(_with_weights, loader, mapped=not extra),

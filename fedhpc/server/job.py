@@ -136,7 +136,7 @@ def checked_tokenizer(job: Job) -> Any:
     if tokenizer_fingerprint(tokenizer) != description.tokenizer_sha256:
         raise DataError(
             f"data.path: {job.config.data.path} was prepared with the tokenizer of {description.model}, which is not "
-            f"that of model.name: {model}; run data_prep/prepare.py with --model {model}"
+            f"that of model.name: {model}; run `fedhpc prepare` with --model {model}"
         )
     return tokenizer
 
@@ -276,7 +276,7 @@ def _check_data(config: Config, data: PreparedData) -> None:
         if wanted is not None and wanted != prepared:
             raise ConfigError(
                 f"{key}: {wanted}, but {config.data.path} was prepared with {prepared}; change the key or run "
-                "data_prep/prepare.py again"
+                "`fedhpc prepare` again"
             )
 
 

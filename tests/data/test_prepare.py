@@ -12,16 +12,18 @@ from test_tasks import bert_like, gpt_like, llama_like
 from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
+from fedhpc.commands.partition import draw
 from fedhpc.data import preparing
 from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
 from fedhpc.data.tasks import TASKS
+from fedhpc.errors import DataError
 from fedhpc.yaml_files import read_value
 
 ROOT = Path(__file__).parents[2]
 
 
 prepare = load_script("prepare")
-preview = load_script("partition")
+partition = load_script("partition")
 
 
 def save_model(folder, tokenizer, config, architecture):
@@ -499,20 +501,20 @@ def test_partition_preview(tmp_path, bert, capsys):
     data = run(tmp_path, "sst-2", write(tmp_path / "source", train_tsv=table, dev_tsv=table), bert)
     picture, listing = tmp_path / "p.png", tmp_path / "t.tsv"
     arguments = ["--data", str(data.path), "--num-devices", "12", "--out", str(picture), "--table", str(listing)]
-    assert preview.main(arguments) == 0
+    assert partition.main(arguments) == 0
     assert "... and 4 more devices" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     lines = [line.split("\t") for line in listing.read_text().splitlines()]
     assert lines[0] == ["device", "examples", "0", "1", "validation"]
     assert [sum(int(line[column]) for line in lines[1:]) for column in (1, 2, 3, 4)] == [60, 30, 30, 60]
-    assert preview.main(["--data", str(data.path), "--num-devices", "61"]) == 2
+    assert partition.main(["--data", str(data.path), "--num-devices", "61"]) == 2
     assert "num_devices of at most 60 would do" in capsys.readouterr().err
 
 
-def test_preview_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+def test_preview_without_matplotlib_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(preview.DataError, match=r"pip install -e '\.\[plot\]'"):
-        preview.draw(str(tmp_path / "p.png"), "", ["a", "b"], np.ones((2, 2), int))
+    with pytest.raises(DataError, match=r"pip install matplotlib"):
+        draw(str(tmp_path / "p.png"), "", ["a", "b"], np.ones((2, 2), int))
 
 
 def test_which_examples_were_taken_is_recorded_beside_the_checksum(tmp_path, bert):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import load_script, metrics, run_dir, write_config
+from tiny import metrics, run_dir, write_config
 
 from fedhpc.commands.cli import main
 from fedhpc.data.prepared import PreparedData
@@ -139,7 +139,6 @@ COMMANDS = {
     "prepare": ["--task", "{}/task.yaml", "--source", "{}/source", "--model", "{}/model", "--out", "{}/out/prepared"],
     "partition": ["--data", "{}/data", "--table", "{}/out/table"],
 }
-SCRIPTS = ("prepare", "partition")
 CLOSED = {
     "run": ["config.yaml", "base.yaml", "data", "data/train.slots.npy", "model", "run", "run/metrics.jsonl"],
     "plan": ["data", "run/log.txt", "run/checkpoints/control"],
@@ -172,8 +171,7 @@ def folder(world, tmp_path_factory):
 
 
 def call(command, folder):
-    arguments = [argument.format(folder) for argument in COMMANDS[command]]
-    return load_script(command).main(arguments) if command in SCRIPTS else main([command, *arguments])
+    return main([command, *(argument.format(folder) for argument in COMMANDS[command])])
 
 
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command in CLOSED for name in CLOSED[command]])

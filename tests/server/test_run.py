@@ -562,7 +562,7 @@ class TestBadInput:
         other = tiny.write_backbone(tmp_path / "other")
         vocabulary = other / "tokenizer.json"
         vocabulary.write_text(vocabulary.read_text().replace("lovely", "lovelier"))
-        refused("tokenizer", other, "prepare.py", model__name=str(other))
+        refused("tokenizer", other, "fedhpc prepare", model__name=str(other))
 
     def test_more_devices_than_examples(self, refused):
         refused("num_devices", "1000", "240", federation__num_devices=1000)
