@@ -16,7 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedhpc", "fedhpc.*"]),
-    package_data={"fedhpc.commands.report": ["page.html", "page.css"]},
+    package_data={
+        "fedhpc.commands.report": ["page.html", "page.css"],
+        "fedhpc.job": ["templates/*"],
+    },
     install_requires=[
         "mpi4py>=4.1",
         "torch>=2.10",

@@ -11,6 +11,7 @@ import yaml
 from fedhpc.config import Config, every_default, flatten
 from fedhpc.config_file import load_config
 from fedhpc.data.tasks import TASKS
+from fedhpc.job.job_files import TEMPLATES
 from fedhpc.server.notices import notices
 
 ROOT = Path(__file__).parent.parent
@@ -185,7 +186,8 @@ def test_a_slurm_job_is_warned_of_its_end_and_run_again(path):
     tasks = [int(option.removeprefix("--ntasks=")) for option in options if option.startswith("--ntasks=")]
     assert sum(tasks) == 17
     assert (tasks == [1, 16]) == ("hetjob" in options)
-    assert [line for line in text.splitlines() if line][-1].startswith(". jobs/launch.sh ")
+    last = [line for line in text.splitlines() if line][-1]
+    assert re.match(r'\. (jobs|"\$\{FEDHPC_TEMPLATES:-jobs\})/launch\.sh', last)
 
 
 def test_there_is_a_slurm_job_for_each_published_model():
@@ -195,13 +197,13 @@ def test_there_is_a_slurm_job_for_each_published_model():
     assert configs == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}
 
 
-def launched(folder, **variables):
+def launched(folder, templates=JOBS, **variables):
     """What a job of these variables does, with a program that ends with 2 as launcher: its output, its environment."""
     for program, script in {"squeue": "", "mpirun": "env; exit 2", "srun": "env; exit 2"}.items():
         (folder / program).write_text(f"#!/bin/sh\n{script}\n")
         (folder / program).chmod(0o755)
     variables = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
-    command = ["bash", "-c", f". '{JOBS}/launch.sh' config.yaml"]
+    command = ["bash", "-c", f". '{templates}/launch.sh' config.yaml"]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "")
     return done.stdout, dict(line.partition("=")[::2] for line in done.stdout.splitlines())
@@ -252,3 +254,14 @@ def test_ranks_go_to_the_nodes_in_turn_as_many_as_slurm_has_tasks_there(tmp_path
         done = subprocess.run(["sh", script], env=variables, capture_output=True, text=True, check=True)
         found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
         assert [found[name] for name in names] == (["seq"] * 3 if mine else [mapping, "node", "node"])
+
+
+def test_outside_a_checkout_the_ranks_are_started_by_the_mpi_beside_the_command(tmp_path):
+    bin_dir = tmp_path / "venv/bin"
+    bin_dir.mkdir(parents=True)
+    (bin_dir / "mpiexec").write_text('#!/bin/sh\necho "started by $0 $*"; exit 2\n')
+    (bin_dir / "mpiexec").chmod(0o755)
+    job = {"templates": TEMPLATES, "FEDHPC": f"{bin_dir}/python -m fedhpc", "SLURM_NTASKS": "3"}
+    assert f"started by {bin_dir}/mpiexec -np 3 " in launched(tmp_path, **job)[0]
+    (bin_dir / "mpiexec").rename(tmp_path / "mpiexec")
+    assert f"started by {tmp_path}/mpiexec -np 3 " in launched(tmp_path, **job)[0]

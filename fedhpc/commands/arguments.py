@@ -8,6 +8,7 @@ from typing import Any
 
 import fedhpc
 from fedhpc.data.tasks import TASKS
+from fedhpc.job.job_files import SWEEP_FILE
 
 EPILOG = (
     "exit status: 0 done; 2 the command line, configuration, data or checkpoint is at fault, or the run diverged; 75 "
@@ -185,9 +186,10 @@ def _sweep(commands: Any) -> None:
     action.add_argument(
         "--submit",
         nargs="?",
-        const="jobs/sweep.slurm",
+        const=SWEEP_FILE,
         metavar="FILE",
-        help="submit the cells that are not done as one SLURM array with this job file (default: jobs/sweep.slurm)",
+        help=f"submit the cells that are not done as one SLURM array with this job file (default: {SWEEP_FILE}, "
+        "or the one that fedhpc brings)",
     )
     action.add_argument(
         "--cell",

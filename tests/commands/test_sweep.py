@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from fedhpc.commands.sweep.runner import Runner
 from fedhpc.commands.sweep.standing import CellLog, standing
 from fedhpc.commands.sweep.stops import Stops
 from fedhpc.errors import EXIT_STOPPED
+from fedhpc.job.job_files import COMMAND, TEMPLATES
 from fedhpc.job.run_files import RunFiles
 
 GRID = {
@@ -479,6 +481,15 @@ def test_a_sweep_is_not_started_by_mpirun(write, fedhpc, monkeypatch):
     status, _, err = fedhpc("sweep", write())
     assert status == 2
     assert "--launch 'mpirun -np 3'" in err
+
+
+def test_outside_a_checkout_the_job_file_is_the_packages(write, fedhpc, tmp_path, monkeypatch):
+    path = write()
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = fedhpc("sweep", path, "--submit", "--dry-run")
+    export = f"--export=ALL,FEDHPC={COMMAND},FEDHPC_TEMPLATES={TEMPLATES}"
+    assert shlex.split(out)[:4] == ["sbatch", export, "--array=0-11", str(TEMPLATES / "sweep.slurm")]
+    assert (TEMPLATES / "sweep.slurm").is_file()
 
 
 def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):

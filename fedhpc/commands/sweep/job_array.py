@@ -8,6 +8,7 @@ from pathlib import Path
 from fedhpc.commands.sweep.experiment import Experiment
 from fedhpc.commands.sweep.standing import CellLog, standing
 from fedhpc.errors import ConfigError
+from fedhpc.job.job_files import COMMAND, SWEEP_FILE, TEMPLATES
 
 
 def array_command(experiment: Experiment, job_file: str, at_once: int | None) -> list[str]:
@@ -19,12 +20,15 @@ def array_command(experiment: Experiment, job_file: str, at_once: int | None) ->
     Raises:
         ConfigError: there is no such job file here.
     """
+    if job_file == SWEEP_FILE and not Path(job_file).is_file():
+        job_file = str(TEMPLATES / Path(job_file).name)
     if not Path(job_file).is_file():
-        raise ConfigError(f"--submit {job_file}: no such file here; submit from the checkout's top folder")
+        raise ConfigError(f"--submit {job_file}: no such file here; without FILE, it is the one that fedhpc brings")
     numbers = [number for number, cell in enumerate(experiment.cells) if not standing(experiment, cell).done]
     array = f"--array={_ranges(numbers)}" + (f"%{at_once}" if at_once else "")
-    command = ["sbatch", array, job_file, str(experiment.path), "--expect", experiment.digest, *experiment.options]
-    return command if numbers else []
+    where = [] if Path("jobs/launch.sh").is_file() else [f"--export=ALL,FEDHPC={COMMAND},FEDHPC_TEMPLATES={TEMPLATES}"]
+    arguments = [str(experiment.path), "--expect", experiment.digest, *experiment.options]
+    return ["sbatch", *where, array, job_file, *arguments] if numbers else []
 
 
 def submit(command: Sequence[str]) -> int:
