@@ -27,11 +27,30 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
     )
     parser.add_argument("--version", action="version", version=f"fedhpc {fedhpc.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_prepare, _partition, _plan, _run, _inspect, _report, _export, _predict, _sweep):
+    for add in (_init, _prepare, _partition, _plan, _run, _inspect, _report, _export, _predict, _sweep):
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name])
     return parser
+
+
+def _init(commands: Any) -> None:
+    command = commands.add_parser(
+        "init",
+        help="a task, a run and a SLURM job for your own data",
+        description="Look at your data and write NAME.task.yaml, NAME.yaml and NAME.slurm here, with comments.",
+    )
+    command.add_argument("name", metavar="NAME", help="of the task, and so of the files; none is overwritten")
+    command.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="a folder with train.tsv and dev.tsv, or both files; JSON lines (.jsonl) do as well",
+    )
+    command.add_argument("--model", required=True, help="folder or hub name of the backbone")
+    command.add_argument("--text", nargs="+", default=[], metavar="COLUMN", help="columns of text; found out")
+    command.add_argument("--label", metavar="COLUMN", help="the labels' column (default: the one called so)")
 
 
 def _prepare(commands: Any) -> None:

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None, *, prefix: str = "fedhpc: ") -> int:
         prefix: what messages begin with.
     """
     actions = {
+        "init": init,
         "prepare": prepare,
         "partition": partition,
         "plan": plan,
@@ -58,6 +59,15 @@ def main(argv: Sequence[str] | None = None, *, prefix: str = "fedhpc: ") -> int:
         return status
 
     return run_command(command, prefix)
+
+
+def init(arguments: argparse.Namespace) -> int:
+    """`fedhpc init`: files for a user's own data."""
+    with quick_start():
+        from fedhpc.commands.init import init as write_files
+
+    print(write_files(arguments.name, arguments.data, arguments.model, arguments.text, arguments.label))
+    return 0
 
 
 def prepare(arguments: argparse.Namespace) -> int:
