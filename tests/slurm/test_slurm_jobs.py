@@ -258,6 +258,34 @@ def test_an_experiment_as_an_array(cluster, checkout, world):
     ]
 
 
+def test_outside_a_checkout(cluster, world, tmp_path, monkeypatch):
+    """A user's own job by `fedhpc init`, and an experiment's array: both find the package and the MPI beside it."""
+    monkeypatch.chdir(tmp_path)
+    source, backbone = world.parent / "source", world.parent / "backbone"
+    assert cli.main(["init", "mine", "--data", str(source), "--model", str(backbone)]) == 0
+    arguments = ["--task", "mine.task.yaml", "--source", source, "--model", backbone, "--head", "linear"]
+    assert cli.main(["prepare", *map(str, arguments), "--out", "prepared/mine"]) == 0
+    one = ["--set", "federation.rounds=1"]
+    ours = {"PYTHONPATH": ROOT, **RANKS_TAKE_TURNS}
+    own = cluster.submit(tmp_path, "--ntasks=2", "mine.slurm", "mine.yaml", *one, **ours)
+    header = r"(?m)^#SBATCH --(nodes|gres|mem)=.*\n|(?<=--ntasks=)17"
+    text = (ROOT / "fedhpc/job/templates/sweep.slurm").read_text()
+    (tmp_path / "array.slurm").write_text(re.sub(header, lambda match: "" if match[1] else "2", text))
+    grid = {"seed": [1]}
+    (tmp_path / "experiment.yaml").write_text(json.dumps({"base": "mine.yaml", "out": "array", "grid": grid}))
+    command = [sys.executable, "-m", "fedhpc", "sweep", "experiment.yaml", "--submit", "array.slurm", *one]
+    said = cluster.run(*command, cwd=tmp_path, **ours).stdout
+    array = re.search(r"Submitted batch job (\d+)", said)[1]
+    assert cluster.ended(own)["JobState"] == "COMPLETED", (tmp_path / f"{own}.out").read_text()
+    assert cluster.ended(f"{array}_0")["JobState"] == "COMPLETED", (
+        tmp_path / f"fedhpc-sweep-{array}_0.out"
+    ).read_text()
+    for log in ("runs/mine/log.txt", "array/seed=1/log.txt"):
+        text = (tmp_path / log).read_text()
+        assert "rank 0/2" in text
+        assert "done after round 1" in text
+
+
 def test_a_chain_goes_on_without_requeueing_and_ends_with_the_first_success(cluster, checkout, submit_stand_in):
     said = submit_stand_in("chain", "75 0 0 0", command=("jobs/chain.sh", 4))
     numbers = re.fullmatch(r"submitted; to cancel all: scancel((?: \d+){4})", said)[1].split()
