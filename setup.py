@@ -30,6 +30,7 @@ setup(
         "pydantic>=2.10",
         "PyYAML>=6.0",
         "safetensors>=0.5",
+        "shtab>=1.8",
         "threadpoolctl>=3.5",
         "tqdm>=4.66",
     ],

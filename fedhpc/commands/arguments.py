@@ -27,7 +27,7 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
     )
     parser.add_argument("--version", action="version", version=f"fedhpc {fedhpc.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_init, _prepare, _partition, _plan, _run, _inspect, _report, _export, _predict, _sweep):
+    for add in (_init, _prepare, _partition, _plan, _run, _inspect, _report, _export, _predict, _sweep, _completion):
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name])
@@ -220,6 +220,16 @@ def _sweep(commands: Any) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="list the cells and where they stand; with --submit, print the command"
     )
+
+
+def _completion(commands: Any) -> None:
+    command = commands.add_parser(
+        "completion",
+        help="a script that has a shell complete all this",
+        description="Write a completion script: source it in the shell's start-up file, or put it where the shell "
+        "looks for such files. Its first lines say where.",
+    )
+    command.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 def _add_trained(command: argparse.ArgumentParser) -> None:

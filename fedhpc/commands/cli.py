@@ -40,6 +40,17 @@ def main(argv: Sequence[str] | None = None, *, prefix: str = "fedhpc: ") -> int:
     Args:
         prefix: what messages begin with.
     """
+
+    def command() -> int:
+        arguments = parser().parse_args(argv)
+        status: int = arguments.action(arguments)
+        return status
+
+    return run_command(command, prefix)
+
+
+def parser() -> argparse.ArgumentParser:
+    """That of all commands."""
     actions = {
         "init": init,
         "prepare": prepare,
@@ -51,14 +62,9 @@ def main(argv: Sequence[str] | None = None, *, prefix: str = "fedhpc: ") -> int:
         "export": export,
         "predict": predict,
         "sweep": sweep,
+        "completion": completion,
     }
-
-    def command() -> int:
-        arguments = make_parser(actions).parse_args(argv)
-        status: int = arguments.action(arguments)
-        return status
-
-    return run_command(command, prefix)
+    return make_parser(actions)
 
 
 def init(arguments: argparse.Namespace) -> int:
@@ -285,6 +291,14 @@ def sweep(arguments: argparse.Namespace) -> int:
                 )
 
     return local.run(load_libraries)
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """`fedhpc completion`: a script for a shell."""
+    from fedhpc.commands.completion import completion_script
+
+    show(completion_script(parser(), arguments.shell))
+    return 0
 
 
 def stop_before_end(config: Config, environment: JobEnvironment, stop: StopRequest) -> None:
