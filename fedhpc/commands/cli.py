@@ -78,7 +78,8 @@ def init(arguments: argparse.Namespace) -> int:
 
 def prepare(arguments: argparse.Namespace) -> int:
     """`fedhpc prepare`: labelled text, tokenised for one model."""
-    from fedhpc.data import preparing
+    with quick_start():
+        from fedhpc.data import preparing
 
     recipe = {field.name: getattr(arguments, field.name) for field in fields(preparing.Recipe)}
     print(preparing.prepare(preparing.Recipe(**recipe)))
