@@ -11,8 +11,16 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.data.prepared import Description
-from fedhpc.data.preparing import Backbone, Recipe, Rows, description_of, find_source, load_backbone, read_source
-from fedhpc.data.tables import Record, read_table
+from fedhpc.data.preparing import (
+    Examples,
+    Recipe,
+    TargetModel,
+    description_of,
+    find_source,
+    load_target_model,
+    read_source,
+)
+from fedhpc.data.readers import Record, read_table
 from fedhpc.data.tasks import SPLITS, TASKS, Head, Task
 from fedhpc.data.texts import encode
 from fedhpc.data.tokens import TextEncoder
@@ -83,7 +91,7 @@ def init(name: str, data: Sequence[str], model: str, texts: Sequence[str], label
     for split in rows.values():
         split.texts.check_blank(task.fields)
     recipe = Recipe(task=str(targets[0]), source=str(source.folder), model=model, out=f"prepared/{name}")
-    fit = fit_to_model(task, rows["train"], recipe, load_backbone(model))
+    fit = fit_to_model(task, rows["train"], recipe, load_target_model(model))
     config = run_config(name, model, fit.head, len(rows["train"].labels))
     ranks = 1 + config.federation.devices_per_round
     numbers = np.bincount(rows["train"].labels, minlength=len(task.classes))
@@ -242,7 +250,7 @@ def class_words(values: Sequence[str]) -> dict[str, str]:
     return dict(zip(values, words if len(set(words)) == len(words) and all(words) else values, strict=True))
 
 
-def fit_to_model(task: Task, rows: Rows, recipe: Recipe, backbone: Backbone) -> Fit:
+def fit_to_model(task: Task, rows: Examples, recipe: Recipe, backbone: TargetModel) -> Fit:
     """Whether class words can answer, and how long the texts are.
 
     Raises:
@@ -267,7 +275,7 @@ def fit_to_model(task: Task, rows: Rows, recipe: Recipe, backbone: Backbone) -> 
     return Fit(kind=backbone.kind, head=head, why=why, max_length=min(wanted, most), tokens=tokens)
 
 
-def longest_text(recipe: Recipe, task: Task, backbone: Backbone, head: Head) -> int:
+def longest_text(recipe: Recipe, task: Task, backbone: TargetModel, head: Head) -> int:
     """Tokens that the model has places for, beside the prompts."""
     asked = Recipe(**{**vars(recipe), "head": head, "max_length": 1 << 30})
     description = Description(**description_of(asked, task, backbone), splits={}, files={})
@@ -294,7 +302,7 @@ def run_values(config: Config) -> dict[str, str]:
         "MODEL": _block({"model": {"name": config.model.name}}),
         "DATA": _block({"data": {"path": config.data.path, "task": config.data.task}}),
         "DEVICES": str(config.federation.num_devices).ljust(17),
-        "TOKENS": str(config.tuning.num_tokens).ljust(18),
+        "TOKENS": str(NUM_TOKENS).ljust(18),
         "HEAD": config.tuning.head.ljust(24),
     }
 
@@ -317,7 +325,7 @@ def filled(template: str, values: Mapping[str, str]) -> str:
     return re.sub("@([A-Z_]+)@", lambda match: values[match[1]], text)
 
 
-def found(task: Task, rows: Rows, counts: str, fit: Fit) -> list[str]:
+def found(task: Task, rows: Examples, counts: str, fit: Fit) -> list[str]:
     """What the training examples are, in lines."""
     words = np.array([sum(len(row[field].split()) for field in task.fields) for row in rows.texts.rows])
     shortened = int((fit.tokens > fit.max_length).sum())

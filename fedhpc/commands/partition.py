@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.data.prepared import PreparedData
 from fedhpc.config import FederationConfig
 from fedhpc.config_file import check_values
+from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.federation.partition import class_counts, label_skew, make_partition
 from fedhpc.files import check_target, write_target
@@ -103,7 +103,7 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
     data = PreparedData.open(arguments.data, verify=False)
     splits = [data.split(name).labels for name in ("train", "validation")]
     federation = _settings(arguments)
-    partition = make_partition(*splits, federation, arguments.seed)
+    partition = make_partition(splits[0], splits[1], federation, arguments.seed)
     names = data.description.class_names
     train, validation = (
         class_counts(parts, labels, len(names))
