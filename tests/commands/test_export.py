@@ -15,7 +15,7 @@ from test_tasks import bert_like, gpt_like, llama_like, roberta_like
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
 from fedhpc.commands.export import write_adapter
-from fedhpc.commands.export.forms import peft_form
+from fedhpc.commands.export.forms import peft_files, peft_form
 from fedhpc.commands.export.readme import EXAMPLE
 from fedhpc.commands.predict import class_probabilities
 from fedhpc.commands.trained import Trained
@@ -55,7 +55,7 @@ def make_trained(path, description, dtype="float32", **tuning):
 def load_with_peft(form, path, folder, loader):
     """The adapter as another tool's user loads it."""
     folder.mkdir()
-    for name, content in form.files.items():
+    for name, content in peft_files(form).items():
         (folder / name).write_bytes(content)
     return PeftModel.from_pretrained(loader.from_pretrained(path, dtype=torch.float32), folder).eval()
 
@@ -191,7 +191,7 @@ def test_attempt_refuses_a_prompt_of_another_backbone_of_the_same_width(tmp_path
             "bert",
             {},
             {"kind": "bitfit"},
-            "tuning.kind: bitfit cannot be exported: PEFT holds prompt, prompt_tuning, lora",
+            "tuning.kind: bitfit cannot be exported: PEFT holds lora, prompt, prompt_tuning",
         ),
         ("mistral", {"sliding_window": 15}, {}, "window of 15 positions, but texts and prompts have up to 16"),
     ],
