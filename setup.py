@@ -53,6 +53,7 @@ setup(
         "multi-gpu": ["accelerate>=1.0"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML", "accelerate", "peft>=0.21"],
         "bench": ["peft>=0.18"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff"],
     },
     entry_points={"console_scripts": ["fedhpc = fedhpc.commands.cli:main"]},
 )
