@@ -1,11 +1,7 @@
-import re
-from pathlib import Path
-
 import pytest
 import yaml
 
 from fedhpc import yaml_files
-from fedhpc.config import Config
 from fedhpc.config_file import load_config
 from fedhpc.errors import ConfigError
 from fedhpc.server.notices import notices
@@ -299,11 +295,3 @@ def test_the_identity_leaves_out_what_cannot_change_the_numbers(write):
 def test_devices_per_round(write, num_devices, rate, sampled):
     config = load_config(write(**MINIMAL, federation={"num_devices": num_devices, "sample_rate": rate}))
     assert config.federation.devices_per_round == sampled
-
-
-def test_every_key_has_a_known_place_in_the_example_of_the_documentation():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = re.findall(r"```yaml\n(run_dir: .*?)```", text, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        Config.model_validate(yaml.safe_load(block))

@@ -1,0 +1,153 @@
+"""What README.md and docs/ tell a user to type is what fedhpc takes."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fedhpc
+from fedhpc.commands.arguments import make_parser
+from fedhpc.commands.sweep.experiment import load_experiment
+from fedhpc.config import Config
+from fedhpc.config_file import load_config
+from fedhpc.data.tasks import load_task
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NOT_YET = {"init", "prepare", "partition", "keys", "completion"}
+"""Commands that are described before they are there; checked as soon as they are."""
+OTHER_PROGRAMS = {"cp", "pip"}
+
+
+def blocks(page, *languages):
+    """The fenced blocks of these languages, also within a list."""
+    found = re.findall(r"^( *)```(\w+)\n(.*?)^\1```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        "".join(line.removeprefix(indent) for line in text.splitlines(keepends=True))
+        for indent, language, text in found
+        if language in languages
+    ]
+
+
+def examples(*languages, pages=PAGES):
+    """Each block with the page it is on as its name."""
+    return [
+        pytest.param(text, id=f"{page.stem}-{number}")
+        for page in pages
+        for number, text in enumerate(blocks(page, *languages))
+    ]
+
+
+def command_lines():
+    for page in PAGES:
+        for text in blocks(page, "sh"):
+            for line in text.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}")
+
+
+def parse(arguments):
+    """What the command line makes of them; a SystemExit if they are at fault."""
+    return make_parser(defaultdict(lambda: print)).parse_args(arguments)
+
+
+def has_command(name):
+    try:
+        parse([name, "--help"])
+    except SystemExit as ended:
+        return ended.code == 0
+
+
+def check_command(arguments):
+    if arguments[0] in NOT_YET and not has_command(arguments[0]):
+        pytest.skip(f"there is no `fedhpc {arguments[0]}` yet")
+    parse(arguments)
+
+
+@pytest.mark.parametrize("words", [*command_lines()])
+def test_a_command_can_be_typed_as_it_stands(words):
+    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+    fedhpc_at = [place for place, word in enumerate(words) if word.split("/")[-1] == "fedhpc"]
+    scripts = [word for word in words[1:] if word.endswith((".py", ".slurm"))]
+    if words[0] == "eval":
+        check_command(re.search(r"\$\(fedhpc (.*)\)", words[1])[1].split())
+    elif fedhpc_at:
+        check_command(words[fedhpc_at[0] + 1 :])
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif scripts:
+        assert (ROOT / scripts[0]).exists() or f"# {scripts[0]}\n" in "".join(page.read_text() for page in PAGES)
+    else:
+        assert words[0] in OTHER_PROGRAMS or words == [".", ".venv/bin/activate"]
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "x.yaml", "--resmue", "never"], ["train", "x.yaml"]])
+def test_a_command_that_cannot_be_typed_is_found(arguments):
+    with pytest.raises(SystemExit):
+        check_command(arguments)
+
+
+@pytest.mark.parametrize("text", examples("yaml"))
+def test_a_yaml_file_is_one_that_fedhpc_reads(text, tmp_path):
+    path, content = tmp_path / "experiments/example.yaml", yaml.safe_load(text)
+    path.parent.mkdir()
+    path.write_text(text)
+    if "grid" in content and "base" in content:
+        (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+        (path.parent / "reviews.yaml").write_text(blocks(README, "yaml")[0])
+        assert load_experiment(path).cells
+    elif "grid" in content:
+        assert set(content) <= {"needs", "grid"}  # a part of an experiment
+    elif "columns" in content:
+        assert load_task(path).name == content["task"]
+    elif "plugins" in content and "plugins" not in Config.model_fields:
+        pytest.skip("there are no plug-ins yet")
+    else:
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", examples("python"))
+def test_python_is_python(text):
+    compile(text, "example", "exec")
+
+
+@pytest.mark.skipif(not hasattr(fedhpc, "register_method"), reason="nothing can be registered yet")
+@pytest.mark.parametrize("page", [page for page in PAGES if page == README or page.stem.startswith("own-")])
+def test_a_plug_in_registers_and_passes_its_check(page, tmp_path):
+    texts = blocks(page, "python")
+    for number, text in enumerate(texts):
+        name = re.match(r"# (\w+\.py)\n", text)
+        (tmp_path / (name[1] if name else f"test_{number}.py")).write_text(text)
+    program = "import runpy, sys; [test() for name, test in runpy.run_path(sys.argv[1]).items() if name[:5] == 'test_']"
+    for file in sorted(tmp_path.iterdir()):
+        subprocess.run([sys.executable, "-c", program, file.name], cwd=tmp_path, check=True)
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 140
+    assert {page.name for page in PAGES[1:]} <= set(re.findall(r"\(docs/([\w-]+\.md)", text))
+
+
+def anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()))
+def test_a_link_of_readme_leads_somewhere(link):
+    file, _, place = link.partition("#")
+    headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE)
+    assert not place or place in map(anchor, headings)
+
+
+def test_numbers_of_readme_are_those_of_the_results():
+    _, _, results = README.read_text().partition("## Results\n")
+    numbers = re.findall(r"\d[\d,]*\.\d+", results.partition("\n## ")[0])
+    assert len(numbers) > 10
+    assert [number for number in numbers if number not in (ROOT / "docs/results.md").read_text()] == []
