@@ -29,7 +29,7 @@ class RunResult:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, a dictionary for each round.
 
-        Example:
+        Examples:
             >>> [record["round"] for record in result.metrics]
             [0, 1]
         """
@@ -42,7 +42,7 @@ class RunResult:
         Raises:
             UserError: the run, its data or its model is not there any more.
 
-        Example:
+        Examples:
             >>> {name: tensor.dtype.name for name, tensor in result.params.items()}
             {'prompts': 'float32'}
         """
@@ -52,7 +52,7 @@ class RunResult:
 
     @property
     def sha256(self) -> str:
-        """Digest of :attr:`params`; equal for runs that came to the same bits."""
+        """Digest of `params`; equal for runs that came to the same bits."""
         digest = hashlib.sha256()
         for _, tensor in sorted(self.params.items()):
             digest.update(np.ascontiguousarray(tensor).tobytes())
@@ -73,7 +73,7 @@ class RunResult:
         Raises:
             UserError: the run or a text cannot be used.
 
-        Example:
+        Examples:
             >>> sorted(result.predict(["lovely"])[0])
             ['label', 'probabilities', 'probability', 'text']
         """
@@ -104,7 +104,7 @@ def run(
     all ranks with MPI_Abort, because the others wait for it. A second run in the same process is fine.
 
     Args:
-        config: of :func:`load_config`.
+        config: of `load_config`.
         resume: `auto` goes on from the run directory's newest valid checkpoint; `never` refuses if there is one;
             `require` refuses to start anew.
         handle_signals: whether SIGUSR1, SIGUSR2 and SIGTERM stop the run with a checkpoint, as they do for
@@ -117,7 +117,7 @@ def run(
         UserError: something that the configuration names is at fault; on every rank.
         FloatingPointError: the run diverged; the last checkpoint is intact.
 
-    Example:
+    Examples:
         >>> result = fedhpc.run(config)
         >>> result.finished
         True

@@ -425,7 +425,7 @@ class Config(Section):
 
 
 class Part:
-    """What the classes have in common that a configuration names; see :mod:`fedhpc.registry`."""
+    """What the classes have in common that a configuration names; see `fedhpc.registry`."""
 
     Config: ClassVar[Any]
     """Its section of the configuration, with its own keys."""
@@ -437,7 +437,7 @@ class Part:
         """Refuse a configuration that this part does not go together with.
 
         Args:
-            config: the whole :class:`Config`, valid but for this.
+            config: the whole `Config`, valid but for this.
 
         Raises:
             ConfigError: with what was found and what is valid.

@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
         path: the file.
         overrides: dotted keys with their values, or texts of the form ``key.sub=value`` as of ``--set``.
 
-    Example:
+    Examples:
         >>> config = fedhpc.load_config("reviews.yaml", {"federation.rounds": 2, "server.method": "fedavg"})
         >>> config.federation.rounds
         2
@@ -193,7 +193,7 @@ def _keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 _OF_PARTS = {key for registry in SECTIONS for key in _keys_of(Config) if key.startswith(f"{registry.section}.")}
-"""Keys that :func:`every_default` knows, too."""
+"""Keys that `every_default` knows, too."""
 
 
 def suggestion(key: str) -> str:

@@ -1,6 +1,6 @@
 """Exceptions that carry a message for the user.
 
-Whatever derives from :class:`UserError` ends the command with its message, no traceback, and exit status 2. So does,
+Whatever derives from `UserError` ends the command with its message, no traceback, and exit status 2. So does,
 before training, an error of the file system that another start would not mend.
 """
 

@@ -112,7 +112,7 @@ def write_target(path: Path, data: bytes) -> None:
 
 
 def check_target(path: Path) -> None:
-    """See that :func:`write_target` can write a file.
+    """See that `write_target` can write a file.
 
     Raises:
         OSError: it cannot.

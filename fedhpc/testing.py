@@ -27,7 +27,7 @@ def check_method(part: type[Method], **keys: Any) -> None:
         part: the method's class, registered.
         keys: of its Config, where they are not to be as by default.
 
-    Example:
+    Examples:
         >>> fedhpc.testing.check_method(Mine, rho=0.2)
     """
     method = _method(part, keys)

@@ -52,7 +52,7 @@ class ControlVariates:
         self._fetching = self._reader.submit(self.fetch, list(devices), layers)
 
     def fetched(self) -> dict[int, Vector]:
-        """What :meth:`prefetch` has found."""
+        """What `prefetch` has found."""
         return self._fetching.result()
 
     def update(self, control: Mapping[int, Vector]) -> None:

@@ -28,8 +28,8 @@ class DeviceState:
     """The Fisher information of each of its batches before round 0, where a curriculum orders them."""
     kept: dict[str, Vector] = field(default_factory=dict)
     """Vectors in the layout of the exchanged tensors: what is left of its uploads, see
-    :class:`fedhpc.exchange.encoding.Encoding`, and what the server's method asks it to keep, see
-    :attr:`fedhpc.methods.Method.keeps`."""
+    `fedhpc.exchange.encoding.Encoding`, and what the server's method asks it to keep, see
+    `fedhpc.methods.Method.keeps`."""
 
     def narrowed(self, kept_elements: NDArray[np.intp], unseen_local: Vector) -> "DeviceState":
         """The state after layers have left the exchange; their tensors start anew."""

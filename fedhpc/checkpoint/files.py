@@ -1,4 +1,4 @@
-"""The files of checkpoints: found, and verified before they are trusted; see :mod:`fedhpc.checkpoint.store`."""
+"""The files of checkpoints: found, and verified before they are trusted; see `fedhpc.checkpoint.store`."""
 
 import hashlib
 import re

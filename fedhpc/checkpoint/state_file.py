@@ -212,7 +212,7 @@ def progress_file(progress: RoundProgress) -> bytes:
 
 
 def read_progress_file(data: bytes, name: str, tuning: Tuning) -> RoundProgress:
-    """See :func:`progress_file`."""
+    """See `progress_file`."""
     with open_state(data, name) as file:
         progress = RoundProgress(round=int(file.attrs["round"]))
         for device, entry in file["finished"].items():

@@ -59,7 +59,7 @@ class Checkpoints(CheckpointFiles):
         return self.folder / "partial"
 
     def begin(self) -> None:
-        """Server: make room for a checkpoint; nothing of it counts before :meth:`commit`."""
+        """Server: make room for a checkpoint; nothing of it counts before `commit`."""
         shutil.rmtree(self.partial, ignore_errors=True)
         for folder in (self.partial, self.folder / CONTROL, self.folder / LOCAL):
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class Checkpoints(CheckpointFiles):
         """Server: put the checkpoint in place once all its other files are on disk; drop the oldest generations.
 
         The run went on from the checkpoint ``after``, so any newer one is broken, and goes.
-        LATEST is for people and scripts; what counts when a run resumes is :meth:`newest`.
+        LATEST is for people and scripts; what counts when a run resumes is `newest`.
         """
         final, partial = self.path(position), self.partial
         write_whole(partial / SERVER_FILE, server)

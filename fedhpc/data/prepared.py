@@ -2,7 +2,7 @@
 
 A prepared directory holds ``description.json`` and, for each split, the flat ``tokens``, the ``offsets`` of the
 examples in them, their ``labels``, and their ``slots``: where in the example the answer is read (see
-:class:`fedhpc.data.tasks.EncodedText`). Nothing in it is ever unpickled.
+`fedhpc.data.tasks.EncodedText`). Nothing in it is ever unpickled.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Description:
     model: str
     """The model's name or path, as given."""
     tokenizer_sha256: str
-    """See :func:`tokenizer_fingerprint`."""
+    """See `tokenizer_fingerprint`."""
     pad_id: int
     max_length: int
     template: str
@@ -265,7 +265,7 @@ def check_writable(path: str | Path) -> None:
 def write_prepared(path: str | Path, description_fields: Mapping[str, Any], splits: Mapping[str, Split]) -> Description:
     """Write a prepared directory, all of it or nothing, in place of an older one.
 
-    ``description_fields`` are those of :class:`Description` that do not follow from the splits themselves.
+    ``description_fields`` are those of `Description` that do not follow from the splits themselves.
     """
     path = Path(path)
     check_writable(path)

@@ -241,7 +241,7 @@ def batches(
 def epoch_batches(
     examples: NDArray[np.int64], lengths: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """One epoch of :func:`batches`."""
+    """One epoch of `batches`."""
     plan, order = [], rng.permutation(len(examples))
     for window in np.split(order, range(WINDOW * size, len(order), WINDOW * size)):
         by_length = window[np.argsort(lengths[window], kind="stable")]
@@ -284,7 +284,7 @@ def pack_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Every device's mean loss [N] in a batch, and its gradients by the device's own parameters, one after the other.
 
-    Arguments as those of :meth:`fedhpc.tuning.base.Tuning.forward`.
+    Arguments as those of `fedhpc.tuning.base.Tuning.forward`.
     """
     scores = tuning.forward(backbone, params, batch, dropout_seeds=dropout_seeds)
     losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])

@@ -51,7 +51,7 @@ class Matthews(Metric):
     lowest = -1.0
 
     def scores(self, counts: np.ndarray, accuracy: float) -> dict[str, float]:
-        """See :class:`Metric`."""
+        """See `Metric`."""
         total = float(counts.sum())
         true, predicted = counts.sum(axis=1).astype(float), counts.sum(axis=0).astype(float)
         covariance = float(np.trace(counts)) * total - true @ predicted
@@ -66,7 +66,7 @@ class AccuracyF1(Metric):
     titles: ClassVar[Mapping[str, str]] = {"f1": "F1", "accuracy_f1": "mean of accuracy and F1"}
 
     def scores(self, counts: np.ndarray, accuracy: float) -> dict[str, float]:
-        """See :class:`Metric`."""
+        """See `Metric`."""
         f1 = ratio(2 * counts[-1, -1], counts[-1].sum() + counts[:, -1].sum())
         return {"f1": f1, "accuracy_f1": (accuracy + f1) / 2}
 

@@ -65,7 +65,7 @@ class Exchange(ABC):
             command: what is asked; its payload is broadcast as one contiguous float32 buffer.
             record: form of one reply record.
             counts: records that each worker will send.
-            summed: the workers add terms of such sums to their replies, see :meth:`add`; they go to `sums`.
+            summed: the workers add terms of such sums to their replies, see `add`; they go to `sums`.
 
         Returns:
             Records [sum(counts)], valid until the next request with the same record type.

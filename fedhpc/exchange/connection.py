@@ -25,7 +25,7 @@ class Connection:
     """One rank's to the others; rank 0 is the server, all others are workers."""
 
     def __init__(self, mpi: Any) -> None:
-        """Begin without other ranks, which :meth:`join` finds.
+        """Begin without other ranks, which `join` finds.
 
         Args:
             mpi: mpi4py's module.

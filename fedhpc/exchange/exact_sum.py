@@ -72,7 +72,7 @@ class Terms:
         return sums
 
     def blocks(self, exponent: int, *, first: int = 0) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-        """What :meth:`fixed` returns, block by block of elements.
+        """What `fixed` returns, block by block of elements.
 
         The first one is block ``first``, and after the last block comes block 0, so that ranks which add to the same
         memory begin at different places. A rank without terms yields no block.

@@ -27,7 +27,7 @@ class LocalExchange(Exchange):
     def request(
         self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
     ) -> np.ndarray:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         assert self.handler is not None
         self.progress()
         self._refuse_when_stopped(command)
@@ -43,41 +43,41 @@ class LocalExchange(Exchange):
         return records
 
     def beat(self, activity: str) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self.progress()
         if self.stop:
             raise Halt
 
     def progress(self) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self._look_for_failure()
 
     def post(self, note: Note) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self._deliver(note)
 
     def move_states(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         assert not outgoing
         assert not incoming
         return []
 
     def agree(self, problem: str | None, digest: str) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         if problem is not None:
             raise UserError(problem)
 
     def repair(self) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         raise AssertionError("there is no other rank to lose")
 
     def finalize(self) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
 
     def leave(self) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
 
     def abort(self, status: int) -> None:
-        """See :class:`Exchange`; a checkpoint under way is waited for, unless its file system hangs."""
+        """See `Exchange`; a checkpoint under way is waited for, unless its file system hangs."""
         settle(LONGEST_WRITE_S)
         raise SystemExit(status)

@@ -123,7 +123,7 @@ class Doorbell:
 
 
 def open_doorbell(owner: int, file: int, inode: int) -> int:
-    """The file by which this process can :func:`ring` another one's doorbell.
+    """The file by which this process can `ring` another one's doorbell.
 
     Raises:
         OSError: it cannot be opened from here.

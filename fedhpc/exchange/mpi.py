@@ -1,6 +1,6 @@
 """Real ranks: the only import of mpi4py.
 
-The server calls :meth:`MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
+The server calls `MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
 each worker's as soon as it has them, while others are still at work. Every buffer is contiguous, allocated once and
 used again. Workers on the server's host read the command and write their records in its memory; only what goes to other
 hosts is sent. Beside that order, small notes pass at any time: every rank says what it is doing, a rank that was asked
@@ -78,7 +78,7 @@ class MpiExchange(Exchange):
     def request(
         self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
     ) -> np.ndarray:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self._control.activity = f"asking all ranks to {command.op.name.lower()}, round {command.round}"
         self.progress()
         self._refuse_when_stopped(command)
@@ -123,7 +123,7 @@ class MpiExchange(Exchange):
         return Command.from_header(header, workers, payload)
 
     def rows(self, record: RecordType, count: int) -> np.ndarray:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         if not self._connection.shares_memory:
             return super().rows(record, count)
         return self._layout.rows(self.rank - 1, record, count)
@@ -151,19 +151,19 @@ class MpiExchange(Exchange):
                 self._send_sums(terms, int(reply[0]["exponent"]))
 
     def beat(self, activity: str) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self._control.activity = activity
         self.progress()
         if self._control.halted:
             raise Halt
 
     def post(self, note: Note) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self._control.outgoing.append(note)
         ring(self._connection.doorbell.file)
 
     def move_states(self, outgoing: Sequence[tuple[int, bytes]], incoming: Sequence[int]) -> list[bytes]:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         with self._inside("an exchange of device states"):
             requests = []
             for worker, data in outgoing:
@@ -177,7 +177,7 @@ class MpiExchange(Exchange):
         return received
 
     def agree(self, problem: str | None, digest: str) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         mine = np.zeros(PROBLEM_BYTES, np.uint8)
         text = (digest.ljust(DIGEST_BYTES) + (problem or "")).encode(errors="backslashreplace")[:PROBLEM_BYTES]
         mine[: len(text)] = np.frombuffer(text, np.uint8)
@@ -198,12 +198,12 @@ class MpiExchange(Exchange):
                 )
 
     def repair(self) -> None:
-        """See :class:`Exchange`; by ULFM."""
+        """See `Exchange`; by ULFM."""
         repair(self._connection, self._join, self._inside)
         self._repaired = True
 
     def finalize(self) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self.stop.close()
         try:
             self._barrier()
@@ -218,13 +218,13 @@ class MpiExchange(Exchange):
                 self._mpi.Finalize()
 
     def leave(self) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         self._barrier()
         self._buffers = {}
         self._connection.free()
 
     def abort(self, status: int) -> None:
-        """See :class:`Exchange`."""
+        """See `Exchange`."""
         sys.stdout.flush()
         sys.stderr.flush()
         with self._watchdog.over("MPI_Abort", ABORT_S):
@@ -357,7 +357,7 @@ class MpiExchange(Exchange):
                 began = now
 
     def progress(self) -> None:
-        """See :class:`Exchange`; also notices ranks that are silent."""
+        """See `Exchange`; also notices ranks that are silent."""
         self._look_for_failure()
         with self._losses():
             self._control.progress(self.timeout_s)

@@ -1,6 +1,6 @@
 """Division of a data set among devices, a function of (seed, labels, settings) alone.
 
-How the training examples are divided is a partition's own (:mod:`fedhpc.federation.partitions`). The validation split
+How the training examples are divided is a partition's own (`fedhpc.federation.partitions`). The validation split
 gets the sizes and class mixes that the devices' training parts came out with.
 """
 

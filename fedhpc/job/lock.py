@@ -79,7 +79,7 @@ class Owner:
         return owner if all(isinstance(getattr(owner, name), kind) for name, kind in kinds) else None
 
     def write(self, descriptor: int) -> None:
-        """Put on disk what :meth:`parse` reads, always of the same size: between two beats only the counter changes."""
+        """Put on disk what `parse` reads, always of the same size: between two beats only the counter changes."""
         os.pwrite(descriptor, json.dumps(asdict(self)).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
         os.fsync(descriptor)
 
@@ -118,7 +118,7 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock, until :meth:`release` or the end of this process.
+        """Take the lock, until `release` or the end of this process.
 
         Raises:
             ConfigError: another run has it, or it cannot be taken here.
@@ -235,7 +235,7 @@ class RunLock:
         return self._changes(record, self._watch_s), f"it gave no sign of life for {self._watch_s:g} s"
 
     def _by_slurm(self, owner: Owner) -> tuple[bool, str] | None:
-        """What :meth:`_judge` says where SLURM knows it."""
+        """What `_judge` says where SLURM knows it."""
         me = self._me
         if owner.job_id is not None and (owner.cluster, owner.uid) == (me.cluster, me.uid):
             if owner.job_id == me.job_id and owner.restarts != me.restarts:

@@ -29,7 +29,7 @@ class Tracker(ABC):
         """A run begins, or goes on.
 
         Args:
-            run: its :class:`fedhpc.config.Config`.
+            run: its `fedhpc.config.Config`.
             run_dir: its folder.
             earlier: metrics of the rounds before, which another process may have tracked already.
         """
@@ -51,15 +51,15 @@ class Trackers:
         self._trackers = [TRACKERS[entry.kind](entry) for entry in config.tracker_sections]
 
     def begin(self, *args: Any) -> None:
-        """See :class:`Tracker`."""
+        """See `Tracker`."""
         self._tell("begin", *args)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """See :class:`Tracker`."""
+        """See `Tracker`."""
         self._tell("record", metrics)
 
     def end(self) -> None:
-        """See :class:`Tracker`."""
+        """See `Tracker`."""
         self._tell("end")
 
     def _tell(self, what: str, *args: Any) -> None:

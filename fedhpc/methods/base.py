@@ -130,7 +130,7 @@ class Method(Part, ABC):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :meth:`fedhpc.config.Part.check`; a method that needs each upload by itself cannot have sums alone."""
+        """See `fedhpc.config.Part.check`; a method that needs each upload by itself cannot have sums alone."""
         if config.exchange.mode == "reduce" and not cls.works_with_sums(config.server):
             raise ConfigError(
                 f"server.method: {cls.label(config.server)} needs each upload by itself; it needs exchange.mode: gather"
@@ -138,7 +138,7 @@ class Method(Part, ABC):
 
     @classmethod
     def works_with_sums(cls, config: Any) -> bool:
-        """Whether it needs no more of the uploads than a :class:`SummedMethod` (`exchange.mode: reduce`)."""
+        """Whether it needs no more of the uploads than a `SummedMethod` (`exchange.mode: reduce`)."""
         return issubclass(cls, SummedMethod)
 
     @classmethod

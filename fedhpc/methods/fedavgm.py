@@ -24,7 +24,7 @@ class FedAvgM(FedAvg):
 
     @property
     def usual_growth(self) -> float:
-        """See :class:`Method`."""
+        """See `Method`."""
         return built_up(self.config.momentum)
 
     def init(self, params: Vector) -> ServerState:
@@ -46,7 +46,7 @@ class MomSAdamD(FedAvgM):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :class:`Method`."""
+        """See `Method`."""
         super().check(config)
         if config.device.optimizer != "adamw":
             raise ConfigError("server.method: moms_adamd is Adam on the devices; it needs device.optimizer: adamw")

@@ -34,7 +34,7 @@ class FedOpt(FedAvg):
 
     @property
     def usual_growth(self) -> float:
-        """See :class:`Method`."""
+        """See `Method`."""
         return built_up(self.config.momentum)
 
     @abstractmethod

@@ -114,11 +114,11 @@ class Paper(Method):
 
     @property
     def if_it_diverges(self) -> str:  # type: ignore[override]
-        """See :class:`Method`."""
+        """See `Method`."""
         return f"; variant {self.config.variant} wants device.learning_rate near 0.04"
 
     def server_learning_rate(self, state: ServerState) -> float | None:
-        """See :class:`Method`."""
+        """See `Method`."""
         return state.scalars["server_learning_rate"]
 
     def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
@@ -214,12 +214,12 @@ class FedPepTAO(Method):
 
     @classmethod
     def make(cls, config: Any, population: Population) -> Method:
-        """See :class:`Method`."""
+        """See `Method`."""
         return cls.VARIANTS[config.variant](config, population)
 
     @classmethod
     def works_with_sums(cls, config: Any) -> bool:
-        """See :class:`Method`."""
+        """See `Method`."""
         return issubclass(cls.VARIANTS[config.variant], SummedMethod)
 
     @classmethod
@@ -229,14 +229,14 @@ class FedPepTAO(Method):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :class:`Method`."""
+        """See `Method`."""
         if config.server.variant in PAPER and not config.server.control_variates:
             raise ConfigError("server.control_variates: false needs server.variant: drift_corrected")
         super().check(config)
 
     @classmethod
     def notices(cls, config: Any) -> Iterator[str]:
-        """See :class:`fedhpc.config.Part`."""
+        """See `fedhpc.config.Part`."""
         if config.server.variant in PAPER and config.device.learning_rate < PAPER_LEARNING_RATE:
             yield (
                 f"server.variant: {config.server.variant} is known to diverge at small device.learning_rate (found "

@@ -32,7 +32,7 @@ class Mime(Method):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :class:`Method`."""
+        """See `Method`."""
         if config.device.optimizer != "sgd":
             raise ConfigError("server.method: mime lends devices its momentum for SGD; it needs device.optimizer: sgd")
         if (found := config.parts["exchange"].approximates(config.exchange)) is not None:
@@ -41,7 +41,7 @@ class Mime(Method):
 
     @property
     def usual_growth(self) -> float:
-        """See :class:`Method`."""
+        """See `Method`."""
         return built_up(self.config.momentum)
 
     def init(self, params: Vector) -> ServerState:

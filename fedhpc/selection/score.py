@@ -46,7 +46,7 @@ class Score(Strategy):
     def score_layers(
         self, backbone: Backbone, tuning: Tuning, tensors: Mapping[str, np.ndarray], batch: Batch
     ) -> Sequence[float] | np.ndarray:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         outputs = backbone.layer_outputs(batch)
         return [layer_score(out.float().cpu().numpy(), self.config.distance) for out in outputs]
 

@@ -37,7 +37,7 @@ class Sensitivity(Strategy):
     def score_layers(
         self, backbone: Backbone, tuning: Tuning, tensors: Mapping[str, np.ndarray], batch: Batch
     ) -> np.ndarray:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return layer_sensitivity(backbone, tuning, tensors, batch)
 
 

@@ -34,7 +34,7 @@ class Strategy(Part, ABC):
     uses_ratio = True
     """Whether `selection.ratio` says how many."""
     scored = False
-    """Whether every device scores the layers on one of its batches; see :meth:`score_layers`."""
+    """Whether every device scores the layers on one of its batches; see `score_layers`."""
     with_gradients = False
     """Whether the scores take the gradient of the loss."""
     lowest_first = False
@@ -53,7 +53,7 @@ class Strategy(Part, ABC):
     def score_layers(
         self, backbone: Backbone, tuning: Tuning, tensors: Mapping[str, np.ndarray], batch: Batch
     ) -> Sequence[float] | np.ndarray:
-        """A device's scores [L] from one batch, where they are :attr:`scored`.
+        """A device's scores [L] from one batch, where they are `scored`.
 
         Args:
             backbone: the frozen model.
@@ -94,7 +94,7 @@ class Strategy(Part, ABC):
         return np.flatnonzero(alike).tolist() if rising[last] - border <= ROUNDING * np.abs(scores).max() else []
 
     def describe_tie(self, alike: Sequence[int], scores: NDArray[np.float64]) -> str:
-        """What scores that do not decide mean, in words; see :meth:`undecided_layers`."""
+        """What scores that do not decide mean, in words; see `undecided_layers`."""
         return (
             f"selection.strategy: {self.config.strategy} does not tell layers {list(alike)} apart, their score is "
             f"{scores[alike[0]]:.6g}; those with the lower index are exchanged first"

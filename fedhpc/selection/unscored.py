@@ -19,7 +19,7 @@ class Random(Strategy):
     """Layers at random, by the run's seed."""
 
     def rank(self, num_layers: int, seed: int, scores: NDArray[np.float64] | None) -> Sequence[int]:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return [int(layer) for layer in generator(seed, purpose="random layers").permutation(num_layers)]
 
 
@@ -28,7 +28,7 @@ class First(Strategy):
     """The layers next to the input."""
 
     def rank(self, num_layers: int, seed: int, scores: NDArray[np.float64] | None) -> Sequence[int]:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return range(num_layers)
 
 
@@ -37,7 +37,7 @@ class Last(Strategy):
     """The layers next to the output."""
 
     def rank(self, num_layers: int, seed: int, scores: NDArray[np.float64] | None) -> Sequence[int]:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return range(num_layers)[::-1]
 
 
@@ -49,13 +49,13 @@ class All(Strategy):
     uses_ratio = False
 
     def num_exchanged(self, num_layers: int) -> int:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return num_layers
 
     def choose(
         self, *, ratio: float, num_layers: int, seed: int, scores: NDArray[np.float64] | None
     ) -> tuple[int, ...]:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return tuple(range(num_layers))
 
 
@@ -74,7 +74,7 @@ class Explicit(Strategy):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :meth:`fedhpc.config.Part.check`."""
+        """See `fedhpc.config.Part.check`."""
         layers = config.selection.layers
         if layers is None:
             raise ConfigError("selection.layers and selection.strategy: explicit go together")
@@ -82,17 +82,17 @@ class Explicit(Strategy):
             raise ConfigError(f"selection.layers must name at least one layer, each once; found {layers}")
 
     def check_layers(self, num_layers: int) -> None:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         super().check_layers(num_layers)
         if outside := [layer for layer in self.config.layers if layer >= num_layers]:
             raise ConfigError(f"selection.layers: {outside} not in the backbone; valid: 0 to {num_layers - 1}")
 
     def num_exchanged(self, num_layers: int) -> int:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return len(self.config.layers)
 
     def choose(
         self, *, ratio: float, num_layers: int, seed: int, scores: NDArray[np.float64] | None
     ) -> tuple[int, ...]:
-        """See :class:`Strategy`."""
+        """See `Strategy`."""
         return tuple(sorted(self.config.layers))

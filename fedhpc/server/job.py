@@ -67,7 +67,7 @@ class Job:
         return self._settings | data_identity(description) | model
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """A line for each key in which the run that wrote a checkpoint differs; see :attr:`identity`."""
+        """A line for each key in which the run that wrote a checkpoint differs; see `identity`."""
         ours, settings = self.identity, default_settings()
         if OLD_MODEL in saved:
             model = load_pretrained(model_sha256, self.config.model.name)

@@ -229,7 +229,7 @@ class Server:
         return state
 
     def score_layers(self) -> np.ndarray:
-        """Global layer scores [L] from one batch of every device; see :mod:`fedhpc.selection.strategies`."""
+        """Global layer scores [L] from one batch of every device; see `fedhpc.selection.strategies`."""
         counts = self._shares(range(self.config.federation.num_devices))
         record = messages.score_record(self.num_layers)
         records = self.exchange.request(Command(op=Op.SCORE), record, counts)

@@ -60,7 +60,7 @@ class Adapter(ModuleTuning):
             }
 
     def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
-        """See :class:`ModuleTuning`."""
+        """See `ModuleTuning`."""
 
         names = [f"{part}.{module}{kind}" for part in ("down", "up") for kind in ("", ".bias")]
 

@@ -50,14 +50,14 @@ class Attempt(Tuning):
 
         @property
         def folders(self) -> list[str]:
-            """See :class:`fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.TuningConfig`."""
             return self.sources
 
     has_layers = False
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
         super().check(config)
         if not config.tuning.sources:
             raise ConfigError("tuning.kind: attempt needs tuning.sources, folders with the prompts of other tasks")
@@ -84,7 +84,7 @@ class Attempt(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
 
         def make(words: Tensor, in_text: Tensor) -> Tensor:
             text = words.to(params[0]["tokens"]).masked_fill(~in_text.bool(), -math.inf).amax(1)  # [b, E]

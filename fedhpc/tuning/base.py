@@ -42,19 +42,19 @@ class TokensConfig(TuningConfig):
 
     @property
     def tokens_in_attention(self) -> int:
-        """See :class:`fedhpc.config.TuningConfig`."""
+        """See `fedhpc.config.TuningConfig`."""
         return self.num_tokens
 
     @property
     def tokens_before_text(self) -> int:
-        """See :class:`fedhpc.config.TuningConfig`."""
+        """See `fedhpc.config.TuningConfig`."""
         return self.num_tokens
 
 
 class Tuning(Part, ABC):
     """One kind of trainable parameters on a frozen backbone.
 
-    A module with a tuning loads PyTorch when it computes (:mod:`fedhpc.job.deferred`), so that reading a configuration
+    A module with a tuning loads PyTorch when it computes (`fedhpc.job.deferred`), so that reading a configuration
     does not; one of your own may import it at once.
     """
 
@@ -89,7 +89,7 @@ class Tuning(Part, ABC):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :meth:`fedhpc.config.Part.check`."""
+        """See `fedhpc.config.Part.check`."""
         kind, strategy = config.tuning.kind, config.selection.strategy
         if not cls.has_layers and config.parts["selection"].needs_layers:
             raise ConfigError(
@@ -134,7 +134,7 @@ class Tuning(Part, ABC):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """What the parameters add to the backbone's forward pass; arguments as those of :meth:`forward`."""
+        """What the parameters add to the backbone's forward pass; arguments as those of `forward`."""
 
     def forward(
         self,
@@ -158,7 +158,7 @@ class Tuning(Part, ABC):
         return backbone.word_scores(batch, overlay)
 
     def soft_tokens(self, make: Callable[[Tensor, Tensor], Tensor], layer: int = 0) -> Overlay:
-        """The overlay of T tokens before the text, whose positions follow theirs; see :class:`SoftTokens`."""
+        """The overlay of T tokens before the text, whose positions follow theirs; see `SoftTokens`."""
         count = self.config.num_tokens
         return Overlay(tokens=SoftTokens(count=count, layer=layer, make=make), first_position=count)
 
@@ -169,7 +169,7 @@ class Tuning(Part, ABC):
         return functional.cross_entropy(scores, labels, reduction="none")
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
-        """All trainable tensors before round 0, the same for every device: normal, see :meth:`initial_scale`."""
+        """All trainable tensors before round 0, the same for every device: normal, see `initial_scale`."""
         tensors = {}
         for name, shape in self.shapes.items():
             scale = self.initial_scale(name)
@@ -273,7 +273,7 @@ class ModuleTuning(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
         # Taken apart at once: the gradient of one row of a tensor is as large as the tensor.
         dtype = backbone.base.dtype
         rows = [{name: own[name].to(dtype).unbind() for name in self.per_layer} for own in params]

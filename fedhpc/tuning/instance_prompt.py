@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @TUNINGS.register("instance_prompt")
 class InstancePrompt(Tuning):
-    """The generator's weights; see :mod:`fedhpc.tuning.generator`."""
+    """The generator's weights; see `fedhpc.tuning.generator`."""
 
     Config = GeneratorConfig
     has_layers = False
@@ -40,7 +40,7 @@ class InstancePrompt(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`; the text passes through the frozen backbone once more, without gradients."""
+        """See `Tuning`; the text passes through the frozen backbone once more, without gradients."""
         with torch.no_grad():
             representation = backbone.pooled(batch)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @TUNINGS.register("late_prompt")
 class LatePrompt(Tuning):
-    """The generator's weights; see :mod:`fedhpc.tuning.generator`."""
+    """The generator's weights; see `fedhpc.tuning.generator`."""
 
     class Config(GeneratorConfig):
         """Keys."""
@@ -40,7 +40,7 @@ class LatePrompt(Tuning):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
         super().check(config)
         if (attention := config.model.attention) != "sdpa":
             raise ConfigError(
@@ -63,7 +63,7 @@ class LatePrompt(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
 
         def make(hidden: Tensor, in_text: Tensor) -> Tensor:
             return generate(params, mean_over_text(hidden, in_text), batch.sizes, self.config.num_tokens)

@@ -71,7 +71,7 @@ class LoRA(ModuleTuning):
         return super().initial_scale(name)
 
     def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
-        """See :class:`ModuleTuning`."""
+        """See `ModuleTuning`."""
 
         def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:

@@ -40,17 +40,17 @@ class DeepPrompts(Tuning):
 
         @property
         def tokens_before_text(self) -> int:
-            """See :class:`fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.TuningConfig`."""
             return self.num_tokens if self.position_offset else 0
 
         @property
         def draws(self) -> bool:
-            """See :class:`fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.TuningConfig`."""
             return self.dropout > 0
 
         @property
         def fewer_positions(self) -> list[str]:
-            """See :class:`fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.TuningConfig`."""
             return ["set tuning.position_offset: false"]
 
     prompts_in_layers = True
@@ -67,7 +67,7 @@ class DeepPrompts(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
         each = [device["prompts"] for device in params]
         if self.config.dropout and dropout_seeds is not None:
             each = [dropout(p, self.config.dropout, seed) for p, seed in zip(each, dropout_seeds, strict=True)]

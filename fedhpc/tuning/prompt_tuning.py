@@ -44,7 +44,7 @@ class PromptTuning(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
 
         def make(words: Tensor, in_text: Tensor) -> Tensor:
             return rows_of_devices([device["tokens"] for device in params], batch.sizes)

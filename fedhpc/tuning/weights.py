@@ -63,7 +63,7 @@ class FullTuning(Tuning):
         batch: Batch,
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
-        """See :class:`Tuning`."""
+        """See `Tuning`."""
         (own,) = params
         changes: dict[str, Tensor] = {}
         for name, tensor in own.items():

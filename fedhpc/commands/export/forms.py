@@ -1,4 +1,4 @@
-"""A run's tuned parameters as PEFT holds them; see :mod:`fedhpc.tuning.peft_form`."""
+"""A run's tuned parameters as PEFT holds them; see `fedhpc.tuning.peft_form`."""
 
 import json
 import os

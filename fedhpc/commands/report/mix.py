@@ -23,7 +23,7 @@ class ClassMix:
     """[devices, classes], from the largest device to the smallest."""
     device_ids: list[int]
     skew: float
-    """See :func:`fedhpc.federation.partition.label_skew`."""
+    """See `fedhpc.federation.partition.label_skew`."""
 
 
 def partition_setting(run: Run) -> str:

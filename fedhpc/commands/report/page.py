@@ -49,7 +49,7 @@ def write_report(
 
     Args:
         runs: unfinished ones are marked.
-        out: where the page is written; see :func:`check_report_target`.
+        out: where the page is written; see `check_report_target`.
         target: value of the task's own metric to be reached; 95 % of each task's best final value unless given.
         budget_bytes: what the runs were read with.
         reference: published figures to set beside the runs'.

@@ -38,7 +38,7 @@ class Work:
 
 
 def find_work(experiment: Experiment, sources: str | None) -> Work:
-    """What there is to do; see :func:`find_parts`.
+    """What there is to do; see `find_parts`.
 
     Raises:
         ConfigError: something that cells need is not there and cannot be made.

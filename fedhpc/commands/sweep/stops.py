@@ -66,7 +66,7 @@ class Stops:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def fork(self, become: Callable[[], int]) -> int:
-        """Start a process with the stop signals blocked, within :meth:`held_back`; its number.
+        """Start a process with the stop signals blocked, within `held_back`; its number.
 
         Args:
             become: what it does; its exit status.

@@ -24,11 +24,11 @@ class Parameters(Encoding):
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
     ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         return params, {}
 
     def decode(self, payload: np.ndarray, start: Vector) -> Vector:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         return payload
 
 
@@ -50,14 +50,14 @@ class NarrowChange(Encoding):
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
     ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         change = params - start + kept.get("residual", np.float32(0))
         largest = torch.finfo(self._torch_dtype).max
         payload = torch.from_numpy(change).clamp(-largest, largest).to(self._torch_dtype).view(torch.int16).numpy()
         return payload, {"residual": change - self._floats(payload)}
 
     def decode(self, payload: np.ndarray, start: Vector) -> Vector:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         return start + self._floats(payload)
 
     def _floats(self, payload: NDArray[np.int16]) -> Vector:
@@ -77,7 +77,7 @@ class SumTerms(Encoding):
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
     ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         change, control = self.method.change(
             start.astype(np.float64),
             params,
@@ -101,7 +101,7 @@ class Dense(Encoding):
 
     @classmethod
     def make(cls, config: Any, method: Method) -> Encoding:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         exchange = config.exchange
         if exchange.mode == "reduce":
             assert isinstance(method, SummedMethod)  # the configuration refuses the others
@@ -110,5 +110,5 @@ class Dense(Encoding):
 
     @classmethod
     def approximates(cls, config: Any) -> str | None:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         return None if config.dtype == "float32" else f"exchange.dtype: {config.dtype}"

@@ -35,7 +35,7 @@ class TopK(Encoding):
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
     ) -> tuple[np.ndarray, Kept]:
-        """See :class:`Encoding`; of equal changes those at the lowest places are sent."""
+        """See `Encoding`; of equal changes those at the lowest places are sent."""
         change = params - start + kept.get("residual", np.float32(0))
         places = self._largest(np.abs(change))
         residual = change.copy()
@@ -43,7 +43,7 @@ class TopK(Encoding):
         return np.concatenate([places.astype(np.uint32), change[places].view(np.uint32)]), {"residual": residual}
 
     def decode(self, payload: np.ndarray, start: Vector) -> Vector:
-        """See :class:`Encoding`."""
+        """See `Encoding`."""
         places, values = np.split(payload, 2)
         params: Vector = start.copy()
         params[places] += values.view(np.float32)

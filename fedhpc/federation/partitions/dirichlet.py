@@ -23,7 +23,7 @@ class Dirichlet(Partitioner):
     strength = "alpha"
 
     def owners(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """See :class:`Partitioner`."""
+        """See `Partitioner`."""
         num_devices = self.config.num_devices
         sizes = dirichlet_sizes(len(labels), num_devices, self.rng("sizes"))
         mixes = self.rng("mixes").dirichlet(np.full(num_classes, self.config.alpha), num_devices)

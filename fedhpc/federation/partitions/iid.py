@@ -11,6 +11,6 @@ class Iid(Partitioner):
     """All devices alike."""
 
     def owners(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """See :class:`Partitioner`."""
+        """See `Partitioner`."""
         order = self.rng("order").permutation(len(labels))
         return owners_in_order(order, even_sizes(len(labels), self.config.num_devices))

@@ -11,6 +11,6 @@ class Quantity(Partitioner):
     """Devices that differ in how much they have, not in what."""
 
     def owners(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """See :class:`Partitioner`."""
+        """See `Partitioner`."""
         order = self.rng("order").permutation(len(labels))
         return owners_in_order(order, dirichlet_sizes(len(labels), self.config.num_devices, self.rng("sizes")))

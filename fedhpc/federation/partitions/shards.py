@@ -25,16 +25,16 @@ class Shards(Partitioner):
 
     @property
     def examples_per_device(self) -> int:  # type: ignore[override]
-        """See :class:`Partitioner`."""
+        """See `Partitioner`."""
         return int(self.config.shards_per_device)
 
     def describe_need(self) -> tuple[str, str]:
-        """See :class:`Partitioner`."""
+        """See `Partitioner`."""
         per_device = self.config.shards_per_device
         return f"{self.config.num_devices} devices with {per_device} shards each", ", or fewer shards_per_device"
 
     def owners(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """See :class:`Partitioner`."""
+        """See `Partitioner`."""
         per_device = self.config.shards_per_device
         num_shards = self.config.num_devices * per_device
         order = self.rng("order").permutation(len(labels))
