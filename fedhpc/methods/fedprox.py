@@ -21,7 +21,7 @@ class FedProx(FedAvg):
         """Keys."""
 
         proximal: NonNegativeFloat = 0.01
-        """mu."""
+        """mu, of the proximal term."""
 
     def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
         """The proximal term."""

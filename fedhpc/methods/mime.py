@@ -25,7 +25,7 @@ class Mime(Method):
         """Keys."""
 
         momentum: Probability = 0.9
-        """beta."""
+        """beta, of the first moment."""
 
     sends = ("momentum",)
     uploads_gradient = True

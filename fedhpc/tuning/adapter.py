@@ -43,7 +43,7 @@ class Adapter(ModuleTuning):
         """Keys."""
 
         bottleneck: Positive = 32
-        """Width of the networks, m."""
+        """Width of the small network."""
 
     def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         from fedhpc.model.structure import read_structure

@@ -44,9 +44,10 @@ class Attempt(Tuning):
         """Keys."""
 
         bottleneck: Positive = 32
-        """Width of the attention's hidden layer, m."""
+        """Width of the small network."""
         sources: list[PathName] = []  # noqa: RUF012 - Pydantic copies it
-        """Folders with the prompts of other tasks, from `fedhpc export` of runs with `prompt_tuning`."""
+        """Folders with the prompts of other tasks, as `fedhpc export` writes them for runs with `prompt_tuning` of the
+        same model."""
 
         @property
         def folders(self) -> list[str]:

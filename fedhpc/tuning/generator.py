@@ -17,7 +17,7 @@ class GeneratorConfig(TokensConfig):
     """Of tunings with such a network."""
 
     bottleneck: Positive = 32
-    """Width of its hidden layer."""
+    """Width of the small network."""
 
 
 def generator_shapes(config: GeneratorConfig, *, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:

@@ -44,7 +44,7 @@ class LoRA(ModuleTuning):
         """Keys."""
 
         rank: Positive = 8
-        """r."""
+        """Rank of the change, r."""
         alpha: PositiveFloat = 16.0
         """The change of a weight is alpha / r B A."""
 

@@ -96,8 +96,8 @@ class Dense(Encoding):
         """Keys."""
 
         dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-        """Type of the uploads. In 16 bits a device sends its change, and adds what rounding took away to its next
-        one."""
+        """Type of the uploads, with `exchange.mode: gather`. In 16 bits a device sends its change, and adds what
+        rounding took away to its next change (error feedback)."""
 
     @classmethod
     def make(cls, config: Any, method: Method) -> Encoding:
