@@ -12,6 +12,7 @@ Nothing here loads PyTorch.
 import hashlib
 import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
@@ -21,10 +22,10 @@ from typing import Any
 from fedhpc.errors import ConfigError
 
 SHIPPED = (
-    *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.selection"),
+    *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.selection.strategies"),
     *("fedhpc.exchange.encodings", "fedhpc.evaluate.metrics"),
 )
-"""Modules that register fedhpc's own parts."""
+"""Modules that register fedhpc's own parts; of a folder all files, so that a new part is one file."""
 ENTRY_POINTS = "fedhpc.plugins"
 NO_PLUGINS = sys.stdlib_module_names | {"fedhpc", "numpy", "torch", "pydantic"}
 """Packages whose classes a part may inherit from without their source being a part of the run's identity."""
@@ -110,8 +111,10 @@ def load_shipped() -> None:
     """Register fedhpc's own parts, once."""
     if "" not in _loaded:
         _loaded.add("")
-        for module in SHIPPED:
-            importlib.import_module(module)
+        for name in SHIPPED:
+            module = importlib.import_module(name)
+            for file in pkgutil.iter_modules(getattr(module, "__path__", ())):
+                importlib.import_module(f"{name}.{file.name}")
 
 
 def load_installed() -> None:

@@ -85,8 +85,9 @@ def keys_text(sections: Sequence[str]) -> str:
 
 
 def keys_markdown(section: str) -> str:
-    """A section's keys as a table."""
+    """A section's keys as a table; it does not list the parts that there are."""
     keys = keys_of(section)
+    choices = {f"{registry.section}.{registry.key}": f"name of a {registry.what}" for registry in SECTIONS}
     with_parts = any(key.parts for key in keys)
     lines = ["| key | of | type | default | meaning |", "| --- | --- | --- | --- | --- |"]
     if not with_parts:
@@ -94,7 +95,8 @@ def keys_markdown(section: str) -> str:
     for key in keys:
         cells = [f"`{key.name}`", *([", ".join(f"`{part}`" for part in key.parts)] if with_parts else [])]
         default = key.default if key.default == REQUIRED else f"`{key.default}`"
-        lines.append(f"| {' | '.join([*cells, key.kind, default, key.meaning])} |")
+        kind = choices.get(key.name, key.kind)
+        lines.append(f"| {' | '.join([*cells, kind, default, key.meaning])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Server methods: how a round's uploads become the next global parameters.
 
-A method needs no model, file or MPI: state in, uploads in, state out. A new one is one file: a class, registered; here
-its name is imported.
+A method needs no model, file or MPI: state in, uploads in, state out. A new one is one file: a class,
+registered.
 """
 
 from typing import Any

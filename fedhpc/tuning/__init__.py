@@ -1,4 +1,4 @@
-"""What is trained on the frozen backbone. A new tuning is one file: a class, registered; here its name is imported.
+"""What is trained on the frozen backbone. A new tuning is one file: a class, registered.
 
 PEFT holds one adapter a model; here devices train side by side, each with its own, and tensors lie layer by layer for
 the exchange. The tests compare with PEFT what it has too, and export gives it adapters that it loads.

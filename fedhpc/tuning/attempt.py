@@ -32,10 +32,6 @@ BACKBONE_SHA256 = "backbone_sha256"
 """In an exported adapter file's metadata, of which PEFT takes no notice: `weights_sha256` of what it was tuned on."""
 
 
-SOURCE = "prompt_tuning"
-"""The tuning whose exports are sources."""
-
-
 @TUNINGS.register("attempt")
 class Attempt(Tuning):
     """`tokens` [T, E], the task's own prompt; `attention.down` [m, E] and `attention.up` [E, m]."""

@@ -71,6 +71,8 @@ class Tuning(Part, ABC):
     """Whether its attention masks know a sliding window."""
     reads_structure = False
     """Whether it looks into the model's layers by name."""
+    is_prompt_before_text = False
+    """Whether all that is trained is a prompt before the text, which other tunings can read."""
     peft_type: str | None = None
     """What PEFT calls it; None where PEFT cannot hold it, or computes something else with it."""
     files: Mapping[str, str] = {}

@@ -31,6 +31,7 @@ class PromptTuning(Tuning):
 
     Config = TokensConfig
     has_layers = False
+    is_prompt_before_text = True
     peft_type = "PROMPT_TUNING"
 
     def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:

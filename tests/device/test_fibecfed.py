@@ -11,7 +11,7 @@ from fedhpc.config_file import load_config
 from fedhpc.device.curriculum import easy_first, fisher_trace, fisher_traces
 from fedhpc.device.local_update import local_updates
 from fedhpc.model.backbone import Backbone
-from fedhpc.selection.sensitivity import PERTURBATION, layer_sensitivity
+from fedhpc.selection.strategies.sensitivity import PERTURBATION, layer_sensitivity
 from fedhpc.server.job import load_job
 from fedhpc.tuning.base import as_parameters
 

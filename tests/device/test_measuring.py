@@ -11,9 +11,9 @@ from fedhpc.device.measuring import Measurements
 from fedhpc.device.round_context import RoundContext
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
-from fedhpc.selection.score import layer_score
-from fedhpc.selection.sensitivity import layer_sensitivity
 from fedhpc.selection.spectrum import lossless_ratio
+from fedhpc.selection.strategies.score import layer_score
+from fedhpc.selection.strategies.sensitivity import layer_sensitivity
 from fedhpc.server.job import load_job
 
 DEVICES = (7, 2)

@@ -291,7 +291,7 @@ def assert_close(ours, expected):
 
 @pytest.mark.skipif(not VECTORS.is_dir(), reason="no number vectors; FEDHPC_VECTORS names their folder")
 def test_layer_scores_of_an_independent_implementation():
-    from fedhpc.selection.score import layer_score
+    from fedhpc.selection.strategies.score import layer_score
     from fedhpc.selection.strategy import global_scores
 
     with h5py.File(VECTORS / "layer_scores.h5") as file:

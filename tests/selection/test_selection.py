@@ -5,7 +5,7 @@ from fedhpc.config import section_of
 from fedhpc.errors import ConfigError
 from fedhpc.registry import STRATEGIES
 from fedhpc.selection import make_strategy
-from fedhpc.selection.score import layer_score
+from fedhpc.selection.strategies.score import layer_score
 from fedhpc.selection.strategy import global_scores, num_selected
 
 SCORES = np.array([3.0, 5.0, 1.0, 5.0, 4.0, 1.0])

@@ -10,7 +10,7 @@ from fedhpc.commands.sweep.experiment_file import place, refusal
 from fedhpc.commands.sweep.standing import standing, waiting
 from fedhpc.errors import CheckpointError
 from fedhpc.files import replacing, write_whole
-from fedhpc.tuning.attempt import SOURCE
+from fedhpc.registry import TUNINGS
 
 RECORD = "checkpoint.sha256"
 """File of an export: names the checkpoint that it was made from. An export that somebody made by hand has none."""
@@ -77,8 +77,9 @@ def find_exports(experiment: Experiment) -> list[Export]:
             problems.append(
                 f"tuning.sources: {source}: is not there, and no cell of needs: is exported to it ({some_of(cells)})"
             )
-        elif export and (kind := export.cell.config.tuning.kind) != SOURCE:
-            problems.append(f"tuning.sources: {source}: its cell has tuning.kind: {kind}, {SOURCE} is needed")
+        elif export and not TUNINGS[kind := export.cell.config.tuning.kind].is_prompt_before_text:
+            needed = " or ".join(name for name, part in TUNINGS.items() if part.is_prompt_before_text)
+            problems.append(f"tuning.sources: {source}: its cell has tuning.kind: {kind}, {needed} is needed")
         elif export and export.is_due and _checkpoint(export.cell.run_dir) is None:
             problems.append(
                 f"tuning.sources: {source}: cannot be exported, {export.cell.run_dir} has no checkpoint any more; "

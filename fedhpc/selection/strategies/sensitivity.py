@@ -13,7 +13,7 @@ import numpy as np
 
 from fedhpc.job.deferred import Tensor, torch
 from fedhpc.registry import STRATEGIES
-from fedhpc.selection.score import ScoredConfig
+from fedhpc.selection.strategies.score import ScoredConfig
 from fedhpc.selection.strategy import Strategy
 from fedhpc.tuning.base import as_parameters
 
