@@ -12,6 +12,7 @@ Nothing here loads PyTorch.
 import hashlib
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,12 +140,13 @@ def load_plugins(modules: Iterable[str]) -> None:
     load_installed()
     for module in modules:
         if module not in _loaded:
+            if not {"", os.getcwd()} & set(sys.path):  # the program `fedhpc` does not look here by itself
+                sys.path.append(os.getcwd())
             _import(module, f"plugins: {module}")
             _loaded.add(module)
 
 
 def _import(module: str, who: str) -> None:
-    sys.path.append("")
     try:
         importlib.import_module(module)
     except ConfigError as error:
@@ -154,8 +156,6 @@ def _import(module: str, who: str) -> None:
             f"; looked for in {Path.cwd()} and where Python looks" if isinstance(error, ModuleNotFoundError) else ""
         )
         raise ConfigError(f"{who} cannot be imported: {type(error).__name__}: {error}{looked}") from error
-    finally:
-        sys.path.remove("")
 
 
 def source_sha256(parts: Iterable[type], plugins: Iterable[str]) -> Mapping[str, str]:

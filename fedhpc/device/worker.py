@@ -301,6 +301,7 @@ class Worker:
 
     def select(self, command: Command) -> np.ndarray:
         """Take over the selected layers; every device goes on from the same local tensors."""
+        self.method.layout = self.tuning.exchanged(command.layers)
         self.unseen = DeviceState(local=command.payload.copy())
         kept = self.tuning.kept_elements(command.layers)
         self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}

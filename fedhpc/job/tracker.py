@@ -48,10 +48,13 @@ class Trackers:
     """All trackers of a run."""
 
     def __init__(self, config: Config) -> None:
-        self._trackers = [TRACKERS[entry.kind](entry) for entry in config.tracker_sections]
+        self._all = [TRACKERS[entry.kind](entry) for entry in config.tracker_sections]
+        self._trackers: list[Tracker] = []
+        """Those that have begun and not failed."""
 
     def begin(self, *args: Any) -> None:
         """See `Tracker`."""
+        self._trackers = list(self._all)
         self._tell("begin", *args)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
@@ -61,6 +64,7 @@ class Trackers:
     def end(self) -> None:
         """See `Tracker`."""
         self._tell("end")
+        self._trackers = []
 
     def _tell(self, what: str, *args: Any) -> None:
         for tracker in list(self._trackers):

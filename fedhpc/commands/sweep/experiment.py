@@ -27,6 +27,7 @@ from fedhpc.commands.sweep.experiment_file import (
 from fedhpc.config import Config, flatten
 from fedhpc.config_file import check_values, known_keys, read_values, suggestion
 from fedhpc.errors import ConfigError
+from fedhpc.registry import load_plugins
 
 FIGURES = (
     *("rounds", "accuracy", "accuracy_global", "best_accuracy_global", "bytes", "seconds"),
@@ -123,6 +124,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), out: str | None =
         ConfigError: with all that is wrong in any cell.
     """
     file, moved = read_experiment(path, overrides, out)
+    load_plugins(_plugins(path, file))
     axes = {name: _axis(name, given) for name, given in file.grid.items()}
     needs = []
     for name in file.needs:
@@ -151,6 +153,13 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), out: str | None =
         budget_bytes=file.budget_bytes,
         reference=None if file.reference is None else Path(os.path.normpath(path.parent / file.reference)),
     )
+
+
+def _plugins(path: Path, file: ExperimentFile) -> list[str]:
+    """The modules that the file or its base names; their keys are known to the grid, too."""
+    base = Path(os.path.normpath(path.parent / str(file.base)))
+    found = file.settings.get("plugins") or (read_values(base).get("plugins") if base.is_file() else None)
+    return [module for module in found if isinstance(module, str)] if isinstance(found, list) else []
 
 
 def _load_needed(path: Path, overrides: Sequence[str], out: str | None) -> tuple[Experiment, dict[str, str]]:
