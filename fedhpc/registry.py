@@ -9,9 +9,11 @@ packages that name themselves in the entry-point group ``fedhpc.plugins``, and t
 Nothing here loads PyTorch.
 """
 
+import ast
 import hashlib
 import importlib
 import inspect
+import linecache
 import os
 import pkgutil
 import sys
@@ -190,8 +192,20 @@ def _module_source(name: str) -> bytes:
 def _class_source(part: type) -> bytes:
     try:
         return inspect.getsource(part).encode()
-    except (OSError, TypeError):  # typed into an interpreter that keeps no text
-        return repr(sorted(vars(part))).encode()
+    except (OSError, TypeError):  # a notebook's, or typed into an interpreter that keeps no text
+        return (_cell_source(part) or repr(sorted(vars(part)))).encode()
+
+
+def _cell_source(part: type) -> str | None:
+    """The text of a class in a notebook's cell: `inspect` finds that of functions alone."""
+    for function in filter(inspect.isfunction, vars(part).values()):
+        code = function.__code__
+        lines = linecache.getlines(code.co_filename)
+        for node in ast.walk(ast.parse("".join(lines))):
+            if isinstance(node, ast.ClassDef) and code.co_firstlineno in range(node.lineno, (node.end_lineno or 0) + 1):
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                return "".join(lines[first - 1 : node.end_lineno])
+    return None
 
 
 def _sha256(source: bytes) -> str:
