@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.config import section_of
+from fedhpc.config import Config, section_of
+from fedhpc.errors import ConfigError
 from fedhpc.exchange.encoding import Encoding
 from fedhpc.federation.partition import Partitioner, make_partition
-from fedhpc.methods import Method, Population, ServerState
+from fedhpc.methods import FedAvg, Method, Population, ServerState
 from fedhpc.methods.updates import BLOCK, Layout, RoundUploads, Vector
 from fedhpc.registry import ENCODINGS, METHODS, PARTITIONS, Registry
 
@@ -21,7 +22,7 @@ NUM_DEVICES, SAMPLED = 7, 4
 
 
 def check_method(part: type[Method], **keys: Any) -> None:
-    """A server method: pure, block by block equal, through a checkpoint, whatever order uploads are summed in.
+    """A server method: pure, block by block equal, the same from a checkpoint.
 
     Args:
         part: the method's class, registered.
@@ -34,9 +35,10 @@ def check_method(part: type[Method], **keys: Any) -> None:
     state = method.init(_vector(0))
     for round_index in range(3):
         uploads = _uploads(method, state, round_index)
-        before = _copy(state)
+        before, sent = _copy(state), [*map(np.copy, uploads.params)]
         new = method.update(state, uploads)
         assert _equal(before, state), "update changed the state that it was given; make new vectors"
+        assert all(map(np.array_equal, sent, uploads.params)), "update changed the uploads that it was given"
         assert new.round == state.round + 1, f"the state after round {state.round} says round {new.round}"
         assert _equal(method.update(state, uploads), new), "the same state and uploads led to another state"
         assert _equal(_method(part, keys).update(_restored(state), uploads), new), (
@@ -67,8 +69,11 @@ def check_encoding(part: type[Encoding], **keys: Any) -> None:
 
     What a device keeps makes up for what was not sent: over many uploads the server has got all changes.
     """
-    config = section_of(ENCODINGS, encoding=_name(ENCODINGS, part), **keys)
-    encoding = part(config)
+    exchange = {"encoding": _name(ENCODINGS, part), **keys}
+    config = Config.model_validate(
+        {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}, "exchange": exchange}
+    )
+    encoding = part.make(config, _method(FedAvg, {}))
     kept: dict[str, np.ndarray] = {}
     start, sent, wanted = _vector(0), np.zeros(SIZE), np.zeros(SIZE)
     for round_index in range(4):
@@ -100,7 +105,10 @@ def check_partition(part: type[Partitioner], **keys: Any) -> None:
     config = section_of(PARTITIONS, partition=_name(PARTITIONS, part), num_devices=NUM_DEVICES, **keys)
     rng = np.random.default_rng(0)
     labels, validation = rng.integers(0, 3, 500), rng.integers(0, 3, 60)
-    one, same = (make_partition(labels, validation, config, 5) for _ in range(2))
+    try:
+        one, same = (make_partition(labels, validation, config, 5) for _ in range(2))
+    except ConfigError as error:
+        raise AssertionError(str(error)) from error
     assert np.array_equal(np.sort(np.concatenate(one.train)), np.arange(500)), "an example is on no device, or on two"
     assert all(map(np.array_equal, one.train, same.train)), "the same seed led to another partition"
 

@@ -79,7 +79,13 @@ def make_partition(
     _check(train_labels, partitioner)
     num_devices = config.num_devices
     num_classes = 1 + max(train_labels.max(), validation_labels.max(initial=0))
-    train = _parts(partitioner.owners(train_labels, num_classes), num_devices)
+    owners = np.asarray(partitioner.owners(train_labels, num_classes))
+    if owners.shape != train_labels.shape or not set(owners.tolist()) <= set(range(num_devices)):
+        raise ConfigError(
+            f"federation.partition: {config.partition} must give each of the {len(train_labels)} examples a device "
+            f"from 0 to {num_devices - 1}; found {len(owners)} from {owners.min()} to {owners.max()}"
+        )
+    train = _parts(owners, num_devices)
     if empty := [device for device, part in enumerate(train) if not len(part)]:
         raise ConfigError(f"federation.partition: {config.partition} leaves devices {empty[:5]} without an example")
 
