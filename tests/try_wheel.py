@@ -1,6 +1,6 @@
 """Build a wheel, install it into an empty environment, and do everything once from an empty folder.
 
-    python tests/wheel.py --data FOLDER --model MODEL --python python3.13 --out dist
+    python tests/try_wheel.py --data FOLDER --model MODEL --python python3.13 --out dist
 
 FOLDER holds train.tsv and dev.tsv, with a column `label`. The first --python builds; each of them installs the wheel,
 with what it needs, as constraints.txt has it.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from wheel import build, tour
+from try_wheel import build, tour
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
