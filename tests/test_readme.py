@@ -18,7 +18,7 @@ from fedhpc.data.tasks import load_task
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_PROGRAMS = {"cp", "jupyter", "pip"}
+OTHER_PROGRAMS = {"cp", "export", "jupyter", "pip"}
 
 
 def blocks(page, *languages):
