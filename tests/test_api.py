@@ -261,7 +261,9 @@ SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize(("registry", "check", "name", "keys"), SHIPPED, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("registry", "check", "name", "keys"), SHIPPED, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_what_fedhpc_brings_passes_the_checks(registry, check, name, keys):
     check(registry[name], **keys)
 
@@ -363,7 +365,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("check", "register_it", "part", "words"), BROKEN, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("check", "register_it", "part", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_what_breaks_a_rule_is_refused_with_the_reason(check, register_it, part, words):
     with pytest.raises(AssertionError, match=words):
         check(register(part, register_it))
