@@ -51,6 +51,12 @@ class Registry:
     def register(self, name: str) -> Callable[[type], Any]:
         """A class decorator: from now on the class is the part of this name.
 
+        Examples:
+            >>> @fedhpc.register_metric("errors")
+            ... class Errors(fedhpc.Metric):
+            ...     def scores(self, counts, accuracy):
+            ...         return {"errors": 1 - accuracy}
+
         Raises:
             ConfigError: another class has the name.
         """
@@ -66,6 +72,9 @@ class Registry:
             return part
 
         return add
+
+    def __repr__(self) -> str:
+        return f"Registry({self.what!r})"
 
     def __getitem__(self, name: str) -> Any:
         load_shipped()
