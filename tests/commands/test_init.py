@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from fedhpc.config_file import load_config
 from fedhpc.data.tasks import load_task
@@ -169,7 +170,8 @@ GOOD = [{"text": "the place was", "kind": kind} for kind in "abab"]
         ({}, ["--label", "kind", "--model", "nowhere/model"], "model 'nowhere/model' cannot be read"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_one_message(fedhpc, here, backbone, files, arguments, message):
+def test_what_is_wrong_is_said_in_one_message(fedhpc, here, monkeypatch, backbone, files, arguments, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # a model's name that is no folder is one of the hub
     data = {"train.tsv": GOOD, "dev.tsv": GOOD} if "--data" not in arguments else {}
     for file, rows in (data | files).items():
         write((here / file), rows)

@@ -88,7 +88,7 @@ def _flip_last_byte(path):
 
 
 def test_missing_directory_and_missing_description(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere is no directory.*prepare\.py"):
+    with pytest.raises(DataError, match=r"nowhere is no directory.*fedhpc prepare"):
         PreparedData.open(tmp_path / "nowhere", verify=False)
     with pytest.raises(DataError, match=r"holds no description\.json"):
         PreparedData.open(tmp_path, verify=False)

@@ -53,7 +53,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig
-from fedhpc.data import preparing
+from fedhpc.data import preparing, tokenizer_files
 from fedhpc.errors import ModelError
 from fedhpc.model import pretrained
 from fedhpc.model.last_layer import LastLayer
@@ -457,7 +457,7 @@ def test_architectures_that_take_no_prompts_are_refused(tmp_path):
     with pytest.raises(
         ModelError, match=r"tuning.kind: prompt: model.name: .*falcon takes no notice of it; choose another tuning.kind"
     ):
-        read_tuning(tmp_path / "falcon").check(falcon)
+        read_tuning(tmp_path / "falcon").check_on(falcon)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     AlbertModel(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(tmp_path / "albert")
     albert = load_backbone(tmp_path / "albert", "bert", head="linear")
@@ -465,12 +465,12 @@ def test_architectures_that_take_no_prompts_are_refused(tmp_path):
         ModelError,
         match=r"albert does not take it: its attention modules do not .* choose another tuning.kind",
     ):
-        read_tuning(tmp_path / "albert", head="linear").check(albert)
+        read_tuning(tmp_path / "albert", head="linear").check_on(albert)
     AlbertForMaskedLM(AlbertConfig(**sizes, embedding_size=16, intermediate_size=48)).save_pretrained(
         tmp_path / "words"
     )
     with pytest.raises(ModelError, match="words does not take it: its attention modules"):
-        read_tuning(tmp_path / "words").check(load_backbone(tmp_path / "words", "bert"))
+        read_tuning(tmp_path / "words").check_on(load_backbone(tmp_path / "words", "bert"))
     with pytest.raises(
         ModelError,
         match=r"albert model has no layers that can be told apart; choose a tuning.kind that changes neither",
@@ -488,7 +488,7 @@ def test_gradient_checkpointing_that_a_model_does_not_have_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "adapter", "full"])
 def test_architectures_that_take_no_prompts_can_be_tuned_otherwise(tmp_path, kind):
     falcon = load_backbone(save_falcon(tmp_path), "gpt2", kind=kind)
-    read_tuning(tmp_path, kind=kind).check(falcon)
+    read_tuning(tmp_path, kind=kind).check_on(falcon)
 
 
 def test_answers_that_see_each_other_are_refused(tmp_path):
@@ -510,7 +510,7 @@ def test_layers_that_ignore_prompts_are_named(folders, monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", deaf_in_layer_1)
     with pytest.raises(ModelError, match=r"llama takes no notice of prompts in layers \[1\]"):
-        read_tuning(folders["llama"]).check(load_backbone(folders["llama"], "llama"))
+        read_tuning(folders["llama"]).check_on(load_backbone(folders["llama"], "llama"))
 
 
 @pytest.mark.parametrize("cap", [3.0, 30.0, 100.0])
@@ -647,7 +647,7 @@ def test_a_model_without_sdpa_attention_is_refused_before_it_is_loaded(tmp_path)
 def test_a_sentencepiece_file_alone_names_the_extra_that_converts_it(tmp_path, monkeypatch, content, installed, advice):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.model").write_bytes(content)
-    monkeypatch.setattr(pretrained, "_is_installed", lambda package: package in installed)
+    monkeypatch.setattr(tokenizer_files, "_is_installed", lambda package: package in installed)
     assert ("pip install sentencepiece protobuf" in pretrained.tokenizer_advice(str(tmp_path))) == advice
     if not installed and advice:
         with pytest.raises(ModelError, match=r"cannot be loaded .*pip install sentencepiece protobuf$"):
