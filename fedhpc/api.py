@@ -128,6 +128,8 @@ def run(
     from fedhpc.job.environment import JobEnvironment
     from fedhpc.job.stopping import StopRequest
 
+    if not isinstance(config, Config):
+        raise TypeError(f"fedhpc.run takes what fedhpc.load_config gives, not {type(config).__name__}")
     stop, environment = StopRequest(), JobEnvironment()
     with ExitStack() as held:
         if handle_signals:

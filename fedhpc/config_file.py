@@ -160,7 +160,12 @@ def describe(errors: list[ErrorDetails]) -> list[str]:
         else:
             valid = details["msg"].removeprefix("Input should be ")
             expected.setdefault((key, repr(details["input"])), []).append(valid)
-    return lines + [f"{key}: should be {' or '.join(valid)}, found {found}" for (key, found), valid in expected.items()]
+    own = {f"{registry.section}.{registry.key}" for registry in SECTIONS}
+    advice = dict.fromkeys(own, "; one of your own needs its module under plugins:")
+    return lines + [
+        f"{key}: should be {' or '.join(valid)}, found {found}{advice.get(key, '')}"
+        for (key, found), valid in expected.items()
+    ]
 
 
 def _key_of(details: ErrorDetails) -> str:

@@ -17,6 +17,7 @@ import linecache
 import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -39,13 +40,15 @@ class Registry:
 
     Args:
         what: a part is called in messages.
+        base: the public class that a part derives from.
         section: of the configuration that has the parts' keys; empty where parts have none.
         key: in that section, which names a part.
         default: the part that is meant where the key is not given.
     """
 
-    def __init__(self, what: str, *, section: str = "", key: str = "", default: str = "") -> None:
-        self.what, self.section, self.key, self.default = what, section, key, default
+    def __init__(self, what: str, base: str, *, section: str = "", key: str = "", default: str = "") -> None:
+        self.what, self.base = what, base
+        self.section, self.key, self.default = section, key, default
         self._parts: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[type], Any]:
@@ -58,10 +61,13 @@ class Registry:
             ...         return {"errors": 1 - accuracy}
 
         Raises:
-            ConfigError: another class has the name.
+            ConfigError: another class has the name, or the class is no such part.
         """
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"a {self.what} is registered under a name: @fedhpc.register_...('mine')")
 
         def add(part: type) -> type:
+            self._check(name, part)
             taken = self._parts.get(name)
             if taken is not None and not _is_same(taken, part):
                 raise ConfigError(
@@ -72,6 +78,17 @@ class Registry:
             return part
 
         return add
+
+    def _check(self, name: str, part: type) -> None:
+        who = f"{self.what} {name!r}: {_place(part)}"
+        names = [each.__name__ if each.__module__.startswith("fedhpc.") else "" for each in part.__mro__]
+        if self.base not in names:
+            raise ConfigError(f"{who} must derive from fedhpc.{self.base}")
+        makes_others = any("make" in vars(each) for each in part.__mro__[: names.index(self.base)])
+        if not makes_others and (lacking := sorted(getattr(part, "__abstractmethods__", ()))):
+            raise ConfigError(f"{who} lacks {', '.join(lacking)}")
+        if self.section and not hasattr(part.Config, "model_fields"):  # type: ignore[attr-defined]
+            raise ConfigError(f"{who}: its Config must derive from that of fedhpc.{self.base}")
 
     def __repr__(self) -> str:
         return f"Registry({self.what!r})"
@@ -98,13 +115,13 @@ class Registry:
         return self._parts.items()
 
 
-METHODS = Registry("server method", section="server", key="method", default="fedpeptao")
-TUNINGS = Registry("tuning", section="tuning", key="kind", default="prompt")
-PARTITIONS = Registry("partition", section="federation", key="partition", default="dirichlet")
-STRATEGIES = Registry("selection strategy", section="selection", key="strategy", default="score")
-ENCODINGS = Registry("upload encoding", section="exchange", key="encoding", default="dense")
-METRICS = Registry("metric")
-TRACKERS = Registry("tracker")
+METHODS = Registry("server method", "Method", section="server", key="method", default="fedpeptao")
+TUNINGS = Registry("tuning", "Tuning", section="tuning", key="kind", default="prompt")
+PARTITIONS = Registry("partition", "Partitioner", section="federation", key="partition", default="dirichlet")
+STRATEGIES = Registry("selection strategy", "Strategy", section="selection", key="strategy", default="score")
+ENCODINGS = Registry("upload encoding", "Encoding", section="exchange", key="encoding", default="dense")
+METRICS = Registry("metric", "Metric")
+TRACKERS = Registry("tracker", "Tracker")
 SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS)
 """Registries whose parts have keys in a section of the configuration."""
 
@@ -150,6 +167,9 @@ def load_plugins(modules: Iterable[str]) -> None:
     """
     load_installed()
     for module in modules:
+        if "/" in module or module.endswith(".py"):
+            name = Path(module).name.removesuffix(".py")
+            raise ConfigError(f"plugins: {module} is a file; give the module's name, {name}, and start where it lies")
         if module not in _loaded:
             if not {"", os.getcwd()} & set(sys.path):  # the program `fedhpc` does not look here by itself
                 sys.path.append(os.getcwd())
@@ -163,10 +183,11 @@ def _import(module: str, who: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"{who}: {error}") from None
     except Exception as error:
-        looked = (
-            f"; looked for in {Path.cwd()} and where Python looks" if isinstance(error, ModuleNotFoundError) else ""
-        )
-        raise ConfigError(f"{who} cannot be imported: {type(error).__name__}: {error}{looked}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        words = f" ({where.filename}, line {where.lineno})"
+        if isinstance(error, ModuleNotFoundError):
+            words = f"; looked for in {Path.cwd()} and where Python looks: start in its folder, or set PYTHONPATH"
+        raise ConfigError(f"{who} cannot be imported: {type(error).__name__}: {error}{words}") from error
 
 
 def source_sha256(parts: Iterable[type], plugins: Iterable[str]) -> Mapping[str, str]:

@@ -60,8 +60,8 @@ for path in good:
 """
 CLASS = """
 @fedhpc.register_method("mine")
-class Mine:
-    def step(self, state):
+class Mine(fedhpc.methods.FedAvg):
+    def apply(self, state, sums, uploads):
         return state + 1
 """
 SOURCE = "import fedhpc, fedhpc.registry\n{}\nprint(fedhpc.registry.source_sha256([Mine], []))\n"

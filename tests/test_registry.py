@@ -11,11 +11,12 @@ import pytest
 import yaml
 from tiny import ROOT
 
+import fedhpc
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError
 from fedhpc.methods import FedAvg
 from fedhpc.methods.fedpeptao import FedPepTAO
-from fedhpc.registry import METHODS, TUNINGS, Registry, source_sha256
+from fedhpc.registry import METHODS, TUNINGS, Registry, load_plugins, source_sha256
 
 PACKAGE = ROOT / "fedhpc"
 TWIN = '''"""FedAvg's twin."""
@@ -71,11 +72,50 @@ def test_the_twin_of_fedavg_is_one_file(tmp_path):
 
 
 def test_a_name_is_taken_once_and_a_class_may_be_defined_again():
-    registry = Registry("thing")
+    registry = Registry("thing", "Method")
     registry.register("a")(FedAvg)
     assert registry.register("a")(FedAvg) is FedAvg
     with pytest.raises(ConfigError, match=r"thing 'a' is registered twice: by .*FedAvg and .*FedPepTAO"):
         registry.register("a")(FedPepTAO)
+
+
+class NoPart:
+    pass
+
+
+class Unfinished(fedhpc.Method):
+    def init(self, params):
+        return params
+
+
+class PlainConfig(FedAvg):
+    class Config:
+        rho = 1
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (NoPart, r"server method 'x': .*NoPart must derive from fedhpc.Method"),
+        (Unfinished, r"server method 'x': .*Unfinished lacks step"),
+        (PlainConfig, r"server method 'x': .*PlainConfig: its Config must derive from that of fedhpc.Method"),
+    ],
+)
+def test_a_class_that_is_no_such_part_is_refused(part, words):
+    with pytest.raises(ConfigError, match=words):
+        METHODS.register("x")(part)
+    assert "x" not in METHODS
+
+
+def test_a_decorator_without_a_name_is_refused():
+    with pytest.raises(ConfigError, match="a server method is registered under a name"):
+        METHODS.register(FedAvg)
+
+
+@pytest.mark.parametrize("module", ["mine.py", "./mine", "/somewhere/mine.py"])
+def test_a_plugin_is_a_module_not_a_file(module):
+    with pytest.raises(ConfigError, match=r"is a file; give the module's name, mine, and start where it lies"):
+        load_plugins([module])
 
 
 def test_the_identity_has_the_source_of_strangers_alone(tmp_path, monkeypatch):

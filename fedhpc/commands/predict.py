@@ -67,6 +67,10 @@ def predict_records(
     Raises:
         UserError: the run or a text cannot be used.
     """
+    texts = [texts] if isinstance(texts, str) else texts
+    for text in texts:
+        if not isinstance(text, str | Mapping | Sequence):
+            raise DataError(f"predict takes texts, not {type(text).__name__}")
     trained = load_trained(run_dir, device)
     description = trained.job.data.description
     fields = template_fields(description.template)

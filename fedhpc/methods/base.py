@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,6 +189,7 @@ class Method(Part, ABC):
         """
         size = state.params.size
         outline = self._step_of(slice(0), state, uploads)
+        self._check_step(outline)
         # Control variates in one piece of memory: the system hands it out in pages of 2 MB, not 4 kB. The other vectors
         # in another, which does not stay when those have gone to disk.
         num_control = len(outline.control)
@@ -200,10 +201,22 @@ class Method(Part, ABC):
             block = slice(first, first + BLOCK)
             part = self._step_of(block, state, uploads)
             for target, source in zip(new.all_vectors(), part.all_vectors(), strict=True):
+                if source.shape != target[block].shape:
+                    self._refuse(f"made vectors of shape {source.shape} of {target[block].size} elements")
                 target[block] = source
 
         list(_threads().map(fill, range(0, size, BLOCK)))
         return replace(new, control={**state.control, **new.control})
+
+    def _check_step(self, state: Any) -> None:
+        if not isinstance(state, ServerState):
+            self._refuse(f"gave {type(state).__name__}, not a ServerState")
+        for name, vector in {"params": state.params, **state.vectors}.items():
+            if not isinstance(vector, np.ndarray) or vector.dtype != np.float32:
+                self._refuse(f"made {name} of {getattr(vector, 'dtype', type(vector).__name__)}; vectors are float32")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ConfigError(f"server.method: {self.config.method}: a step of {type(self).__qualname__} {what}")
 
     def _step_of(self, block: slice, state: ServerState, uploads: RoundUploads) -> ServerState:
         return self.step(state.restrict(block), uploads.block(block))
@@ -246,7 +259,10 @@ class SummedMethod(Method):
     def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """One round; sums run in the order of device ids unless they come with the uploads."""
         sums, control = (uploads.sums, {}) if uploads.sums else self._add_up(state, uploads.in_device_order())
-        return replace(self.apply(state, sums, uploads), round=state.round + 1, control=control)
+        new = self.apply(state, sums, uploads)
+        if not isinstance(new, ServerState):
+            self._refuse(f"gave {type(new).__name__}, not a ServerState")
+        return replace(new, round=state.round + 1, control=control)
 
     def _add_up(self, state: ServerState, uploads: RoundUploads) -> tuple[Sums, dict[int, Vector]]:
         start = state.params.astype(np.float64)

@@ -248,14 +248,6 @@ class FedPepTAO(Method):
         """Tells runs of `released` from those of when it computed what `paper` computes."""
         return {RELEASED_STEPS: "pile up"} if config.server.variant == "released" else {}
 
-    def init(self, params: Vector) -> ServerState:
-        """Of a variant."""
-        raise NotImplementedError
-
-    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
-        """Of a variant."""
-        raise NotImplementedError
-
 
 def may_be_old_released(config: Mapping[str, Any]) -> bool:
     """Whether a run's configuration, dotted, leaves open which of both it computed."""

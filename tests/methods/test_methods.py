@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedhpc.config import section_of
-from fedhpc.methods import LocalRule, Population, make_method
+from fedhpc.errors import ConfigError
+from fedhpc.methods import FedAvg, LocalRule, Population, make_method
 from fedhpc.methods.updates import RoundUploads
 from fedhpc.registry import METHODS
 
@@ -301,3 +302,32 @@ def test_layer_scores_of_an_independent_implementation():
             scores.append([layer_score(hidden) for hidden in entry["hidden_states"]])
             assert scores[-1] == pytest.approx(entry["scores"][()], rel=1e-6)
         assert global_scores(np.array(scores), file["num_examples"][()]) == pytest.approx(file["scores"][()], rel=1e-6)
+
+
+class NoState(FedAvg):
+    def apply(self, state, sums, uploads):
+        return sums.mean
+
+
+class WrongType(FedAvg):
+    def apply(self, state, sums, uploads):
+        return dataclasses.replace(state, params=sums.mean)
+
+
+class WrongShape(FedAvg):
+    def apply(self, state, sums, uploads):
+        return dataclasses.replace(state, params=np.float32(sums.mean.sum(keepdims=True)))
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (NoState, "a step of NoState gave ndarray, not a ServerState"),
+        (WrongType, "a step of WrongType made params of float64; vectors are float32"),
+        (WrongShape, r"a step of WrongShape made vectors of shape \(1,\)"),
+    ],
+)
+def test_a_step_that_makes_something_else_is_refused(part, words):
+    wrong = part(section_of(METHODS, method="fedavg"), Population(num_devices=5, sample_rate=0.4, num_examples=8))
+    with pytest.raises(ConfigError, match=words):
+        wrong.update(wrong.init(P0), uploads([[0, 4], [8, 0]]))

@@ -101,9 +101,9 @@ def test_an_installed_package_is_found(world, on_three_ranks, tmp_path):
     ("source", "words"),
     [
         (None, ("plugins: mine cannot be imported", "No module named 'mine'", "looked for in")),
-        ("1 / 0", ("plugins: mine cannot be imported: ZeroDivisionError",)),
+        ("1 / 0", ("plugins: mine cannot be imported: ZeroDivisionError", "mine.py, line 1)")),
         (
-            "import fedhpc\n@fedhpc.register_method('fedavg')\nclass Mine(fedhpc.Method): pass\n",
+            "import fedhpc\n@fedhpc.register_method('fedavg')\nclass Mine(fedhpc.methods.FedAvg): pass\n",
             ("server method 'fedavg' is registered twice", "fedhpc.methods.fedavg.FedAvg and mine.Mine"),
         ),
     ],
