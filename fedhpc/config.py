@@ -534,10 +534,8 @@ def unused_keys(config: Config) -> list[tuple[Registry, str]]:
     """Keys of other parts that a section was given, unless as what they are by default, with the section's registry."""
     found = []
     for registry in SECTIONS:
-        section = getattr(config, registry.section)
-        for key in sorted(
-            section.model_fields_set - registry[getattr(section, registry.key)].Config.model_fields.keys()
-        ):
+        section, own = getattr(config, registry.section), config.parts[registry.section].Config.model_fields
+        for key in sorted(section.model_fields_set - own.keys()):
             owners = [part.Config.model_fields for _, part in registry.items() if key in part.Config.model_fields]
             if any(getattr(section, key) != fields[key].get_default(call_default_factory=True) for fields in owners):
                 found.append((registry, key))
@@ -552,6 +550,11 @@ def every_default() -> dict[str, Any]:
             for key, info in part.Config.model_fields.items():
                 found.setdefault(f"{registry.section}.{key}", info.get_default(call_default_factory=True))
     return found
+
+
+def least_values() -> dict[str, Any]:
+    """The least that a valid configuration says, for what needs no more of one than its other keys."""
+    return {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}
 
 
 def section_of(registry: Registry, **values: Any) -> Any:

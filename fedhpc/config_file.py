@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedhpc.config import CLOCK, Config, every_default, flatten
+from fedhpc.config import CLOCK, Config, every_default, flatten, least_values
 from fedhpc.errors import ConfigError
 from fedhpc.registry import SECTIONS
 from fedhpc.yaml_files import YAML_ERRORS, read, read_value, text_of
@@ -61,8 +61,7 @@ def read_clock(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: with all that is wrong, one line each; among it keys that decide more than the time.
     """
-    values: dict[str, Any] = {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}
-    config, problems = check_values(values, overrides)
+    config, problems = check_values(least_values(), overrides)
     given = [text.partition("=")[0].strip() for text in overrides]
     free = [f"simulation.{key}" for key in CLOCK]
     problems += [f"--set {key}: of finished runs only {', '.join(free)} can be set" for key in given if key not in free]
@@ -197,7 +196,7 @@ def _keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-_OF_PARTS = {key for registry in SECTIONS for key in _keys_of(Config) if key.startswith(f"{registry.section}.")}
+_OF_PARTS = {key for key in _keys_of(Config) if key.startswith(tuple(f"{registry.section}." for registry in SECTIONS))}
 """Keys that `every_default` knows, too."""
 
 

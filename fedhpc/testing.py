@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.config import Config, section_of
+from fedhpc.config import Config, least_values, section_of
 from fedhpc.errors import ConfigError
 from fedhpc.exchange.encoding import Encoding
 from fedhpc.federation.partition import Partitioner, make_partition
@@ -70,9 +70,7 @@ def check_encoding(part: type[Encoding], **keys: Any) -> None:
     What a device keeps makes up for what was not sent: over many uploads the server has got all changes.
     """
     exchange = {"encoding": _name(ENCODINGS, part), **keys}
-    config = Config.model_validate(
-        {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}, "exchange": exchange}
-    )
+    config = Config.model_validate({**least_values(), "exchange": exchange})
     encoding = part.make(config, _method(FedAvg, {}))
     kept: dict[str, np.ndarray] = {}
     start, sent, wanted = _vector(0), np.zeros(SIZE), np.zeros(SIZE)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedhpc.config import WITHOUT_EFFECT, Config, every_default, flatten
+from fedhpc.config import WITHOUT_EFFECT, Config, every_default, flatten, least_values
 
 Identity = dict[str, Any]
 """What it is about -> text or number."""
@@ -46,8 +46,7 @@ def model_identity(config: Mapping[str, Any], weights_sha256: str) -> Identity:
 
 def default_settings() -> Identity:
     """What counts where an identity leaves a setting out, because it is older than that."""
-    needed = {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}
-    return every_default() | flatten(Config.model_validate(needed).model_dump())
+    return every_default() | flatten(Config.model_validate(least_values()).model_dump())
 
 
 def differences(

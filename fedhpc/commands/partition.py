@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.config import FederationConfig
+from fedhpc.config import FederationConfig, least_values
 from fedhpc.config_file import check_values
 from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import ConfigError, DataError
@@ -87,8 +87,7 @@ def _settings(arguments: argparse.Namespace) -> FederationConfig:
     """The section `federation` that the arguments give; ConfigError with all that is wrong."""
     given = {key: getattr(arguments, key) for key in ("num_devices", "partition", "alpha", "shards_per_device")}
     federation = {key: value for key, value in given.items() if value is not None}
-    values = {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}, "federation": federation}
-    config, problems = check_values(values, arguments.set)
+    config, problems = check_values({**least_values(), "federation": federation}, arguments.set)
     if config is None:
         raise ConfigError("; ".join(problems))
     return config.federation
