@@ -1,5 +1,6 @@
 """Tiny backbones with large random weights, and batches, descriptions and configurations for them."""
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import (
@@ -125,7 +126,14 @@ def make_batch(name, lengths=(9, 4, 7), *, seed=3, num_classes=3):
     slots = size - 1 if kind_of(name) == "decoder" else size // 2
     labels = torch.arange(len(lengths)) % num_classes
     ids = ids.where(mask, 1)
-    return Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=labels, sizes=(len(lengths),))
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        slots=slots,
+        labels=labels,
+        sizes=(len(lengths),),
+        lengths=np.array(lengths),
+    )
 
 
 def random_prompts(backbone_config, dtype=torch.float32, *, num_tokens=NUM_TOKENS, std=0.7):

@@ -113,8 +113,13 @@ class Batch:
     """int64 ``[b]``."""
     sizes: tuple[int, ...]
     """Examples of each device that has some in the batch, in their order; their sum is b."""
-    is_padded: bool = True
-    """False: the texts are of one length."""
+    lengths: np.ndarray
+    """Tokens of each example [b], where the host can read them."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the texts are of several lengths."""
+        return bool(self.lengths.min(initial=self.input_ids.shape[1]) < self.input_ids.shape[1])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another torch device; to a GPU without waiting for it."""
@@ -178,7 +183,7 @@ class Split:
             slots=torch.from_numpy(self.slots[chosen].astype(np.int64)),
             labels=torch.from_numpy(self.labels[chosen].astype(np.int64)),
             sizes=(len(chosen),) if sizes is None else tuple(sizes),
-            is_padded=not mask.all(),
+            lengths=lengths,
         )
 
 

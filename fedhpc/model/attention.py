@@ -1,9 +1,10 @@
 """Prompts in a backbone's attention, through transformers' attention interface.
 
-The registered attention functions are wrapped so that a `prompts` argument [N, L, 2, T, D], when a forward pass carries
-one, puts the layer's prompt keys and values first, those of an example's own device; `sizes` [N] says how many examples
-each device has, `memory` belongs to fedhpc.model.last_layer, `later` is another mask, from some layer on. Without them
-they do what they did before. No model code is patched.
+The registered attention functions are wrapped so that a `prompts` argument, L tensors [N, 2, T, D], when a forward
+pass carries one, puts the layer's prompt keys and values first, those of an example's own device; `sizes` [N] says
+how many examples each device has, `rows` that texts lie one behind the other (fedhpc.model.rows), `memory` belongs to
+fedhpc.model.last_layer, `later` is another mask, from some layer on. Without them they do what they did before. No
+model code is patched.
 
 Shapes: N devices, b examples, s positions, L layers, T prompt tokens per layer, D key width.
 """
@@ -20,10 +21,13 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fedhpc.model.last_layer import Memory
+from fedhpc.model.rows import Rows
 
 
 def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function of transformers with the layer's prompt keys and values put first."""
+    is_sdpa = attention is sdpa_attention_forward
+    attention = _exact(attention)
 
     def attend(
         module: Any,
@@ -32,29 +36,44 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
         value: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
-        prompts: Tensor | None = None,
+        prompts: Sequence[Tensor] | None = None,
         sizes: Sequence[int] = (),
+        rows: Rows | None = None,
         memory: Memory | None = None,
         later: tuple[int, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         if (later is not None or prompts is not None) and not hasattr(module, "layer_idx"):
             raise AttributeError("its attention modules do not say which layer they are in")
+        causal = kwargs.get("is_causal")
+        causal = is_sdpa and (getattr(module, "is_causal", True) if causal is None else causal)
+        prefix = None if prompts is None else _split_heads(prompts[module.layer_idx], key)
+        if rows is not None:
+            return rows.attend(
+                attention, module, query, key, value, *args, prefix=prefix, memory=memory, causal=causal, **kwargs
+            )
         if later is not None and module.layer_idx >= later[0]:
             attention_mask = later[1]
         if memory is not None and memory.known is not None:
             key, value, attention_mask = memory.known
-        elif prompts is not None or memory is not None:
-            num_tokens = 0 if prompts is None else prompts.shape[-2]
-            if prompts is not None:
-                key, value = _with_prompts(module, key, value, prompts, sizes)
-            causal = kwargs.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
-            attention_mask = _widen(
-                attention_mask, query, num_tokens, causal=causal and attention is sdpa_attention_forward
-            )
+        elif prefix is not None or memory is not None:
+            num_tokens = 0 if prefix is None else prefix.shape[3]
+            if prefix is not None:
+                key, value = (_put_first(prefix[:, i], own, sizes) for i, own in enumerate((key, value)))
+            attention_mask = _widen(attention_mask, query, num_tokens, causal=causal)
             if memory is not None:
                 memory.keep(key, value, attention_mask)
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attend
+
+
+def _exact(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; on a CPU it computes in float32 at least."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
         if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
             # PyTorch's 16-bit attention is several times slower on a CPU, in the backward pass above all.
             exact = (tensor.float() for tensor in (query, key, value))
@@ -67,13 +86,9 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-def _with_prompts(
-    module: Any, key: Tensor, value: Tensor, prompts: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    heads, head_dim = key.shape[1], key.shape[3]  # heads: of keys and values
-    prefix = prompts[:, module.layer_idx].to(key.device, key.dtype)  # [N, 2, T, D]
-    prefix = prefix.unflatten(3, (heads, head_dim)).transpose(2, 3)  # [N, 2, heads, T, head_dim]
-    return _put_first(prefix[:, 0], key, sizes), _put_first(prefix[:, 1], value, sizes)
+def _split_heads(prompts: Tensor, key: Tensor) -> Tensor:
+    """A layer's prompts [N, 2, heads, T, head_dim] from [N, 2, T, D], with as many heads as keys [b, heads, s, ...]."""
+    return prompts.to(key.device, key.dtype).unflatten(3, (key.shape[1], key.shape[3])).transpose(2, 3)
 
 
 def _put_first(prefix: Tensor, tensor: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -6,9 +6,11 @@ V words.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -30,6 +32,7 @@ from fedhpc.model.pretrained import (
     load_frozen,
     shape_of,
 )
+from fedhpc.model.rows import Rows
 from fedhpc.model.word_head import WordHead
 from fedhpc.registry import TUNINGS
 
@@ -62,7 +65,9 @@ class Backbone(nn.Module):
         if config.gradient_checkpointing:
             self._recompute_layers(config.name)
         self._last_layer: LastLayer | None = None
-        self._check(config, tuning)
+        self._in_rows = False
+        """Whether the texts of a batch lie one behind the other, so that no padding is computed."""
+        self._check(config, tuning, longest=max(split["longest"] for split in data.splits.values()))
 
     def _load(self, config: ModelConfig, data: Description, torch_device: torch.device) -> Any:
         return load_frozen(config, head=data.head, kind=data.kind, torch_device=torch_device)
@@ -97,7 +102,10 @@ class Backbone(nn.Module):
 
     @contextmanager
     def watched_embeddings(self, moved: Tensor | float = 0.0) -> Iterator[list[Tensor]]:
-        """Add ``moved`` to the word embeddings [b, s, H] in this context; the list of the results, for gradients."""
+        """Add ``moved`` to the word embeddings [b, s, H] in this context; the list of the results, for gradients.
+
+        Batches are padded here.
+        """
         seen: list[Tensor] = []
 
         def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -106,13 +114,14 @@ class Backbone(nn.Module):
 
         hook = self.base.get_input_embeddings().register_forward_hook(replace)
         try:
-            yield seen
+            with self._padded():
+                yield seen
         finally:
             hook.remove()
 
     @torch.no_grad()
     def layer_outputs(self, batch: Batch) -> list[Tensor]:
-        """Each layer's output [b, s, H], without prompts."""
+        """Each layer's output [b, s, H], without prompts; at padding too, which the papers' scores count."""
         outputs: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -120,7 +129,8 @@ class Backbone(nn.Module):
 
         hooks = [layer.register_forward_hook(keep) for layer in self._layers]
         try:
-            self.hidden(batch)
+            with self._padded():
+                self.hidden(batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -171,7 +181,7 @@ class Backbone(nn.Module):
         narrow = {"slots": batch.slots + first} if self._last_layer and overlay is not NO_OVERLAY else {}
         hidden = self._run(batch.input_ids, self._mask(batch), positions, overlay, batch, **narrow)
         if narrow:
-            return hidden[:, 0]
+            return hidden.flatten(0, 1)
         return hidden[torch.arange(len(hidden), device=hidden.device), batch.slots]
 
     def _mask(self, batch: Batch) -> Tensor | None:
@@ -186,15 +196,51 @@ class Backbone(nn.Module):
         if tokens is not None:
             inputs, enter = self._with_tokens(tokens, inputs, batch)
         if overlay.prompts is not None:
-            inputs |= {"prompts": overlay.prompts.to(self.base.dtype), "sizes": batch.sizes}
+            # Taken apart at once: the gradient of one layer's part is as large as the whole.
+            inputs |= {"prompts": overlay.prompts.to(self.base.dtype).unbind(1), "sizes": batch.sizes}
+        rows = self._rows(batch, inputs, overlay) if self._in_rows and batch.is_padded else None
+        if rows is not None:
+            inputs = _one_behind_the_other(rows, inputs)
+            if enter is not None:
+                layer, put_first = enter
+                enter = layer, lambda hidden: rows.pack(put_first(rows.unpack(hidden)))
         if self.kind == "decoder":
             inputs["use_cache"] = False
-        self._hooks.set(overlay.edits, enter)
+        self._hooks.set(overlay.edits, rows.of_devices if rows else partial(_of_devices, batch.sizes), enter)
         output = (
             functional_call(self.base, dict(overlay.weights), (), inputs) if overlay.weights else self.base(**inputs)
         )
         hidden: Tensor = output.last_hidden_state.to(self.torch_device)
-        return hidden[:, tokens.count :] if tokens is not None and "slots" not in extra else hidden
+        if "slots" in extra:
+            return hidden
+        hidden = hidden if rows is None else rows.unpack(hidden)
+        return hidden if tokens is None else hidden[:, tokens.count :]
+
+    def _rows(self, batch: Batch, inputs: dict[str, Any], overlay: Overlay) -> Rows:
+        """The batch's texts, soft tokens before and answers behind them, one behind the other."""
+        before = overlay.tokens.count if overlay.tokens else 0
+        behind = inputs["position_ids"].shape[1] - before - batch.input_ids.shape[1]
+        in_text = np.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+        mask = inputs["attention_mask"]
+        later, *masks = inputs.get("later", (0,))
+        return Rows(
+            np.pad(in_text, ((0, 0), (before, behind)), constant_values=True),
+            batch.sizes,
+            [mask if mask is not None and mask.dim() == 4 else None, *masks],
+            later=later,
+            prompt_tokens=0 if overlay.prompts is None else overlay.prompts.shape[3],
+            width=self.base.config.hidden_size,
+            device=self.torch_device,
+        )
+
+    @contextmanager
+    def _padded(self) -> Iterator[None]:
+        """In this context batches are padded."""
+        before, self._in_rows = self._in_rows, False
+        try:
+            yield
+        finally:
+            self._in_rows = before
 
     def _with_tokens(
         self, tokens: SoftTokens, inputs: dict[str, Any], batch: Batch
@@ -235,16 +281,19 @@ class Backbone(nn.Module):
             return (counted.cumsum(1) + first_position) * counted + padding
         return torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
 
-    def probe(self) -> Batch:
-        """A text of a few tokens, all different, from all over the vocabulary."""
+    def probe(self, *lengths: int) -> Batch:
+        """Texts of a few tokens, all different, from all over the vocabulary."""
         first = int(getattr(self.base.config, "pad_token_id", None) == 0)  # padding may have a position of its own
         last = len(self.base.get_input_embeddings().weight) - 1
-        ids = torch.linspace(first, last, PROBE_TOKENS, device=self.torch_device).long()[None]
-        mask, slot = torch.ones_like(ids, dtype=torch.bool), torch.full_like(ids[:, 0], PROBE_TOKENS - 1)
-        return Batch(input_ids=ids, attention_mask=mask, slots=slot, labels=slot, sizes=(1,), is_padded=False)
+        size = np.array(lengths or [PROBE_TOKENS])
+        ids = torch.linspace(first, last, int(size.max()), device=self.torch_device).long().expand(len(size), -1)
+        slots = torch.from_numpy(size - 1).to(self.torch_device)
+        mask = torch.arange(ids.shape[1], device=self.torch_device) <= slots[:, None]
+        sizes = (len(size),)
+        return Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=sizes, lengths=size)
 
     @torch.no_grad()
-    def _check(self, config: ModelConfig, tuning: TuningConfig) -> None:
+    def _check(self, config: ModelConfig, tuning: TuningConfig, *, longest: int) -> None:
         """Refuse what would not give the model's own numbers; what a tuning needs, `Tuning.check` looks for.
 
         No logits of other words than the class words are computed from here on, unless they are needed.
@@ -257,6 +306,9 @@ class Backbone(nn.Module):
             known = self._same(self.hidden(batch), hidden)
         if not known:
             raise ModelError(f"{who} numbers its positions as fedhpc does not know, and cannot be used")
+        shape, with_prompts = shape_of(config.name, self.base.config), TUNINGS[tuning.kind].prompts_in_layers
+        if config.attention == "sdpa":
+            self._in_rows = self._rows_are_right(shape, longest, with_prompts=with_prompts)
         if self._head is None:
             return
         with no_surprise(f"{who} cannot score class words; {LINEAR_HEAD}"):
@@ -269,23 +321,20 @@ class Backbone(nn.Module):
             raise ModelError(f"{who} has logits that fedhpc does not know how to compute; {LINEAR_HEAD}")
         if self.answers.branch_tokens:
             with no_surprise(f"{who} cannot score class words of several tokens; {OTHER_WORDS}"):
-                right = self._branches_are_right(batch)
+                right = self._branches_are_right()
             if not right:
                 raise ModelError(
                     f"{who} does not only look where the attention mask says, and so cannot score class words of "
                     f"several tokens; {OTHER_WORDS}"
                 )
         if config.attention == "sdpa":
-            self._narrow_last_layer(
-                shape_of(config.name, self.base.config), with_prompts=TUNINGS[tuning.kind].prompts_in_layers
-            )
+            self._narrow_last_layer(shape, with_prompts=with_prompts)
 
-    def _branches_are_right(self, text: Batch) -> bool:
+    def _branches_are_right(self) -> bool:
         """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""
-        ids, lengths = text.input_ids.expand(2, -1), text.slots + torch.tensor([1, -2], device=self.torch_device)
-        mask = torch.arange(PROBE_TOKENS, device=self.torch_device) < lengths[:, None]
-        slots = lengths - 1
-        scores = self.word_scores(Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=(2,)))
+        batch = self.probe(PROBE_TOKENS, PROBE_TOKENS - 3)
+        ids, slots = batch.input_ids, batch.slots
+        scores = self.word_scores(batch)
         longest = sorted(range(len(self.answers.word_ids)), key=lambda c: -len(self.answers.word_ids[c]))[:2]
         for row, slot in enumerate(slots.tolist()):
             for c in longest:
@@ -309,26 +358,63 @@ class Backbone(nn.Module):
         usual = float(size[size.isfinite()].double().square().mean().sqrt().nan_to_num())
         return torch.allclose(ours.to(theirs), theirs, rtol=tolerance, atol=tolerance * usual, equal_nan=True)
 
+    def _rows_are_right(self, shape: BackboneShape, longest: int, *, with_prompts: bool) -> bool:
+        """Whether texts one behind the other have the hidden states that they have side by side, padded."""
+        lengths, window = (PROBE_TOKENS, 3, 5), shape.sliding_window
+        if window is not None and window < longest + PROBE_TOKENS:  # with prompts, shorter texts may pass it
+            lengths = (max(lengths[0], min(longest, window + 2)), *lengths[1:])
+        batch = self.probe(*lengths)
+        in_text = torch.from_numpy(np.flatnonzero(np.arange(max(lengths)) < batch.lengths[:, None]))
+        with suppress(*NOT_TAKEN):
+            for overlay in self._probe_overlays(shape, with_prompts=with_prompts):
+                found = []
+                for self._in_rows in (False, True):
+                    hidden = self.hidden(batch, overlay).flatten(0, 1)
+                    found.append(hidden[in_text.to(hidden.device)])
+                if not self._same(*found):
+                    return False
+            return True
+        return False
+
+    def _probe_overlays(self, shape: BackboneShape, *, with_prompts: bool) -> list[Overlay]:
+        """No prompts, and where a tuning has them, some."""
+        size = (1, shape.num_layers, 2, 1, shape.key_width)
+        prompts = Overlay(prompts=torch.full(size, 0.1, device=self.torch_device))
+        return [Overlay(), *([prompts] if with_prompts else [])]
+
     @torch.no_grad()
     def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:
         """Compute the last layer at the answer slots alone, if that gives the same numbers with this model."""
-        ids = torch.arange(3, device=self.torch_device).expand(3, 3)
-        mask = torch.ones_like(ids, dtype=torch.bool).tril(1)
-        batch = Batch(input_ids=ids, attention_mask=mask, slots=ids[0], labels=ids[0], sizes=(3,))
-        overlays = [Overlay()]
-        if with_prompts:
-            size = (1, shape.num_layers, 2, 1, shape.key_width)
-            overlays.append(Overlay(prompts=torch.full(size, 0.1, device=self.torch_device)))
+        batches = [self.probe(2, 2, 3), self.probe(3, 3, 3)]
+        slots = torch.arange(3, device=self.torch_device)
+        tries = [
+            (replace(batch, slots=slots.minimum(batch.slots)), overlay)
+            for batch in batches
+            for overlay in self._probe_overlays(shape, with_prompts=with_prompts)
+        ]
         same = False
         # What raises here does so in `Tuning.check` too, or in nothing that is asked for.
         with suppress(*NOT_TAKEN):
-            wanted = [self._at_slots(batch, overlay) for overlay in overlays]
+            wanted = [self._at_slots(*each) for each in tries]
             self._last_layer = LastLayer(self._layers[-1])
-            found = [self._at_slots(batch, overlay) for overlay in overlays]
+            found = [self._at_slots(*each) for each in tries]
             same = self._same(torch.cat(found), torch.cat(wanted))
         if self._last_layer and not same:
             self._last_layer.restore()
             self._last_layer = None
+
+
+def _one_behind_the_other(rows: Rows, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model's inputs, of one row; a mask of four dimensions, which nobody looks at, keeps it from making one."""
+    texts = {name: rows.pack(inputs[name]) for name in inputs.keys() & {"input_ids", "inputs_embeds", "position_ids"}}
+    others = {name: value for name, value in inputs.items() if name not in {*texts, "later", "sizes"}}
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.device)
+    return {**others, **texts, "attention_mask": no_mask, "rows": rows}
+
+
+def _of_devices(sizes: Sequence[int], count: int) -> list[int]:
+    """How many of so many rows belong to each device, where every text has equally many."""
+    return [count // sum(sizes) * size for size in sizes]
 
 
 class LayerModes:

@@ -11,8 +11,9 @@ from typing import Any
 
 from fedhpc.job.deferred import Tensor, nn, torch
 
-Edit = Callable[[int, Tensor, Tensor], Tensor]
-"""A module's output from its layer's index, its input and what it put out by itself."""
+Edit = Callable[[int, Tensor, Tensor, Sequence[int]], Tensor]
+"""A module's output [r, out] from its layer's index, its input [r, in], what it put out by itself [r, out], and how
+many of the r rows belong to each device; a row is a token, or a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +52,28 @@ class Hooks:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
         self._edits: Mapping[str, Edit] = {}
+        self._sizes: Callable[[int], Sequence[int]] | None = None
         self._hooked: set[str] = set()
         self._enter: tuple[int, Callable[[Tensor], Tensor]] | None = None
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._before(index))
 
-    def set(self, edits: Mapping[str, Edit], enter: tuple[int, Callable[[Tensor], Tensor]] | None) -> None:
-        """Change modules' outputs, and the hidden states [b, s, H] that enter one layer, from now on."""
+    def set(
+        self,
+        edits: Mapping[str, Edit],
+        sizes: Callable[[int], Sequence[int]],
+        enter: tuple[int, Callable[[Tensor], Tensor]] | None,
+    ) -> None:
+        """Change modules' outputs, and the hidden states that enter one layer, from now on.
+
+        Args:
+            sizes: how many of so many rows belong to each device.
+        """
         for path in sorted(edits.keys() - self._hooked):
             for index, layer in enumerate(self._layers):
                 layer.get_submodule(path).register_forward_hook(self._after(path, index))
             self._hooked.add(path)
-        self._edits, self._enter = edits, enter
+        self._edits, self._sizes, self._enter = edits, sizes, enter
 
     def _before(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def change(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -75,20 +86,19 @@ class Hooks:
     def _after(self, path: str, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def change(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             edit = self._edits.get(path)
-            return edit(index, inputs[0], output) if edit else None
+            if edit is None or self._sizes is None:
+                return None
+            rows = output.flatten(0, -2)
+            return edit(index, inputs[0].flatten(0, -2), rows, self._sizes(len(rows))).view_as(output)
 
         return change
 
 
 def each_device(function: Callable[[int, Tensor], Tensor], tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``function(device's place, its examples)`` for every device with examples in ``tensor`` [b, ...] or [b * s, ...].
-
-    OPT's feed-forward block has examples and positions in one axis.
-    """
+    """``function(device's place, its rows)`` for every device with rows in ``tensor`` [r, ...]; ``sizes``: how many."""
     if len(sizes) == 1:
         return function(0, tensor)
-    rows = len(tensor) // sum(sizes)
-    parts = tensor.split([rows * size for size in sizes])
+    parts = tensor.split(list(sizes))
     return torch.cat([function(place, part) for place, part in enumerate(parts)])
 
 

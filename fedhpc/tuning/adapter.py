@@ -59,12 +59,12 @@ class Adapter(ModuleTuning):
                 f"up.{module}.bias": (num_layers, width),
             }
 
-    def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
+    def edit(self, module: str, rows: Sequence[Rows]) -> Edit:
         """See `ModuleTuning`."""
 
         names = [f"{part}.{module}{kind}" for part in ("down", "up") for kind in ("", ".bias")]
 
-        def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
+        def adapt(layer: int, inputs: Tensor, output: Tensor, sizes: Sequence[int]) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
                 down, down_bias, up, up_bias = (rows[place][name][layer].to(x) for name in names)
                 return x + functional.linear(functional.gelu(functional.linear(x, down, down_bias)), up, up_bias)

@@ -265,7 +265,7 @@ class ModuleTuning(Tuning):
     """Paths within a layer."""
 
     @abstractmethod
-    def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
+    def edit(self, module: str, rows: Sequence[Rows]) -> Edit:
         """What becomes of a module's output; rows in the backbone's type."""
 
     def overlay(
@@ -279,7 +279,7 @@ class ModuleTuning(Tuning):
         # Taken apart at once: the gradient of one row of a tensor is as large as the tensor.
         dtype = backbone.base.dtype
         rows = [{name: own[name].to(dtype).unbind() for name in self.per_layer} for own in params]
-        return Overlay(edits={module: self.edit(module, rows, batch.sizes) for module in self.modules})
+        return Overlay(edits={module: self.edit(module, rows) for module in self.modules})
 
 
 def linear_heads(params: Sequence[Params], pooled: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -289,7 +289,7 @@ def linear_heads(params: Sequence[Params], pooled: Tensor, sizes: Sequence[int])
 
 
 def rows_of_devices(each: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """A tensor [b, ...] with every device's own tensor [...] for each of its examples."""
+    """A tensor [r, ...] with every device's own tensor [...] for each of its rows; ``sizes``: how many it has."""
     return torch.cat([own.expand(size, *own.shape) for own, size in zip(each, sizes, strict=True)])
 
 

@@ -70,10 +70,10 @@ class LoRA(ModuleTuning):
             return float((3 * self.per_layer[name][2]) ** -0.5)
         return super().initial_scale(name)
 
-    def edit(self, module: str, rows: Sequence[Rows], sizes: Sequence[int]) -> Edit:
+    def edit(self, module: str, rows: Sequence[Rows]) -> Edit:
         """See `ModuleTuning`."""
 
-        def adapt(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
+        def adapt(layer: int, inputs: Tensor, output: Tensor, sizes: Sequence[int]) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
                 a, b = (rows[place][f"lora_{part}.{module}"][layer].to(x) for part in "AB")
                 return functional.linear(functional.linear(x, a), b * self.scaling)

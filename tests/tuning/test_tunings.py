@@ -104,7 +104,7 @@ def test_devices_side_by_side_score_as_one_by_one(world, name, kind):
 
 
 def pick(batch, rows, sizes):
-    tensors = {key: getattr(batch, key)[rows] for key in ("input_ids", "attention_mask", "slots", "labels")}
+    tensors = {key: getattr(batch, key)[rows] for key in ("input_ids", "attention_mask", "slots", "labels", "lengths")}
     return type(batch)(**tensors, sizes=sizes)
 
 

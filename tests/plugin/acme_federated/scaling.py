@@ -30,10 +30,10 @@ class Scaling(fedhpc.tuning.ModuleTuning):
             _, outputs = structure.linears[module]
             self.per_layer[f"scale.{module}"] = (shape.num_layers, outputs)
 
-    def edit(self, module, rows, sizes):
+    def edit(self, module, rows):
         """See :class:`fedhpc.tuning.ModuleTuning`."""
 
-        def adapt(layer, inputs, output):
+        def adapt(layer, inputs, output, sizes):
             def of_device(place, x):
                 scale = rows[place][f"scale.{module}"][layer].to(x)
                 return torch.addcmul(x, x, scale, value=self.config.strength)

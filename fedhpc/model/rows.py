@@ -1,0 +1,285 @@
+"""Texts one behind the other in one row of tokens, so that no layer computes padding; attention takes them in groups.
+
+Linear layers, norms and embeddings see a batch of one row, [1, n]. Only attention has to know where a text begins: it
+puts texts of similar length side by side, each group padded to its longest.
+
+Shapes: b texts, s columns of the padded batch, n tokens of all texts together, k texts of a group, l tokens of its
+longest, T prompt tokens, H hidden size, m places of all groups together (k * l each).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CALL_COST = {"cpu": 2e5, "cuda": 2e8}
+"""What one more call of attention costs, in hidden elements of pairs of tokens; only speed depends on it."""
+
+
+class Group:
+    """Texts whose attention is computed together."""
+
+    def __init__(self, texts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        self.texts, self.lengths = texts, lengths[texts]
+        self.longest = int(self.lengths.max())
+        self.is_even = bool(self.lengths.min() == self.longest)
+        self.in_text = np.arange(self.longest) < self.lengths[:, None]
+        """[k, l]"""
+
+
+class Rows:
+    """The texts of a batch as one row of tokens."""
+
+    def __init__(
+        self,
+        in_text: NDArray[np.bool_],
+        sizes: Sequence[int],
+        masks: Sequence[Tensor | None] = (None,),
+        *,
+        later: int = 0,
+        prompt_tokens: int,
+        width: int,
+        device: torch.device,
+    ) -> None:
+        """See the class.
+
+        Args:
+            in_text: which places of the padded batch hold tokens [b, s].
+            sizes: texts of each device.
+            masks: attention mask [b, 1, s, s], None where a model's own is meant; the last one from layer ``later`` on.
+            prompt_tokens: T.
+            width: H.
+            device: where the model takes its input.
+        """
+        self.lengths = in_text.sum(1)
+        self.sizes = list(sizes)
+        self.device = device
+        self._in_text, self._masks, self._later = in_text, masks, later
+        cost = CALL_COST.get(device.type, CALL_COST["cuda"]) / width
+        self.groups = [Group(texts, self.lengths) for texts in groups_of(self.lengths, prompt_tokens, cost)]
+        self._known: dict[Any, Any] = {}
+
+    @cached_property
+    def first(self) -> NDArray[np.int64]:
+        """Where each text begins in the row [b]."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[1, n, ...] from [b, s, ...]."""
+        return padded.flatten(0, 1).index_select(0, self._index("tokens", padded.device))[None]
+
+    def unpack(self, row: Tensor) -> Tensor:
+        """[b, s, ...] from [1, n, ...], zeros where no text is."""
+        padded = row.new_zeros(self._in_text.size, *row.shape[2:])
+        return padded.index_copy(0, self._index("tokens", row.device), row[0]).unflatten(0, self._in_text.shape)
+
+    def at(self, columns: Tensor) -> Tensor:
+        """Places [b] in the row of columns [b] of the texts."""
+        return columns + self._index("first", columns.device)
+
+    def of_devices(self, count: int) -> list[int]:
+        """How many of so many rows of a tensor belong to each device: of n tokens, or of b texts."""
+        if count == len(self.lengths):
+            return self.sizes
+        return [int(part.sum()) for part in np.split(self.lengths, np.cumsum(self.sizes)[:-1])]
+
+    def attend(
+        self,
+        attention: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        prefix: Tensor | None,
+        memory: Any,
+        causal: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention's output [1, n, heads, head_dim], each text by itself.
+
+        Args:
+            attention: a function of transformers.
+            query: [1, heads, n, head_dim], as keys and values.
+            prefix: the devices' prompt keys and values of the layer [N, 2, heads, T, head_dim].
+            memory: `fedhpc.model.last_layer.Memory`; then n is b where the layer runs a second time.
+        """
+        if memory is not None and memory.known is not None and query.shape[2] == len(self.lengths):
+            return self._at_slots(attention, module, query, memory.known, *args, **kwargs)
+        keys, values = (self._grouped(tensor) for tensor in (key, value))
+        if prefix is not None:
+            num_tokens = prefix.shape[3]
+            of_text = np.repeat(np.arange(len(self.sizes)), self.sizes)
+            firsts = [self._prefixes(prefix, of_text[group.texts]) for group in self.groups]
+            keys = [torch.cat([first[:, 0], own], dim=2) for first, own in zip(firsts, keys, strict=True)]
+            values = [torch.cat([first[:, 1], own], dim=2) for first, own in zip(firsts, values, strict=True)]
+        else:
+            num_tokens = 0
+        which = self._masks[-1 if getattr(module, "layer_idx", 0) >= self._later else 0]
+        about = (which, num_tokens, causal, kwargs.get("sliding_window"))
+        if memory is not None and memory.known is None:  # it is known where the first pass is computed again
+            masks = [self._mask(group, *about, may_skip=False) for group in self.groups]
+            memory.keep_groups(
+                keys,
+                values,
+                [self._slot_rows(group, mask, memory.slots) for group, mask in zip(self.groups, masks, strict=True)],
+            )
+        masks = [self._mask(group, *about, may_skip=num_tokens == 0) for group in self.groups]
+        parts = zip(self._grouped(query), keys, values, masks, strict=True)
+        outputs = [attention(module, q, k, v, mask, *args, **kwargs)[0] for q, k, v, mask in parts]
+        together = torch.cat([output.flatten(0, 1) for output in outputs])
+        return together.index_select(0, self._index("places", together.device))[None], None
+
+    def _at_slots(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, known: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """The same at one position of each text: query [1, heads, b, head_dim], output [1, b, heads, head_dim]."""
+        sizes = [len(group.texts) for group in self.groups]
+        queries = query[0].transpose(0, 1).index_select(0, self._index("texts", query.device)).unsqueeze(2)
+        parts = zip(queries.split(sizes), *known, strict=True)
+        outputs = [attention(module, q, k, v, mask, *args, **kwargs)[0] for q, k, v, mask in parts]
+        together = torch.cat(outputs).flatten(0, 1)
+        return together.index_select(0, self._index("order", together.device))[None], None
+
+    def _grouped(self, tensor: Tensor) -> list[Tensor]:
+        """[k, heads, l, head_dim] of each group, zeros behind a text, from [1, heads, n, head_dim]."""
+        tokens = tensor[0].transpose(0, 1)  # [n, heads, head_dim]
+        if all(group.is_even for group in self.groups):
+            placed = tokens.index_select(0, self._index("origins", tensor.device))
+        else:
+            places = sum(group.in_text.size for group in self.groups)
+            placed = tokens.new_zeros(places, *tokens.shape[1:])
+            placed = placed.index_copy(0, self._index("places", tensor.device), tokens)
+        parts = placed.split([group.in_text.size for group in self.groups])
+        return [
+            part.unflatten(0, group.in_text.shape).transpose(1, 2)
+            for part, group in zip(parts, self.groups, strict=True)
+        ]
+
+    def _prefixes(self, prefix: Tensor, of_text: NDArray[np.int64]) -> Tensor:
+        """Each text's own device's [k, 2, heads, T, head_dim] of [N, ...]."""
+        if len(prefix) == 1:
+            return prefix.expand(len(of_text), *prefix.shape[1:])
+        return prefix.index_select(0, torch.from_numpy(of_text).to(prefix.device))
+
+    def _mask(
+        self, group: Group, given: Tensor | None, num_tokens: int, causal: bool, window: int | None, *, may_skip: bool
+    ) -> Tensor | None:
+        """[k or 1, 1, l, T + l] with T visible columns in front; None for all, or what a model masks by itself."""
+        window = None if window is None or window >= group.longest else window
+        key = (id(group), id(given), num_tokens, causal, window, may_skip)
+        if key not in self._known:
+            self._known[key] = self._make_mask(group, given, num_tokens, causal, window, may_skip)
+        mask: Tensor | None = self._known[key]
+        return mask
+
+    def _make_mask(
+        self,
+        group: Group,
+        given: Tensor | None,
+        num_tokens: int,
+        causal: bool,
+        window: int | None,
+        may_skip: bool,
+    ) -> Tensor | None:
+        if given is not None:
+            mask = self._own_columns(group, given)
+        elif causal:  # what comes behind a text is later than all of it
+            if may_skip and window is None:
+                return None
+            mask = torch.ones(1, 1, group.longest, group.longest, dtype=torch.bool).tril()
+        elif group.is_even and window is None:
+            return None
+        else:
+            mask = torch.from_numpy(group.in_text)[:, None, None].expand(-1, 1, group.longest, -1)
+        if window is not None:
+            places = torch.arange(group.longest)
+            mask = mask & ((places[:, None] - places).abs() < window).to(mask.device)
+        return torch.nn.functional.pad(mask, (num_tokens, 0), value=True).to(self.device)
+
+    def _own_columns(self, group: Group, given: Tensor) -> Tensor:
+        """A given mask [b, 1, s, s] of a group's texts, without the columns between their tokens [k, 1, l, l]."""
+        columns = np.argsort(~self._in_text[group.texts], axis=1, kind="stable")[:, : group.longest]
+        own, texts = (torch.from_numpy(each).to(given.device) for each in (columns, group.texts))
+        chosen = given[texts[:, None, None], 0, own[:, :, None], own[:, None, :]]
+        # A place behind a text sees what the text's first token sees: something, and nobody sees it.
+        in_text = torch.from_numpy(group.in_text).to(given.device)
+        return torch.where(in_text[:, :, None], chosen & in_text[:, None, :], in_text[:, None, :])[:, None]
+
+    def _slot_rows(self, group: Group, mask: Tensor | None, slots: Tensor) -> Tensor | None:
+        """The mask [k, 1, 1, T + l] at the slots of a group's texts."""
+        if mask is None:
+            return None
+        texts = torch.from_numpy(group.texts).to(slots.device)
+        return mask_at(slots[texts], mask.expand(len(texts), -1, -1, -1))
+
+    def _index(self, name: str, device: torch.device) -> Tensor:
+        """One of the lists of places, where it is needed."""
+        if (name, device) not in self._known:
+            self._known[name, device] = torch.from_numpy(getattr(self, f"_{name}")()).to(device)
+        index: Tensor = self._known[name, device]
+        return index
+
+    def _tokens(self) -> NDArray[np.int64]:
+        """Of each token of the row [n]: its place in the padded batch."""
+        return np.flatnonzero(self._in_text)
+
+    def _first(self) -> NDArray[np.int64]:
+        return self.first
+
+    def _places(self) -> NDArray[np.int64]:
+        """Of each token of the row [n]: its place among those of all groups [m]."""
+        places, begin = np.empty(self.lengths.sum(), np.int64), 0
+        for group in self.groups:
+            within = begin + np.arange(group.in_text.size).reshape(group.in_text.shape)
+            places[self._of_row(group)] = within[group.in_text]
+            begin += group.in_text.size
+        return places
+
+    def _origins(self) -> NDArray[np.int64]:
+        """Of each place of all groups [m]: its token in the row, where there are as many."""
+        return np.concatenate([self._of_row(group) for group in self.groups])
+
+    def _of_row(self, group: Group) -> NDArray[np.int64]:
+        tokens: NDArray[np.int64] = (self.first[group.texts][:, None] + np.arange(group.longest))[group.in_text]
+        return tokens
+
+    def _texts(self) -> NDArray[np.int64]:
+        return np.concatenate([group.texts for group in self.groups])
+
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(self._texts())
+
+
+def mask_at(slots: Tensor, mask: Tensor) -> Tensor:
+    """The rows [b, 1, 1, T + s] of a mask [b, 1, s, T + s] at slots [b]."""
+    slots = slots.to(mask.device)
+    return mask[torch.arange(len(slots), device=mask.device), :, slots].unsqueeze(2)
+
+
+def groups_of(lengths: NDArray[np.int64], prompt_tokens: int, call_cost: float) -> list[NDArray[np.int64]]:
+    """The texts in groups, from short to long, so that pairs of tokens and calls together cost least.
+
+    Args:
+        lengths: tokens of each text [b].
+        prompt_tokens: keys before every text's own.
+        call_cost: of a group, in pairs of tokens.
+    """
+    order = np.argsort(lengths, kind="stable")
+    different, first = np.unique(lengths[order], return_index=True)
+    ends = [*first[1:], len(lengths)]
+    least, begin = np.zeros(len(different) + 1), np.zeros(len(different) + 1, np.int64)
+    for last, (longest, end) in enumerate(zip(different, ends, strict=True)):
+        costs = least[: last + 1] + call_cost + (end - first[: last + 1]) * longest * (longest + prompt_tokens)
+        begin[last + 1] = costs.argmin()
+        least[last + 1] = costs[begin[last + 1]]
+    cuts = [len(different)]
+    while cuts[-1]:
+        cuts.append(int(begin[cuts[-1]]))
+    bounds = [first[cut] if cut < len(different) else len(lengths) for cut in reversed(cuts)]
+    return [np.sort(order[start:end]) for start, end in pairwise(bounds)]
