@@ -102,17 +102,17 @@ class Registry:
         return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        load_shipped()
-        return iter(self._parts)
+        return (name for name, _ in self.items())
 
     def __len__(self) -> int:
         load_shipped()
         return len(self._parts)
 
     def items(self) -> Iterable[tuple[str, Any]]:
-        """Names and classes."""
+        """Names and classes: fedhpc's own by module, whichever was imported first, then the others."""
         load_shipped()
-        return self._parts.items()
+        own = ((part.__module__ if part.__module__.startswith("fedhpc.") else "~") for part in self._parts.values())
+        return [item for _, item in sorted(zip(own, self._parts.items(), strict=True), key=lambda each: each[0])]
 
 
 METHODS = Registry("server method", "Method", section="server", key="method", default="fedpeptao")

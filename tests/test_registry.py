@@ -16,7 +16,7 @@ from fedhpc.config import Config
 from fedhpc.errors import ConfigError
 from fedhpc.methods import FedAvg
 from fedhpc.methods.fedpeptao import FedPepTAO
-from fedhpc.registry import METHODS, TUNINGS, Registry, load_plugins, source_sha256
+from fedhpc.registry import ENCODINGS, METHODS, TUNINGS, Registry, load_plugins, source_sha256
 
 PACKAGE = ROOT / "fedhpc"
 TWIN = '''"""FedAvg's twin."""
@@ -141,3 +141,9 @@ def test_no_source_in_the_identity_of_a_run_without_plugins():
 def test_at_most_twelve_files_beside_the_folders():
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 12
     assert Path(PACKAGE / "py.typed").exists()
+
+
+def test_the_order_of_parts_does_not_depend_on_what_was_imported_first():
+    program = "import fedhpc.exchange.encodings.topk; from fedhpc.registry import ENCODINGS; print(*ENCODINGS)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(ENCODINGS) == ["dense", "topk"]

@@ -1,0 +1,185 @@
+"""A real decoder on real texts: training with fedhpc, one device at a time and four side by side, and with PEFT.
+
+    python benchmarks/real_decoder.py MODEL PREPARED... [--texts FILE.jsonl] [--json FILE]
+
+MODEL: a folder with a pretrained decoder, as SmolLM2-135M. PREPARED: folders that `fedhpc prepare` wrote for it. FILE.jsonl:
+texts in a column `prompt`, whose lengths count alone. Four devices have 16 texts each, in batches of 8; each trains one
+epoch, with deep prompts of 20 tokens and with LoRA. The other side is PEFT's sequence classifier in the loop of its
+examples: batches drawn at random, padded to their longest text. One CPU thread; all take turns in one process. Figures
+are texts a second, medians over the turns, and how many tokens were computed for each token of the texts.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from fedhpc.checkpoint.device_state import DeviceState
+from fedhpc.config import Config
+from fedhpc.data.prepared import PreparedData, Split
+from fedhpc.device.local_update import Assignment, local_updates
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.pretrained import load_tokenizer, read_shape
+from fedhpc.tuning import make_tuning
+
+NUM_TOKENS, RANK, BATCH, DEVICES, TEXTS, LONGEST = 20, 8, 8, 4, 16, 512
+KINDS = {
+    "deep prompts": (
+        {"kind": "prompt", "num_tokens": NUM_TOKENS},
+        PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=NUM_TOKENS),
+    ),
+    "LoRA": (
+        {"kind": "lora", "rank": RANK, "alpha": 2.0 * RANK},
+        LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]),
+    ),
+}
+
+
+def some_texts(split, rng):
+    """DEVICES * TEXTS examples of a split, as a split of their own."""
+    chosen = rng.choice(len(split), DEVICES * TEXTS, replace=False)
+    tokens = [split.tokens[split.offsets[i] : split.offsets[i + 1]] for i in chosen]
+    examples = [(ids, len(ids) - 1) for ids in tokens]
+    return Split.of(examples, split.labels[chosen], pad_id=split.pad_id)
+
+
+def texts_of(file, model, rng):
+    """As many texts of a file, of LONGEST tokens at most, with classes at random."""
+    prompts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    tokenizer = load_tokenizer(model)
+    chosen = rng.choice(len(prompts), DEVICES * TEXTS, replace=False)
+    ids = [tokenizer(prompts[i])["input_ids"][:LONGEST] for i in chosen]
+    return Split.of([(each, len(each) - 1) for each in ids], rng.integers(0, 2, len(ids)), pad_id=0)
+
+
+def ours(model, description, split, tuning_config, dtype):
+    """Functions that train all devices one by one, and side by side."""
+    config = Config.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {"name": model, "dtype": dtype},
+            "data": {"path": "unused"},
+            "device": {"epochs": 1, "batch_size": BATCH},
+            "tuning": tuning_config,
+        }
+    )
+    backbone = Backbone(config.model, config.tuning, description, torch.device("cpu"))
+    shape = read_shape(model)
+    tuning = make_tuning(config.tuning, shape, num_classes=len(description.class_names))
+    layers = tuple(range(shape.num_layers))
+    start, local = tuning.split(tuning.initial(0), layers)
+    assignments = [
+        Assignment(device=i, state=DeviceState(local=local), examples=np.arange(i * TEXTS, (i + 1) * TEXTS))
+        for i in range(DEVICES)
+    ]
+
+    def train(pack):
+        for first in range(0, DEVICES, pack):
+            for _ in local_updates(
+                config,
+                backbone,
+                tuning,
+                layers,
+                start=start,
+                assignments=assignments[first : first + pack],
+                split=split,
+                round_index=0,
+                pack=pack,
+            ):
+                pass
+
+    return {f"fedhpc, {pack} at a time": (lambda pack=pack: train(pack), backbone.base) for pack in (1, DEVICES)}
+
+
+def peft(model, split, peft_config, dtype, num_labels):
+    """A function that trains as many devices one by one."""
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=num_labels, dtype=getattr(torch, dtype), pad_token_id=split.pad_id
+    )
+    wrapped = get_peft_model(plain, peft_config)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=5e-3)
+    rng = np.random.default_rng(1)
+
+    def train():
+        for device in range(DEVICES):
+            order = device * TEXTS + rng.permutation(TEXTS)
+            for first in range(0, TEXTS, BATCH):
+                batch = split.batch(order[first : first + BATCH])
+                mask = batch.attention_mask.long()
+                output = wrapped(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels)
+                output.loss.backward()
+                torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                output.loss.item()
+
+    return {"PEFT": (train, plain.base_model)}
+
+
+def computed(work, base):
+    """Tokens that pass through the first layer's linear modules in some work."""
+    counts = []
+    name, module = next((n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and "mlp" in n)
+    hook = module.register_forward_hook(lambda module, inputs, output: counts.append(output[..., 0].numel()))
+    work()
+    hook.remove()
+    return sum(counts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("prepared", type=Path, nargs="+")
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    folders = [PreparedData.open(path, verify=False) for path in arguments.prepared]
+    sets = {
+        data.path.name: (data.description, some_texts(data.split("train"), np.random.default_rng(0)))
+        for data in folders
+    }
+    if arguments.texts:
+        split = texts_of(arguments.texts, arguments.model, np.random.default_rng(0))
+        about = {"train": {"longest": int(split.lengths.max())}}
+        sets[arguments.texts.parent.name] = (replace(folders[0].description, splits=about), split)
+    figures = []
+    for name, (description, split) in sets.items():
+        for dtype in arguments.dtypes:
+            for kind, (tuning_config, peft_config) in KINDS.items():
+                contenders = ours(arguments.model, description, split, tuning_config, dtype)
+                contenders |= peft(arguments.model, split, peft_config, dtype, len(description.class_names))
+                work = {who: computed(*each) / len(split.tokens) for who, each in contenders.items()}
+                times = {who: [] for who in contenders}
+                for _ in range(arguments.turns):
+                    for who, (train, _) in contenders.items():
+                        began = time.perf_counter()
+                        train()
+                        times[who].append(time.perf_counter() - began)
+                rates = {who: len(split) / statistics.median(found) for who, found in times.items()}
+                figures.append({"texts": name, "dtype": dtype, "tuning": kind, "texts/s": rates, "tokens/token": work})
+                print(
+                    f"{name} (tokens: median {np.median(split.lengths):.0f}, at most {split.lengths.max()}), {dtype}, {kind}: "
+                    + ", ".join(f"{who} {rate:.2f}/s ({work[who]:.2f} tokens)" for who, rate in rates.items())
+                    + "; times PEFT "
+                    + ", ".join(f"{rate / rates['PEFT']:.2f}" for who, rate in rates.items() if who != "PEFT"),
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
