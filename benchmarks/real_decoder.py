@@ -2,11 +2,11 @@
 
     python benchmarks/real_decoder.py MODEL PREPARED... [--texts FILE.jsonl] [--json FILE]
 
-MODEL: a folder with a pretrained decoder, as SmolLM2-135M. PREPARED: folders that `fedhpc prepare` wrote for it. FILE.jsonl:
-texts in a column `prompt`, whose lengths count alone. Four devices have 16 texts each, in batches of 8; each trains one
-epoch, with deep prompts of 20 tokens and with LoRA. The other side is PEFT's sequence classifier in the loop of its
-examples: batches drawn at random, padded to their longest text. One CPU thread; all take turns in one process. Figures
-are texts a second, medians over the turns, and how many tokens were computed for each token of the texts.
+MODEL: a folder with a pretrained decoder, as SmolLM2-135M. PREPARED: folders that `fedhpc prepare` wrote for it.
+FILE.jsonl: texts in a column `prompt`, whose lengths count alone. Four devices have 16 texts each, in batches of 8;
+each trains one epoch, with deep prompts of 20 tokens and with LoRA. The other side is PEFT's sequence classifier in a
+plain loop: batches drawn at random, padded to their longest text. One CPU thread; all take turns in one process.
+Figures are texts a second, medians over the turns, and how many tokens were computed for each token of the texts.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def peft(model, split, peft_config, dtype, num_labels):
 def computed(work, base):
     """Tokens that pass through the first layer's linear modules in some work."""
     counts = []
-    name, module = next((n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and "mlp" in n)
+    module = next(m for name, m in base.named_modules() if isinstance(m, nn.Linear) and "mlp" in name)
     hook = module.register_forward_hook(lambda module, inputs, output: counts.append(output[..., 0].numel()))
     work()
     hook.remove()
@@ -170,8 +170,9 @@ def main():
                         times[who].append(time.perf_counter() - began)
                 rates = {who: len(split) / statistics.median(found) for who, found in times.items()}
                 figures.append({"texts": name, "dtype": dtype, "tuning": kind, "texts/s": rates, "tokens/token": work})
+                lengths = f"tokens: median {np.median(split.lengths):.0f}, at most {split.lengths.max()}"
                 print(
-                    f"{name} (tokens: median {np.median(split.lengths):.0f}, at most {split.lengths.max()}), {dtype}, {kind}: "
+                    f"{name} ({lengths}), {dtype}, {kind}: "
                     + ", ".join(f"{who} {rate:.2f}/s ({work[who]:.2f} tokens)" for who, rate in rates.items())
                     + "; times PEFT "
                     + ", ".join(f"{rate / rates['PEFT']:.2f}" for who, rate in rates.items() if who != "PEFT"),

@@ -277,9 +277,9 @@ class ChangesState(FedAvg):
 
 
 class ChangesUploads(FedAvg):
-    def change(self, start, params, control, *, num_steps, learning_rate):
+    def change(self, start, params, control, *, num_steps, learning_rate, memory=None):
         params *= 2
-        return params.astype(np.float64), None
+        return params, None
 
 
 class Counts(FedAvg):

@@ -196,6 +196,7 @@ class Method(Part, ABC):
         num_others = len(list(outline.all_vectors())) - num_control
         rows = chain(*(np.empty((count, size), np.float32) for count in (num_others, num_control)))
         new = outline.each(lambda _: next(rows))
+        uploads = replace(uploads, control_memory=[new.control[device] for device in sorted(new.control)])
 
         def fill(first: int) -> None:
             block = slice(first, first + BLOCK)
@@ -203,7 +204,8 @@ class Method(Part, ABC):
             for target, source in zip(new.all_vectors(), part.all_vectors(), strict=True):
                 if source.shape != target[block].shape:
                     self._refuse(f"made vectors of shape {source.shape} of {target[block].size} elements")
-                target[block] = source
+                if not np.may_share_memory(source, target):
+                    target[block] = source
 
         list(_threads().map(fill, range(0, size, BLOCK)))
         return replace(new, control={**state.control, **new.control})
@@ -235,14 +237,15 @@ class SummedMethod(Method):
     @abstractmethod
     def change(
         self,
-        start: NDArray[np.float64],
+        start: Vector,
         params: Vector,
         control: Vector | np.float32,
         *,
         num_steps: int,
         learning_rate: float,
-    ) -> tuple[NDArray[np.float64], Vector | None]:
-        """A device's own vector [n] of the sums, new memory, and its new c_i.
+        memory: Vector | None = None,
+    ) -> tuple[Vector, Vector | None]:
+        """A device's own vector [n] of the sums, and its new c_i.
 
         Args:
             start: P^t.
@@ -250,6 +253,7 @@ class SummedMethod(Method):
             control: c_i before the round.
             num_steps: K_i.
             learning_rate: eta.
+            memory: where the new c_i may be written.
         """
 
     @abstractmethod
@@ -265,23 +269,25 @@ class SummedMethod(Method):
         return replace(new, round=state.round + 1, control=control)
 
     def _add_up(self, state: ServerState, uploads: RoundUploads) -> tuple[Sums, dict[int, Vector]]:
-        start = state.params.astype(np.float64)
-        sums = Sums(mean=np.zeros_like(start), total=np.zeros_like(start) if self.needs_total else None)
-        control = {}
+        size = state.params.size
+        sums = Sums(mean=np.zeros(size), total=np.zeros(size) if self.needs_total else None)
+        control, term = {}, np.empty(size)
         for i, device in enumerate(uploads.device_ids.tolist()):
             change, new_control = self.change(
-                start,
+                state.params,
                 uploads.params[i],
                 state.control.get(device, np.float32(0)),
                 num_steps=int(uploads.num_steps[i]),
                 learning_rate=uploads.device_learning_rate,
+                memory=uploads.control_memory[i] if uploads.control_memory else None,
             )
             if new_control is not None:
                 control[device] = new_control
+            term[:] = change  # NumPy takes twice as long over operands of two types
             if sums.total is not None:
-                sums.total[:] += change
-            change *= uploads.weights[i]
-            sums.mean[:] += change
+                sums.total[:] += term
+            term *= uploads.weights[i]
+            sums.mean[:] += term
         return sums, control
 
 

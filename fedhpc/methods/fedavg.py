@@ -7,7 +7,6 @@ Agüera y Arcas. AISTATS 2017. https://arxiv.org/abs/1602.05629, Algorithm 1.
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedhpc.methods.base import ServerState, SummedMethod, f32
 from fedhpc.methods.updates import RoundUploads, Sums, Vector
@@ -24,15 +23,16 @@ class FedAvg(SummedMethod):
 
     def change(
         self,
-        start: NDArray[np.float64],
+        start: Vector,
         params: Vector,
         control: Vector | np.float32,
         *,
         num_steps: int,
         learning_rate: float,
-    ) -> tuple[NDArray[np.float64], Vector | None]:
+        memory: Vector | None = None,
+    ) -> tuple[Vector, Vector | None]:
         """P_i."""
-        return params.astype(np.float64), None
+        return params, None
 
     def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
         """The mean is the result."""

@@ -56,20 +56,18 @@ class DriftCorrected(SummedMethod):
 
     def change(
         self,
-        start: NDArray[np.float64],
+        start: Vector,
         params: Vector,
         control: Vector | np.float32,
         *,
         num_steps: int,
         learning_rate: float,
-    ) -> tuple[NDArray[np.float64], Vector | None]:
+        memory: Vector | None = None,
+    ) -> tuple[Vector, Vector | None]:
         """d_i - c_i, and d_i as the new c_i."""
-        direction = params.astype(np.float64)  # NumPy takes twice as long over operands of two types
-        np.subtract(start, direction, out=direction)
-        direction *= 1 / (num_steps * learning_rate)  # 1
-        new_control = f32(direction) if self.has_control else None
-        direction -= control.astype(np.float64)
-        return direction, new_control
+        direction: Vector = np.subtract(start, params, out=memory)
+        direction *= np.float32(1 / (num_steps * learning_rate))  # 1
+        return direction - control, direction if self.has_control else None
 
     def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
         """Momentum, the step along it, and the global control variate."""

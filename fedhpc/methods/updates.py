@@ -91,6 +91,8 @@ class RoundUploads:
     gradients: Sequence[Vector] = ()
     """Gradients of the devices' whole shards at P^t, m vectors [n], where the method asks for them."""
     sums: Sums | None = None
+    control_memory: Sequence[Vector] = ()
+    """Where the devices' new c_i may be written, m vectors [n] by ascending device id; none: new memory."""
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -104,6 +106,7 @@ class RoundUploads:
             params=[params[elements] for params in self.params],
             gradients=[gradient[elements] for gradient in self.gradients],
             sums=self.sums and self.sums.block(elements),
+            control_memory=[vector[elements] for vector in self.control_memory],
         )
 
     def in_device_order(self) -> "RoundUploads":

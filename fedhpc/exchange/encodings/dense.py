@@ -79,13 +79,13 @@ class SumTerms(Encoding):
     ) -> tuple[np.ndarray, Kept]:
         """See `Encoding`."""
         change, control = self.method.change(
-            start.astype(np.float64),
+            start,
             params,
             kept.get("control", np.float32(0)),
             num_steps=num_steps,
             learning_rate=learning_rate,
         )
-        return change.astype(np.float32), {} if control is None else {"control": control}
+        return change, {} if control is None else {"control": control}
 
 
 @ENCODINGS.register("dense")
