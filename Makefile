@@ -83,7 +83,7 @@ bench: $(VENV)/bench-$(MPI)
 
 bench-gpu: $(VENV)/bench-$(MPI)
 	mkdir -p $(BENCH)
-	$(BIN)/python benchmarks/gpu.py --json $(BENCH)/gpu.json
+	$(BIN)/python benchmarks/gpu_visit.py --json $(BENCH)/gpu.json $(if $(MODEL),--model $(MODEL))
 
 bench-flower: $(VENV)/base-$(MPI) $(FLOWER)/$(FLOWER_VERSION)
 	mkdir -p $(BENCH)

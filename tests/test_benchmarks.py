@@ -1,5 +1,6 @@
 """The benchmarks' stand-ins are still what the engine expects."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,31 @@ def test_rounds_without_work_go_through(tmp_path, monkeypatch):
     exchange.handler = Worker(job.config, job.data, job.partition, None, job.tuning, exchange).handle
     server = run_job(job, exchange)
     assert [record["steps"] for record in server.records] == [16, 16]
+
+
+def test_the_visit_to_a_gpu_goes_through_on_a_cpu(tmp_path, monkeypatch):
+    import gpu_visit as benchmark
+
+    file = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["gpu_visit.py", "--small", "--json", str(file)])
+    benchmark.main()
+    found = json.loads(file.read_text())
+    assert found["skipped"] == []
+    for name in ("RoBERTa large, deep prompts", "RoBERTa large, LoRA", "LLaMA 7B, deep prompts", "LLaMA 7B, LoRA"):
+        assert found[name]["texts in rows"]
+        assert found[name]["same bits twice"]
+        assert found[name]["same bits after a stop"]
+        for pack in map(str, benchmark.TRIED):
+            assert all(found[name][pack][how]["examples/s"] > 0 for how in ("in rows", "padded"))
+
+
+def test_a_visit_that_is_too_short_says_what_it_left_out(tmp_path, monkeypatch):
+    import gpu_visit as benchmark
+
+    file = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["gpu_visit.py", "--small", "--json", str(file), "--minutes", "0"])
+    benchmark.main()
+    assert json.loads(file.read_text())["skipped"] == ["RoBERTa large", "LLaMA 7B"]
 
 
 def test_a_checkpoint_of_a_server_that_has_seen_many_devices_is_measured(tmp_path):
