@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedhpc.device import worker as device
+from fedhpc.device.processor import limit_threads
 from fedhpc.device.worker import Worker
 from fedhpc.exchange import LocalExchange
 from fedhpc.job.stopping import StopRequest
@@ -34,6 +35,7 @@ def test_the_visit_to_a_gpu_goes_through_on_a_cpu(tmp_path, monkeypatch):
 
     file = tmp_path / "found.json"
     monkeypatch.setattr("sys.argv", ["gpu_visit.py", "--small", "--json", str(file)])
+    limit_threads(1)  # the shapes are too small to share
     benchmark.main()
     found = json.loads(file.read_text())
     assert found["skipped"] == []
