@@ -10,7 +10,7 @@ longest, T prompt tokens, H hidden size, m places of all groups together (k * l 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,56 @@ from torch import Tensor
 
 CALL_COST = {"cpu": 2e5, "cuda": 2e8}
 """What one more call of attention costs, in hidden elements of pairs of tokens; only speed depends on it."""
+
+
+class Places(NamedTuple):
+    """Where the elements of one list are in a longer one, and where each of that comes from."""
+
+    inside: Tensor
+    """[short]"""
+    origins: Tensor
+    """[long]; anything where none is inside."""
+    is_inside: Tensor | None
+    """[long, 1, 1] of zeros and ones; None where both lists are of one length."""
+
+
+class _Gather(torch.autograd.Function):
+    """The elements [short, ...] inside of [long, ...]. Either direction is a selection: no sums, no sorting."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return tensor.index_select(0, places.inside)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _spread(gradient, ctx.places), None
+
+
+class _Spread(torch.autograd.Function):
+    """[long, ...] from the elements inside, zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        spread = tensor.index_select(0, places.origins)
+        if places.is_inside is not None:
+            spread *= places.is_inside.view(-1, *[1] * (spread.dim() - 1))
+        return spread
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _gather(gradient, ctx.places), None
+
+
+def _gather(tensor: Tensor, places: Places) -> Tensor:
+    result: Tensor = _Gather.apply(tensor, places)
+    return result
+
+
+def _spread(tensor: Tensor, places: Places) -> Tensor:
+    result: Tensor = _Spread.apply(tensor, places)
+    return result
 
 
 class Group:
@@ -71,16 +121,15 @@ class Rows:
 
     def pack(self, padded: Tensor) -> Tensor:
         """[1, n, ...] from [b, s, ...]."""
-        return padded.flatten(0, 1).index_select(0, self._index("tokens", padded.device))[None]
+        return _gather(padded.flatten(0, 1), self._places_in(self._batch_places, padded))[None]
 
     def unpack(self, row: Tensor) -> Tensor:
         """[b, s, ...] from [1, n, ...], zeros where no text is."""
-        padded = row.new_zeros(self._in_text.size, *row.shape[2:])
-        return padded.index_copy(0, self._index("tokens", row.device), row[0]).unflatten(0, self._in_text.shape)
+        return _spread(row[0], self._places_in(self._batch_places, row)).unflatten(0, self._in_text.shape)
 
     def at(self, columns: Tensor) -> Tensor:
         """Places [b] in the row of columns [b] of the texts."""
-        return columns + self._index("first", columns.device)
+        return columns + self._on(columns.device, self.first)
 
     def of_devices(self, count: int) -> list[int]:
         """How many of so many rows of a tensor belong to each device: of n tokens, or of b texts."""
@@ -101,7 +150,7 @@ class Rows:
         causal: bool,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attention's output [1, n, heads, head_dim], each text by itself.
+        """Attention's output [1, n, heads, head_dim], of each text by itself.
 
         Args:
             attention: a function of transformers.
@@ -114,14 +163,13 @@ class Rows:
         keys, values = (self._grouped(tensor) for tensor in (key, value))
         if prefix is not None:
             num_tokens = prefix.shape[3]
-            of_text = np.repeat(np.arange(len(self.sizes)), self.sizes)
-            firsts = [self._prefixes(prefix, of_text[group.texts]) for group in self.groups]
+            firsts = [self._prefixes(prefix, group) for group in self.groups]
             keys = [torch.cat([first[:, 0], own], dim=2) for first, own in zip(firsts, keys, strict=True)]
             values = [torch.cat([first[:, 1], own], dim=2) for first, own in zip(firsts, values, strict=True)]
         else:
             num_tokens = 0
         which = self._masks[-1 if getattr(module, "layer_idx", 0) >= self._later else 0]
-        about = (which, num_tokens, causal, kwargs.get("sliding_window"))
+        about = (query.device, which, num_tokens, causal, kwargs.get("sliding_window"))
         if memory is not None and memory.known is None:  # it is known where the first pass is computed again
             masks = [self._mask(group, *about, may_skip=False) for group in self.groups]
             memory.keep_groups(
@@ -133,54 +181,61 @@ class Rows:
         parts = zip(self._grouped(query), keys, values, masks, strict=True)
         outputs = [attention(module, q, k, v, mask, *args, **kwargs)[0] for q, k, v, mask in parts]
         together = torch.cat([output.flatten(0, 1) for output in outputs])
-        return together.index_select(0, self._index("places", together.device))[None], None
+        return _gather(together, self._places_in(self._group_places, together))[None], None
 
     def _at_slots(
         self, attention: Callable[..., Any], module: Any, query: Tensor, known: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """The same at one position of each text: query [1, heads, b, head_dim], output [1, b, heads, head_dim]."""
         sizes = [len(group.texts) for group in self.groups]
-        queries = query[0].transpose(0, 1).index_select(0, self._index("texts", query.device)).unsqueeze(2)
+        order = self._places_in(self._text_places, query)
+        queries = _spread(query[0].transpose(0, 1), order).unsqueeze(2)
         parts = zip(queries.split(sizes), *known, strict=True)
         outputs = [attention(module, q, k, v, mask, *args, **kwargs)[0] for q, k, v, mask in parts]
-        together = torch.cat(outputs).flatten(0, 1)
-        return together.index_select(0, self._index("order", together.device))[None], None
+        return _gather(torch.cat(outputs).flatten(0, 1), order)[None], None
 
     def _grouped(self, tensor: Tensor) -> list[Tensor]:
         """[k, heads, l, head_dim] of each group, zeros behind a text, from [1, heads, n, head_dim]."""
-        tokens = tensor[0].transpose(0, 1)  # [n, heads, head_dim]
-        if all(group.is_even for group in self.groups):
-            placed = tokens.index_select(0, self._index("origins", tensor.device))
-        else:
-            places = sum(group.in_text.size for group in self.groups)
-            placed = tokens.new_zeros(places, *tokens.shape[1:])
-            placed = placed.index_copy(0, self._index("places", tensor.device), tokens)
+        placed = _spread(tensor[0].transpose(0, 1), self._places_in(self._group_places, tensor))
         parts = placed.split([group.in_text.size for group in self.groups])
         return [
             part.unflatten(0, group.in_text.shape).transpose(1, 2)
             for part, group in zip(parts, self.groups, strict=True)
         ]
 
-    def _prefixes(self, prefix: Tensor, of_text: NDArray[np.int64]) -> Tensor:
+    def _prefixes(self, prefix: Tensor, group: Group) -> Tensor:
         """Each text's own device's [k, 2, heads, T, head_dim] of [N, ...]."""
-        if len(prefix) == 1:
-            return prefix.expand(len(of_text), *prefix.shape[1:])
-        return prefix.index_select(0, torch.from_numpy(of_text).to(prefix.device))
+        bounds = np.searchsorted(group.texts, [0, *np.cumsum(self.sizes)])
+        parts = [
+            own.expand(end - start, *own.shape)
+            for own, (start, end) in zip(prefix, pairwise(bounds), strict=True)
+            if start < end
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _mask(
-        self, group: Group, given: Tensor | None, num_tokens: int, causal: bool, window: int | None, *, may_skip: bool
+        self,
+        group: Group,
+        device: torch.device,
+        given: Tensor | None,
+        num_tokens: int,
+        causal: bool,
+        window: int | None,
+        *,
+        may_skip: bool,
     ) -> Tensor | None:
         """[k or 1, 1, l, T + l] with T visible columns in front; None for all, or what a model masks by itself."""
         window = None if window is None or window >= group.longest else window
-        key = (id(group), id(given), num_tokens, causal, window, may_skip)
+        key = (id(group), device, id(given), num_tokens, causal, window, may_skip)
         if key not in self._known:
-            self._known[key] = self._make_mask(group, given, num_tokens, causal, window, may_skip)
+            self._known[key] = self._make_mask(group, device, given, num_tokens, causal, window, may_skip)
         mask: Tensor | None = self._known[key]
         return mask
 
     def _make_mask(
         self,
         group: Group,
+        device: torch.device,
         given: Tensor | None,
         num_tokens: int,
         causal: bool,
@@ -188,72 +243,71 @@ class Rows:
         may_skip: bool,
     ) -> Tensor | None:
         if given is not None:
-            mask = self._own_columns(group, given)
+            mask = self._own_columns(group, given.to(device))
         elif causal:  # what comes behind a text is later than all of it
             if may_skip and window is None:
                 return None
-            mask = torch.ones(1, 1, group.longest, group.longest, dtype=torch.bool).tril()
+            mask = torch.ones(1, 1, group.longest, group.longest, dtype=torch.bool, device=device).tril()
         elif group.is_even and window is None:
             return None
         else:
-            mask = torch.from_numpy(group.in_text)[:, None, None].expand(-1, 1, group.longest, -1)
+            mask = self._on(device, group.in_text)[:, None, None].expand(-1, 1, group.longest, -1)
         if window is not None:
-            places = torch.arange(group.longest)
-            mask = mask & ((places[:, None] - places).abs() < window).to(mask.device)
-        return torch.nn.functional.pad(mask, (num_tokens, 0), value=True).to(self.device)
+            places = torch.arange(group.longest, device=device)
+            mask = mask & ((places[:, None] - places).abs() < window)
+        return torch.nn.functional.pad(mask, (num_tokens, 0), value=True)
 
     def _own_columns(self, group: Group, given: Tensor) -> Tensor:
         """A given mask [b, 1, s, s] of a group's texts, without the columns between their tokens [k, 1, l, l]."""
         columns = np.argsort(~self._in_text[group.texts], axis=1, kind="stable")[:, : group.longest]
-        own, texts = (torch.from_numpy(each).to(given.device) for each in (columns, group.texts))
+        own, texts = (self._on(given.device, each) for each in (columns, group.texts))
         chosen = given[texts[:, None, None], 0, own[:, :, None], own[:, None, :]]
         # A place behind a text sees what the text's first token sees: something, and nobody sees it.
-        in_text = torch.from_numpy(group.in_text).to(given.device)
+        in_text = self._on(given.device, group.in_text)
         return torch.where(in_text[:, :, None], chosen & in_text[:, None, :], in_text[:, None, :])[:, None]
 
     def _slot_rows(self, group: Group, mask: Tensor | None, slots: Tensor) -> Tensor | None:
         """The mask [k, 1, 1, T + l] at the slots of a group's texts."""
         if mask is None:
             return None
-        texts = torch.from_numpy(group.texts).to(slots.device)
-        return mask_at(slots[texts], mask.expand(len(texts), -1, -1, -1))
+        return mask_at(slots[self._on(slots.device, group.texts)], mask.expand(len(group.texts), -1, -1, -1))
 
-    def _index(self, name: str, device: torch.device) -> Tensor:
-        """One of the lists of places, where it is needed."""
-        if (name, device) not in self._known:
-            self._known[name, device] = torch.from_numpy(getattr(self, f"_{name}")()).to(device)
-        index: Tensor = self._known[name, device]
-        return index
-
-    def _tokens(self) -> NDArray[np.int64]:
-        """Of each token of the row [n]: its place in the padded batch."""
-        return np.flatnonzero(self._in_text)
-
-    def _first(self) -> NDArray[np.int64]:
-        return self.first
-
-    def _places(self) -> NDArray[np.int64]:
-        """Of each token of the row [n]: its place among those of all groups [m]."""
-        places, begin = np.empty(self.lengths.sum(), np.int64), 0
-        for group in self.groups:
-            within = begin + np.arange(group.in_text.size).reshape(group.in_text.shape)
-            places[self._of_row(group)] = within[group.in_text]
-            begin += group.in_text.size
+    def _places_in(self, make: Callable[[], tuple[Any, ...]], tensor: Tensor) -> Places:
+        """One of the kinds of places, on a tensor's device."""
+        key = (make.__name__, tensor.device)
+        if key not in self._known:
+            inside, origins, is_inside = make()
+            self._known[key] = Places(
+                self._on(tensor.device, inside),
+                self._on(tensor.device, origins),
+                None if is_inside.all() else self._on(tensor.device, is_inside),
+            )
+        places: Places = self._known[key]
         return places
 
-    def _origins(self) -> NDArray[np.int64]:
-        """Of each place of all groups [m]: its token in the row, where there are as many."""
-        return np.concatenate([self._of_row(group) for group in self.groups])
+    def _batch_places(self) -> tuple[Any, ...]:
+        """The row's tokens in the padded batch."""
+        origins = np.maximum(np.cumsum(self._in_text) - 1, 0)
+        return np.flatnonzero(self._in_text), origins, self._in_text.ravel()
 
-    def _of_row(self, group: Group) -> NDArray[np.int64]:
-        tokens: NDArray[np.int64] = (self.first[group.texts][:, None] + np.arange(group.longest))[group.in_text]
-        return tokens
+    def _group_places(self) -> tuple[Any, ...]:
+        """The row's tokens in the places of all groups."""
+        origins = [self.first[group.texts][:, None] + np.arange(group.longest) for group in self.groups]
+        is_inside = np.concatenate([group.in_text.ravel() for group in self.groups])
+        origins_of_all = np.concatenate([each.ravel() for each in origins])
+        inside = np.flatnonzero(is_inside)[np.argsort(origins_of_all[is_inside])]
+        return inside, np.minimum(origins_of_all, self.lengths.sum() - 1), is_inside
 
-    def _texts(self) -> NDArray[np.int64]:
-        return np.concatenate([group.texts for group in self.groups])
+    def _text_places(self) -> tuple[Any, ...]:
+        """The texts in the order of all groups."""
+        origins = np.concatenate([group.texts for group in self.groups])
+        return np.argsort(origins), origins, np.ones(len(origins), np.bool_)
 
-    def _order(self) -> NDArray[np.int64]:
-        return np.argsort(self._texts())
+    @staticmethod
+    def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
+        """On a device, to a GPU without waiting for it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def mask_at(slots: Tensor, mask: Tensor) -> Tensor:
