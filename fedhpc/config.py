@@ -163,6 +163,9 @@ class SelectionConfig(Section):
     The log says what each device found."""
     warmup_rounds: Positive = 10
     """Rounds with all layers exchanged before `ratio: auto` decides."""
+    local_layers: Literal["trained", "frozen"] = "trained"
+    """Layers that are not exchanged: trained by each device and kept there, or left as they are. Then a step's backward
+    pass ends at the lowest layer that is exchanged."""
 
     @property
     def is_automatic(self) -> bool:
@@ -401,6 +404,10 @@ class Config(Section):
             raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
         if self.exchange.mode == "reduce" and self.trace:
             raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
+        if self.selection.local_layers == "frozen" and self.sparse.fraction < 1:
+            raise ValueError(
+                "selection.local_layers: frozen leaves nothing to train in them; sparse.fraction below 1 needs trained"
+            )
         if self.selection.is_automatic and self.model.attention != "sdpa":
             raise ValueError(
                 f"selection.ratio: auto differentiates twice, which model.attention: {self.model.attention} cannot; it "

@@ -147,7 +147,7 @@ def random_prompts(backbone_config, dtype=torch.float32, *, num_tokens=NUM_TOKEN
 
 def with_prompts(prompts, first_position=0):
     """What one device's prompts [L, 2, T, D] add to a forward pass."""
-    return Overlay(prompts=prompts[None], first_position=first_position)
+    return Overlay(prompts=prompts[None].unbind(1), first_position=first_position)
 
 
 def read_tuning(path, *, num_classes=3, **tuning):

@@ -171,7 +171,8 @@ def trainable(job: Job) -> int:
 
 def kept_bytes(job: Job) -> int:
     """What a device keeps between its rounds: its own layers, what is left of its uploads, Adam's moments."""
-    local = job.tuning.local(range(selected(job))).nbytes
+    is_frozen = job.config.selection.local_layers == "frozen"
+    local = 0 if is_frozen else job.tuning.local(range(selected(job))).nbytes
     method = method_of(job)
     uploads = make_encoding(job.config, method).keeps + len(method.keeps)
     moments = 2 * 4 * trainable(job) if job.config.device.keeps_moments else 0

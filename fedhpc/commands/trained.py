@@ -73,7 +73,7 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
     last = job.config.federation.num_devices - 1
     if not 0 <= device <= last:
         raise CheckpointError(f"--device {device}: this run has the devices 0 to {last}")
-    if not state.unseen_local.size:
+    if not state.unseen_local.size or job.config.selection.local_layers == "frozen":
         raise CheckpointError(
             f"--device {device}: this run exchanges everything it trains, so devices have nothing of their own; leave "
             "--device out"

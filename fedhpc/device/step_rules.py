@@ -62,6 +62,8 @@ class Changes:
 class Sparse:
     """Trains only the neurons, rows of the tensors, that have most Fisher information, in a device's own layers.
 
+    None of them where these layers are frozen.
+
     In a device's first round all of them are trained, and the diagonal Fisher information is measured.
 
     Its diagonal is approximated by a running mean of squares of each batch's mean gradient, before clipping. The
@@ -82,13 +84,15 @@ class Sparse:
         self._config, self._tuning, self._layers, self._known = config, tuning, layers, known
         self._measured: dict[str, Tensor] = {}
         self._mask: list[Tensor] = []
-        if config.fraction == 1 or not tuning.local(layers).size:
+        num_local = tuning.local(layers).size
+        if not num_local or (config.fraction == 1 and not tuning.frozen):
             return
-        if known is None:
+        if known is None and not tuning.frozen:
             self._measured = {name: measured.get(name + FISHER, torch.zeros_like(p)) for name, p in params.items()}
             return
         exchanged = np.ones(tuning.exchanged(layers).size, np.float32)
-        whole = tuning.merge(exchanged, self._most_informative(known), layers)
+        local = np.zeros(num_local, np.float32) if known is None else self._most_informative(known)
+        whole = tuning.merge(exchanged, local, layers)
         self._mask = [torch.from_numpy(whole[name]).bool().to(p.device) for name, p in params.items()]
         self._start = [parameter.detach().clone() for parameter in params.values()]
 

@@ -232,7 +232,12 @@ class Worker:
     @property
     def has_states(self) -> bool:
         """Whether devices keep anything between their rounds; in a warm-up they have taken steps, if no more."""
-        return self.keeps or bool(self.unseen.local.size) or self.config.selection.is_automatic
+        return self.keeps or self.trains_local or self.config.selection.is_automatic
+
+    @property
+    def trains_local(self) -> bool:
+        """Whether devices have layers of their own that they train."""
+        return bool(self.unseen.local.size) and not self.tuning.frozen
 
     def _curriculum(self, device: int, round_index: int) -> Batches | None:
         """A device's batches of a round where a curriculum orders them; measured when it first takes part."""
@@ -303,6 +308,8 @@ class Worker:
         """Take over the selected layers; every device goes on from the same local tensors."""
         self.method.layout = self.tuning.exchanged(command.layers)
         self.unseen = DeviceState(local=command.payload.copy())
+        if self.config.selection.local_layers == "frozen":
+            self.tuning.frozen = self.tuning.other_layers(command.layers)
         kept = self.tuning.kept_elements(command.layers)
         self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}
         return NO_RECORDS
@@ -319,7 +326,7 @@ class Worker:
         shared = np.full(len(self.validation), ELSEWHERE, np.int64)
         self._predict(context, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
         personal = shared
-        if self.unseen.local.size:
+        if self.trains_local:
             personal = np.full_like(shared, ELSEWHERE)
             of_device, sampled = self.partition.validation, self._sampled_before(context.round)
             for device in set(range(len(of_device))) - sampled:  # it has what the server has

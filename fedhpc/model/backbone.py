@@ -196,8 +196,7 @@ class Backbone(nn.Module):
         if tokens is not None:
             inputs, enter = self._with_tokens(tokens, inputs, batch)
         if overlay.prompts is not None:
-            # Taken apart at once: the gradient of one layer's part is as large as the whole.
-            inputs |= {"prompts": overlay.prompts.to(self.base.dtype).unbind(1), "sizes": batch.sizes}
+            inputs |= {"prompts": [each.to(self.base.dtype) for each in overlay.prompts], "sizes": batch.sizes}
         rows = self._rows(batch, inputs, overlay) if self._in_rows and batch.is_padded else None
         if rows is not None:
             inputs = _one_behind_the_other(rows, inputs)
@@ -228,7 +227,7 @@ class Backbone(nn.Module):
             batch.sizes,
             [mask if mask is not None and mask.dim() == 4 else None, *masks],
             later=later,
-            prompt_tokens=0 if overlay.prompts is None else overlay.prompts.shape[3],
+            prompt_tokens=0 if overlay.prompts is None else overlay.prompts[0].shape[2],
             width=self.base.config.hidden_size,
             device=self.torch_device,
         )
@@ -378,8 +377,9 @@ class Backbone(nn.Module):
 
     def _probe_overlays(self, shape: BackboneShape, *, with_prompts: bool) -> list[Overlay]:
         """No prompts, and where a tuning has them, some."""
-        size = (1, shape.num_layers, 2, 1, shape.key_width)
-        prompts = Overlay(prompts=torch.full(size, 0.1, device=self.torch_device))
+        prompts = Overlay(
+            prompts=[torch.full((1, 2, 1, shape.key_width), 0.1, device=self.torch_device)] * shape.num_layers
+        )
         return [Overlay(), *([prompts] if with_prompts else [])]
 
     @torch.no_grad()

@@ -32,8 +32,8 @@ class SoftTokens:
 class Overlay:
     """Nothing, unless something is given."""
 
-    prompts: Tensor | None = None
-    """Keys and values before those of the texts [N, L, 2, T, D]."""
+    prompts: Sequence[Tensor] | None = None
+    """Of each layer keys and values before those of the texts [N, 2, T, D]."""
     first_position: int = 0
     """Position of the texts' first token."""
     tokens: SoftTokens | None = None

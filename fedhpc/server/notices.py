@@ -20,9 +20,13 @@ def notices(config: Config) -> list[str]:
     ):
         found += [f"{key} has no effect with {reason}" for key in keys if applies and _is_set(config, key)]
     all_layers = not config.parts["selection"].needs_layers
-    if fraction < 1 and (all_layers or ratio == 1):
-        all_of_them = f"selection.strategy: {strategy}" if all_layers else "selection.ratio: 1"
-        found.append(f"sparse.fraction has no effect: with {all_of_them} no layer stays on the devices")
+    for key, is_given in (
+        ("sparse.fraction", fraction < 1),
+        ("selection.local_layers", _is_set(config, "selection.local_layers")),
+    ):
+        if is_given and (all_layers or ratio == 1):
+            all_of_them = f"selection.strategy: {strategy}" if all_layers else "selection.ratio: 1"
+            found.append(f"{key} has no effect: with {all_of_them} no layer stays on the devices")
     if selection.is_automatic and selection.warmup_rounds >= config.federation.rounds:
         found.append(
             f"selection.ratio: auto decides after selection.warmup_rounds: {selection.warmup_rounds}, but the "

@@ -85,6 +85,8 @@ class Tuning(Part, ABC):
         self.shape = shape
         self.per_layer: dict[str, tuple[int, ...]] = {}
         """Name -> shape [L, ...]."""
+        self.frozen: Sequence[int] = ()
+        """Layers whose tensors stay as they are."""
         self.shared: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
             self.shared = {"head.weight": (num_classes, shape.output_width), "head.bias": (num_classes,)}
@@ -169,6 +171,11 @@ class Tuning(Part, ABC):
         if self.config.loss == "vocabulary":
             return -scores.gather(1, labels[:, None]).squeeze(1)
         return functional.cross_entropy(scores, labels, reduction="none")
+
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor's rows [...], one for each layer; no gradient passes to those of frozen layers."""
+        # Taken apart at once: the gradient of one row of a tensor is as large as the tensor.
+        return [row.detach() if layer in self.frozen else row for layer, row in enumerate(tensor.unbind())]
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
         """All trainable tensors before round 0, the same for every device: normal, see `initial_scale`."""
@@ -276,9 +283,8 @@ class ModuleTuning(Tuning):
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
         """See `Tuning`."""
-        # Taken apart at once: the gradient of one row of a tensor is as large as the tensor.
         dtype = backbone.base.dtype
-        rows = [{name: own[name].to(dtype).unbind() for name in self.per_layer} for own in params]
+        rows = [{name: self.rows(own[name].to(dtype)) for name in self.per_layer} for own in params]
         return Overlay(edits={module: self.edit(module, rows) for module in self.modules})
 
 

@@ -72,7 +72,8 @@ class DeepPrompts(Tuning):
         if self.config.dropout and dropout_seeds is not None:
             each = [dropout(p, self.config.dropout, seed) for p, seed in zip(each, dropout_seeds, strict=True)]
         first_position = self.config.num_tokens if self.config.position_offset else 0
-        return Overlay(prompts=torch.stack(each), first_position=first_position)
+        layers = zip(*map(self.rows, each), strict=True)
+        return Overlay(prompts=[torch.stack(devices) for devices in layers], first_position=first_position)
 
     def to_peft(self, tensors: Mapping[str, np.ndarray], model: Any, *, longest: int) -> PeftForm:
         """Prefix tuning: `prompt_embeddings` [T, L * 2 * D] from `prompts` [L, 2, T, D]."""

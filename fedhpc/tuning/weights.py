@@ -69,7 +69,8 @@ class FullTuning(Tuning):
         for name, tensor in own.items():
             kind, _, path = name.partition(".")
             if kind == "layer":
-                changes |= {f"{prefix}.{path}": row for prefix, row in zip(self.prefixes, tensor.unbind(), strict=True)}
+                rows = zip(self.prefixes, self.rows(tensor), strict=True)
+                changes |= {f"{prefix}.{path}": row for prefix, row in rows}
             elif kind == "model":
                 changes[path] = tensor
         frozen = backbone.parameters_by_path

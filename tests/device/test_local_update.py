@@ -493,3 +493,27 @@ def test_a_pack_that_was_stopped_goes_on_to_the_same_bits(folder, setting):
             np.testing.assert_array_equal(updates[number].params, update.params)
             np.testing.assert_array_equal(updates[number].state.local, update.state.local)
             assert updates[number].loss == update.loss
+
+
+@pytest.mark.parametrize("kind", ["prompt", "lora", "adapter", "full"])
+def test_frozen_layers_stay_and_the_others_step_as_they_would(folder, kind):
+    """Plain SGD, norms not clipped: one layer's step depends on no other layer's."""
+    backbone = load_backbone(folder, "llama-gqa", kind=kind)
+    keys = {"optimizer": "sgd", "epochs": 1, "batch_size": 5, "max_grad_norm": 1e9, "weight_decay": 0.1}
+    trained, frozen = (Device(folder, backbone, tuning={"kind": kind}, **keys) for _ in range(2))
+    frozen.tuning.frozen = frozen.tuning.other_layers(LAYERS)
+    expected, found = trained.update(), frozen.update()
+    np.testing.assert_allclose(found.params, expected.params, rtol=1e-6, atol=1e-9)
+    assert np.array_equal(found.state.local, frozen.state.local)
+    assert not np.array_equal(expected.state.local, trained.state.local)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "lora"])
+def test_the_backward_pass_ends_at_the_lowest_layer_that_is_trained(folder, kind):
+    backbone = load_backbone(folder, "llama-gqa", kind=kind)
+    device, seen = Device(folder, backbone, layers=(2,), tuning={"kind": kind}), []
+    for layer in backbone._layers:
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    device.tuning.frozen = (0, 1)
+    device.update()
+    assert seen[:3] == [False, False, True]

@@ -52,6 +52,8 @@ def write_config(folder, where, backbone, kind, method):
         "checkpoint": {"every": 3},
         "evaluate": {"every": 3},
     }
+    if TUNINGS[kind].has_layers and method == "fedavgm":
+        values["selection"]["local_layers"] = "frozen"
     values["device"] |= {"optimizer": "sgd" if method == "mime" else "adamw"}
     if kind == "attempt":
         values["tuning"]["sources"] = [str(folder)]

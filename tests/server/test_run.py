@@ -162,6 +162,20 @@ def test_each_device_has_an_accuracy_of_its_own(fedhpc, run_config, ratio):
     assert len({accuracy for accuracy in last["device_accuracy"] if accuracy is not None}) > 1
 
 
+def test_frozen_layers_are_the_same_on_every_device(fedhpc, run_config):
+    config = run_config(
+        selection__strategy="last", selection__local_layers="frozen", federation__rounds=2, device__weight_decay=0.1
+    )
+    assert fedhpc("run", config)[0] == 0
+    for record in metrics(config):
+        assert record["accuracy"] == record["accuracy_global"]
+    initial = job.load_job(load_config(config)).tuning.initial(load_config(config).seed)["prompts"]
+    with h5py.File(Checkpoints(run_dir(config)).path(Position(2)) / "server.h5") as file:
+        assert np.array_equal(file["unseen_local_prompts"], initial[:2])
+        assert not np.array_equal(file["prompts"], initial[2:])
+    assert not device_files(config, LOCAL)
+
+
 def test_half_of_the_layers_are_exchanged_and_the_others_stay_on_the_device(fedhpc, run_config):
     config = run_config()
     assert fedhpc("run", config)[0] == 0

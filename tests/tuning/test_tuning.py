@@ -129,7 +129,7 @@ def test_vocabulary_loss_is_minus_the_labels_log_probability(folder):
 def test_prompt_dropout_acts_in_training_alone_and_keeps_the_expected_value(folder):
     tuning, backbone = read_tuning(folder, dropout=0.5), load_backbone(folder, "llama-gqa")
     params, batch, seen = as_parameters(tuning.initial(1), CPU), make_batch("llama-gqa"), []
-    backbone.word_scores = lambda _batch, overlay: seen.append(overlay.prompts)
+    backbone.word_scores = lambda _batch, overlay: seen.append(torch.stack(overlay.prompts, dim=1))
     tuning.forward(backbone, [params], batch)
     tuning.forward(backbone, [params], batch, dropout_seeds=[5])
     assert torch.equal(seen[0], params["prompts"][None])
