@@ -82,6 +82,19 @@ class Group:
         """[k, l]"""
 
 
+class Sight(NamedTuple):
+    """What a token sees in a layer's attention, beside T prompt tokens."""
+
+    device: torch.device
+    given: Tensor | None
+    """A mask [b, 1, s, s] in place of what follows."""
+    num_tokens: int
+    """T."""
+    causal: bool
+    window: int | None
+    """So many tokens at a time."""
+
+
 class Rows:
     """The texts of a batch as one row of tokens."""
 
@@ -160,24 +173,17 @@ class Rows:
         """
         if memory is not None and memory.known is not None and query.shape[2] == len(self.lengths):
             return self._at_slots(attention, module, query, memory.known, *args, **kwargs)
-        keys, values = (self._grouped(tensor) for tensor in (key, value))
+        keys, values, num_tokens = self._grouped(key), self._grouped(value), 0
         if prefix is not None:
             num_tokens = prefix.shape[3]
             firsts = [self._prefixes(prefix, group) for group in self.groups]
             keys = [torch.cat([first[:, 0], own], dim=2) for first, own in zip(firsts, keys, strict=True)]
             values = [torch.cat([first[:, 1], own], dim=2) for first, own in zip(firsts, values, strict=True)]
-        else:
-            num_tokens = 0
         which = self._masks[-1 if getattr(module, "layer_idx", 0) >= self._later else 0]
-        about = (query.device, which, num_tokens, causal, kwargs.get("sliding_window"))
+        sight = Sight(query.device, which, num_tokens, causal, kwargs.get("sliding_window"))
         if memory is not None and memory.known is None:  # it is known where the first pass is computed again
-            masks = [self._mask(group, *about, may_skip=False) for group in self.groups]
-            memory.keep_groups(
-                keys,
-                values,
-                [self._slot_rows(group, mask, memory.slots) for group, mask in zip(self.groups, masks, strict=True)],
-            )
-        masks = [self._mask(group, *about, may_skip=num_tokens == 0) for group in self.groups]
+            memory.keep_groups(keys, values, [self._slot_rows(group, sight, memory.slots) for group in self.groups])
+        masks = [self._mask(group, sight, may_skip=num_tokens == 0) for group in self.groups]
         parts = zip(self._grouped(query), keys, values, masks, strict=True)
         outputs = [attention(module, q, k, v, mask, *args, **kwargs)[0] for q, k, v, mask in parts]
         together = torch.cat([output.flatten(0, 1) for output in outputs])
@@ -213,49 +219,31 @@ class Rows:
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _mask(
-        self,
-        group: Group,
-        device: torch.device,
-        given: Tensor | None,
-        num_tokens: int,
-        causal: bool,
-        window: int | None,
-        *,
-        may_skip: bool,
-    ) -> Tensor | None:
-        """[k or 1, 1, l, T + l] with T visible columns in front; None for all, or what a model masks by itself."""
-        window = None if window is None or window >= group.longest else window
-        key = (id(group), device, id(given), num_tokens, causal, window, may_skip)
+    def _mask(self, group: Group, sight: Sight, *, may_skip: bool) -> Tensor | None:
+        """[k or 1, 1, l, T + l]; None for all, or where ``may_skip`` for what comes before."""
+        key = (id(group), sight, may_skip)
         if key not in self._known:
-            self._known[key] = self._make_mask(group, device, given, num_tokens, causal, window, may_skip)
+            self._known[key] = self._make_mask(group, sight, may_skip)
         mask: Tensor | None = self._known[key]
         return mask
 
-    def _make_mask(
-        self,
-        group: Group,
-        device: torch.device,
-        given: Tensor | None,
-        num_tokens: int,
-        causal: bool,
-        window: int | None,
-        may_skip: bool,
-    ) -> Tensor | None:
-        if given is not None:
-            mask = self._own_columns(group, given.to(device))
-        elif causal:  # what comes behind a text is later than all of it
+    def _make_mask(self, group: Group, sight: Sight, may_skip: bool) -> Tensor | None:
+        longest, device = group.longest, sight.device
+        window = sight.window if sight.window is not None and sight.window < longest else None
+        if sight.given is not None:
+            mask = self._own_columns(group, sight.given.to(device))
+        elif sight.causal:  # what comes behind a text is later than all of it
             if may_skip and window is None:
                 return None
-            mask = torch.ones(1, 1, group.longest, group.longest, dtype=torch.bool, device=device).tril()
+            mask = torch.ones(1, 1, longest, longest, dtype=torch.bool, device=device).tril()
         elif group.is_even and window is None:
             return None
         else:
-            mask = self._on(device, group.in_text)[:, None, None].expand(-1, 1, group.longest, -1)
+            mask = self._on(device, group.in_text)[:, None, None].expand(-1, 1, longest, -1)
         if window is not None:
-            places = torch.arange(group.longest, device=device)
+            places = torch.arange(longest, device=device)
             mask = mask & ((places[:, None] - places).abs() < window)
-        return torch.nn.functional.pad(mask, (num_tokens, 0), value=True)
+        return torch.nn.functional.pad(mask, (sight.num_tokens, 0), value=True)
 
     def _own_columns(self, group: Group, given: Tensor) -> Tensor:
         """A given mask [b, 1, s, s] of a group's texts, without the columns between their tokens [k, 1, l, l]."""
@@ -266,8 +254,9 @@ class Rows:
         in_text = self._on(given.device, group.in_text)
         return torch.where(in_text[:, :, None], chosen & in_text[:, None, :], in_text[:, None, :])[:, None]
 
-    def _slot_rows(self, group: Group, mask: Tensor | None, slots: Tensor) -> Tensor | None:
+    def _slot_rows(self, group: Group, sight: Sight, slots: Tensor) -> Tensor | None:
         """The mask [k, 1, 1, T + l] at the slots of a group's texts."""
+        mask = self._mask(group, sight, may_skip=False)
         if mask is None:
             return None
         return mask_at(slots[self._on(slots.device, group.texts)], mask.expand(len(group.texts), -1, -1, -1))
