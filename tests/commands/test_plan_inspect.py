@@ -139,7 +139,7 @@ def test_a_rehearsed_step_holds_the_tensors_of_a_real_one(plan_job, changes):
 
 
 def test_plan_counts_what_the_largest_moment_needs(plan_job):
-    (when, one), (_, three) = tensors_at_once(plan_job()), tensors_at_once(plan_job(device__pack=3))
+    (when, one), (_, three) = (tensors_at_once(plan_job(evaluate__batch_size=8, device__pack=n)) for n in (1, 3))
     assert when.startswith("training")
     assert three == pytest.approx(3 * one, rel=0.15)
     whole = plan_job(tuning__kind="full", selection__strategy="all")
