@@ -2,9 +2,10 @@
 # make test   set up and run lint, types and all tests
 # make chaos  set up and strike the ranks of 64 small runs with signals at random moments, about half an hour
 # make bench  set up and measure local steps, start-up, rounds, rank counts and checkpoints, ten to twenty minutes; with
-#             PREPARED="FOLDER ..." (prepared data) decoders, and the memory of their models' ranks, too; tables, and
-#             JSON in runs/bench
-# make bench-gpu  the same on a GPU: examples per second, share of the card's matrix rate, memory
+#             PREPARED="FOLDER ..." (prepared data) decoders, and the memory of their models' ranks, too; with
+#             MODEL=FOLDER (the decoder that they were prepared for) that one, beside PEFT; tables, and JSON in runs/bench
+# make bench-gpu  on a GPU, within nine minutes: examples per second with and without padding, share of the card's matrix
+#             rate, memory, same bits; with MODEL=FOLDER of that decoder, too
 # make bench-flower   set up, also .venv-flower with Flower in it, and measure rounds beside those of its simulation;
 #             some minutes; table, and JSON in runs/bench
 # make docs   set up and build the documentation into site/; a warning, such as of a link that leads nowhere, is an error
@@ -76,6 +77,7 @@ bench: $(VENV)/bench-$(MPI)
 	$(BIN)/python benchmarks/local_step.py --json $(BENCH)/local_step.json
 	$(if $(PREPARED),$(BIN)/python benchmarks/decoder.py $(PREPARED) --json $(BENCH)/decoder.json)
 	$(if $(PREPARED),$(BIN)/python benchmarks/plan.py $(PREPARED) --json $(BENCH)/plan.json)
+	$(if $(MODEL),$(BIN)/python benchmarks/real_decoder.py $(MODEL) $(PREPARED) --json $(BENCH)/real_decoder.json)
 	$(BIN)/python benchmarks/start.py --json $(BENCH)/start.json
 	$(BIN)/mpirun -np 17 $(BIN)/python benchmarks/round.py --json $(BENCH)/round.json
 	$(BIN)/python benchmarks/ranks.py --json $(BENCH)/ranks.json

@@ -4,9 +4,11 @@
 
 MODEL: a folder with a pretrained decoder, as SmolLM2-135M. PREPARED: folders that `fedhpc prepare` wrote for it.
 FILE.jsonl: texts in a column `prompt`, whose lengths count alone. Four devices have 16 texts each, in batches of 8;
-each trains one epoch, with deep prompts of 20 tokens and with LoRA. The other side is PEFT's sequence classifier in a
-plain loop: batches drawn at random, padded to their longest text. One CPU thread; all take turns in one process.
-Figures are texts a second, medians over the turns, and how many tokens were computed for each token of the texts.
+each trains one epoch, with deep prompts of 20 tokens and with LoRA, to answer with class words. The other side is
+PEFT in a plain loop, batches drawn at random and padded to their longest text: to answer with class words, by the
+logits that the language model puts out; and as a sequence classifier, which computes none. One CPU thread; all take
+turns in one process. Figures are texts a second, medians over the turns, and how many tokens were computed for each
+token of the texts.
 
 Then an evaluation of 400 texts, 10 on each of 40 devices: personalised, every device's by prompts of its own, and
 global, all by the same, in batches of 32. It takes turns with the same on padded batches, and with one of 80 texts.
@@ -17,13 +19,14 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from fedhpc.checkpoint.device_state import DeviceState
@@ -41,11 +44,11 @@ EVALUATED, EVALUATING, EVALUATION_BATCH = 400, 40, 32
 KINDS = {
     "deep prompts": (
         {"kind": "prompt", "num_tokens": NUM_TOKENS},
-        PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=NUM_TOKENS),
+        partial(PrefixTuningConfig, num_virtual_tokens=NUM_TOKENS),
     ),
     "LoRA": (
         {"kind": "lora", "rank": RANK, "alpha": 2.0 * RANK},
-        LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]),
+        partial(LoraConfig, r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]),
     ),
 }
 
@@ -106,12 +109,14 @@ def ours(model, description, split, tuning_config, dtype):
     return {f"fedhpc, {pack} at a time": (lambda pack=pack: train(pack), backbone.base) for pack in (1, DEVICES)}
 
 
-def peft(model, split, peft_config, dtype, num_labels):
+def peft(model, split, peft_config, dtype, words, *, classifier):
     """A function that trains as many devices one by one."""
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=num_labels, dtype=getattr(torch, dtype), pad_token_id=split.pad_id
-    )
-    wrapped = get_peft_model(plain, peft_config)
+    more = {"dtype": getattr(torch, dtype), "pad_token_id": split.pad_id}
+    if classifier:
+        plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(words), **more)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(model, **more)
+    wrapped = get_peft_model(plain, peft_config(task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=5e-3)
     rng = np.random.default_rng(1)
 
@@ -121,14 +126,19 @@ def peft(model, split, peft_config, dtype, num_labels):
             for first in range(0, TEXTS, BATCH):
                 batch = split.batch(order[first : first + BATCH])
                 mask = batch.attention_mask.long()
-                output = wrapped(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels)
-                output.loss.backward()
+                if classifier:
+                    loss = wrapped(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss
+                else:
+                    logits = wrapped(input_ids=batch.input_ids, attention_mask=mask).logits
+                    at_slots = logits[torch.arange(len(batch.slots)), batch.slots][:, words].float()
+                    loss = nn.functional.cross_entropy(at_slots, batch.labels)
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                output.loss.item()
+                loss.item()
 
-    return {"PEFT": (train, plain.base_model)}
+    return {f"PEFT, {'a classifier' if classifier else 'class words'}": (train, plain.base_model)}
 
 
 def evaluations(model, data, dtype):
@@ -195,7 +205,9 @@ def main():
         for dtype in arguments.dtypes:
             for kind, (tuning_config, peft_config) in KINDS.items():
                 contenders = ours(arguments.model, description, split, tuning_config, dtype)
-                contenders |= peft(arguments.model, split, peft_config, dtype, len(description.class_names))
+                words = [ids[0] for ids in description.word_ids]
+                for classifier in (False, True):
+                    contenders |= peft(arguments.model, split, peft_config, dtype, words, classifier=classifier)
                 work = {who: computed(*each) / len(split.tokens) for who, each in contenders.items()}
                 times = {who: [] for who in contenders}
                 for _ in range(arguments.turns):
@@ -209,8 +221,11 @@ def main():
                 print(
                     f"{name} ({lengths}), {dtype}, {kind}: "
                     + ", ".join(f"{who} {rate:.2f}/s ({work[who]:.2f} tokens)" for who, rate in rates.items())
-                    + "; times PEFT "
-                    + ", ".join(f"{rate / rates['PEFT']:.2f}" for who, rate in rates.items() if who != "PEFT"),
+                    + "".join(
+                        f"; times {who} " + ", ".join(f"{each / rate:.2f}" for each in list(rates.values())[:2])
+                        for who, rate in rates.items()
+                        if "PEFT" in who
+                    ),
                     flush=True,
                 )
     for data in folders:
