@@ -120,6 +120,7 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
             ["selection.ratio=auto", "model.dtype=bfloat16", "model.attention=flash_attention_2"],
             "differentiates twice, which model.attention: flash_attention_2 cannot",
         ),
+        (["selection.local_layers=frozen", "sparse.fraction=0.5"], "sparse.fraction below 1 needs trained"),
         (["server.method=mime"], "mime lends devices its momentum for SGD"),
         (["server.method=moms_adamd", "device.optimizer=sgd"], "moms_adamd is Adam on the devices"),
         (["server={variant: paper, control_variates: false}"], "needs server.variant: drift_corrected"),
@@ -179,9 +180,10 @@ def test_a_key_that_another_key_leaves_without_effect_is_noted(write, key, with_
 
 
 def test_what_nothing_is_left_for_is_noted(write):
-    assert notices(load_config(write(**MINIMAL), ["sparse.fraction=0.5", "selection.ratio=1.0"])) == [
-        "sparse.fraction has no effect: with selection.ratio: 1 no layer stays on the devices"
-    ]
+    for key, value in (("sparse.fraction", 0.5), ("selection.local_layers", "frozen")):
+        assert notices(load_config(write(**MINIMAL), [f"{key}={value}", "selection.ratio=1.0"])) == [
+            f"{key} has no effect: with selection.ratio: 1 no layer stays on the devices"
+        ]
     assert notices(load_config(write(**MINIMAL), ["device={optimizer: sgd, reset_moments: false}"])) == [
         "device.reset_moments has no effect with device.optimizer: sgd"
     ]

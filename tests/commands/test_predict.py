@@ -296,8 +296,9 @@ def test_a_device_of_the_warm_up_alone_has_no_personal_parameters(fedhpc, world,
     assert first - second
 
 
-def test_a_run_that_exchanges_everything_has_no_personal_parameters(fedhpc, world, tmp_path):
-    run_dir = start(world, tmp_path, federation={"rounds": 1}, selection={"strategy": "all"})
+@pytest.mark.parametrize("selection", [{"strategy": "all"}, {"strategy": "last", "local_layers": "frozen"}], ids=str)
+def test_a_run_that_exchanges_everything_has_no_personal_parameters(fedhpc, world, tmp_path, selection):
+    run_dir = start(world, tmp_path, federation={"rounds": 1}, selection=selection)
     status, _, err = fedhpc("predict", run_dir, "--text", "a", "--device", 0)
     assert status == 2
     assert "this run exchanges everything it trains" in err
