@@ -87,7 +87,7 @@ class Sight(NamedTuple):
 
     device: torch.device
     given: Tensor | None
-    """A mask [b, 1, s, s] in place of what follows."""
+    """A mask [b, 1, s, s] in place of ``causal`` and ``window``."""
     num_tokens: int
     """T."""
     causal: bool
@@ -231,7 +231,7 @@ class Rows:
         longest, device = group.longest, sight.device
         window = sight.window if sight.window is not None and sight.window < longest else None
         if sight.given is not None:
-            mask = self._own_columns(group, sight.given.to(device))
+            mask, window = self._own_columns(group, sight.given.to(device)), None
         elif sight.causal:  # what comes behind a text is later than all of it
             if may_skip and window is None:
                 return None
