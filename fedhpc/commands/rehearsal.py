@@ -27,8 +27,7 @@ from fedhpc.model.attention import forget_masks
 from fedhpc.model.backbone import NOT_TAKEN, Backbone
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.overlay import Overlay
-from fedhpc.model.pretrained import auto_class, run_config, shape_of
-from fedhpc.registry import TUNINGS
+from fedhpc.model.pretrained import auto_class, run_config
 from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import BatchLoss
 from fedhpc.server.job import Job
@@ -80,9 +79,7 @@ class Outline(Backbone):
 
     @torch.no_grad()
     def _check(self, config: ModelConfig, tuning: TuningConfig, *, longest: int) -> None:
-        if config.attention == "sdpa":
-            shape, prompts = shape_of(config.name, self.base.config), TUNINGS[tuning.kind].prompts_in_layers
-            self._in_rows = self._rows_are_right(shape, longest, with_prompts=prompts)
+        self._choose_rows(config, tuning, longest)
         if self._head is None:
             return
         if not self.answers.needs_vocabulary:

@@ -28,7 +28,6 @@ from fedhpc.model.overlay import Hooks, Overlay, SoftTokens, with_tokens
 from fedhpc.model.pretrained import (
     LINEAR_HEAD,
     POSITIONS_COUNT_TOKENS,
-    BackboneShape,
     load_frozen,
     shape_of,
 )
@@ -305,9 +304,7 @@ class Backbone(nn.Module):
             known = self._same(self.hidden(batch), hidden)
         if not known:
             raise ModelError(f"{who} numbers its positions as fedhpc does not know, and cannot be used")
-        shape, with_prompts = shape_of(config.name, self.base.config), TUNINGS[tuning.kind].prompts_in_layers
-        if config.attention == "sdpa":
-            self._in_rows = self._rows_are_right(shape, longest, with_prompts=with_prompts)
+        self._choose_rows(config, tuning, longest)
         if self._head is None:
             return
         with no_surprise(f"{who} cannot score class words; {LINEAR_HEAD}"):
@@ -327,7 +324,7 @@ class Backbone(nn.Module):
                     f"several tokens; {OTHER_WORDS}"
                 )
         if config.attention == "sdpa":
-            self._narrow_last_layer(shape, with_prompts=with_prompts)
+            self._narrow_last_layer(self._probe_overlays(config, tuning))
 
     def _branches_are_right(self) -> bool:
         """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""
@@ -357,15 +354,20 @@ class Backbone(nn.Module):
         usual = float(size[size.isfinite()].double().square().mean().sqrt().nan_to_num())
         return torch.allclose(ours.to(theirs), theirs, rtol=tolerance, atol=tolerance * usual, equal_nan=True)
 
-    def _rows_are_right(self, shape: BackboneShape, longest: int, *, with_prompts: bool) -> bool:
-        """Whether texts one behind the other have the hidden states that they have side by side, padded."""
-        lengths, window = (PROBE_TOKENS, 3, 5), shape.sliding_window
+    def _choose_rows(self, config: ModelConfig, tuning: TuningConfig, longest: int) -> None:
+        """Let texts lie one behind the other, if they have the hidden states then that they have padded."""
+        if config.attention == "sdpa":
+            window = shape_of(config.name, self.base.config).sliding_window
+            self._in_rows = self._rows_are_right(self._probe_overlays(config, tuning), window, longest)
+
+    def _rows_are_right(self, overlays: Sequence[Overlay], window: int | None, longest: int) -> bool:
+        lengths = (PROBE_TOKENS, 3, 5)
         if window is not None and window < longest + PROBE_TOKENS:  # with prompts, shorter texts may pass it
             lengths = (max(lengths[0], min(longest, window + 2)), *lengths[1:])
         batch = self.probe(*lengths)
         in_text = torch.from_numpy(np.flatnonzero(np.arange(max(lengths)) < batch.lengths[:, None]))
         with suppress(*NOT_TAKEN):
-            for overlay in self._probe_overlays(shape, with_prompts=with_prompts):
+            for overlay in overlays:
                 found = []
                 for self._in_rows in (False, True):
                     hidden = self.hidden(batch, overlay).flatten(0, 1)
@@ -375,22 +377,23 @@ class Backbone(nn.Module):
             return True
         return False
 
-    def _probe_overlays(self, shape: BackboneShape, *, with_prompts: bool) -> list[Overlay]:
+    def _probe_overlays(self, config: ModelConfig, tuning: TuningConfig) -> list[Overlay]:
         """No prompts, and where a tuning has them, some."""
+        if not TUNINGS[tuning.kind].prompts_in_layers:
+            return [Overlay()]
+        shape = shape_of(config.name, self.base.config)
         prompts = Overlay(
             prompts=[torch.full((1, 2, 1, shape.key_width), 0.1, device=self.torch_device)] * shape.num_layers
         )
-        return [Overlay(), *([prompts] if with_prompts else [])]
+        return [Overlay(), prompts]
 
     @torch.no_grad()
-    def _narrow_last_layer(self, shape: BackboneShape, *, with_prompts: bool) -> None:
+    def _narrow_last_layer(self, overlays: Sequence[Overlay]) -> None:
         """Compute the last layer at the answer slots alone, if that gives the same numbers with this model."""
         batches = [self.probe(2, 2, 3), self.probe(3, 3, 3)]
         slots = torch.arange(3, device=self.torch_device)
         tries = [
-            (replace(batch, slots=slots.minimum(batch.slots)), overlay)
-            for batch in batches
-            for overlay in self._probe_overlays(shape, with_prompts=with_prompts)
+            (replace(batch, slots=slots.minimum(batch.slots)), overlay) for batch in batches for overlay in overlays
         ]
         same = False
         # What raises here does so in `Tuning.check` too, or in nothing that is asked for.
