@@ -21,6 +21,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fedhpc.model.last_layer import Memory
+from fedhpc.model.overlay import rows_of_devices
 from fedhpc.model.rows import Rows
 
 
@@ -97,8 +98,7 @@ def _put_first(prefix: Tensor, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
         grouped = tensor.unflatten(0, (len(sizes), sizes[0]))
         rows = prefix.unsqueeze(1).expand(-1, sizes[0], -1, -1, -1)
         return torch.cat([rows, grouped], dim=3).flatten(0, 1)
-    rows = torch.cat([row.expand(size, -1, -1, -1) for row, size in zip(prefix, sizes, strict=True)])
-    return torch.cat([rows, tensor], dim=2)
+    return torch.cat([rows_of_devices(prefix, sizes), tensor], dim=2)
 
 
 def _widen(mask: Tensor | None, query: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:

@@ -102,6 +102,12 @@ def each_device(function: Callable[[int, Tensor], Tensor], tensor: Tensor, sizes
     return torch.cat([function(place, part) for place, part in enumerate(parts)])
 
 
+def rows_of_devices(each: Sequence[Tensor] | Tensor, sizes: Sequence[int]) -> Tensor:
+    """A tensor [r, ...] with every device's own tensor [...] for each of its rows; ``sizes``: how many it has."""
+    parts = [own.expand(size, *own.shape) for own, size in zip(each, sizes, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def with_tokens(mask: Tensor, count: int, *, visible: bool, causal: bool) -> Tensor:
     """An attention mask [b, 1, T + s, T + s] from that of the texts [b, s] or [b, 1, s, s].
 

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedhpc.model.overlay import rows_of_devices
+
 CALL_COST = {"cpu": 2e5, "cuda": 2e8}
 """What one more call of attention costs, in hidden elements of pairs of tokens; only speed depends on it."""
 
@@ -212,12 +214,7 @@ class Rows:
     def _prefixes(self, prefix: Tensor, group: Group) -> Tensor:
         """Each text's own device's [k, 2, heads, T, head_dim] of [N, ...]."""
         bounds = np.searchsorted(group.texts, [0, *np.cumsum(self.sizes)])
-        parts = [
-            own.expand(end - start, *own.shape)
-            for own, (start, end) in zip(prefix, pairwise(bounds), strict=True)
-            if start < end
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return rows_of_devices(prefix, np.diff(bounds).tolist())
 
     def _mask(self, group: Group, sight: Sight, *, may_skip: bool) -> Tensor | None:
         """[k or 1, 1, l, T + l]; None for all, or where ``may_skip`` for what comes before."""

@@ -18,7 +18,7 @@ from fedhpc.errors import ConfigError, ModelError
 from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.methods.updates import Layout, Vector
 from fedhpc.model.numbers import LOSS_SCALE, at_least_float32, no_surprise
-from fedhpc.model.overlay import Edit, Overlay, SoftTokens
+from fedhpc.model.overlay import Edit, Overlay, SoftTokens, rows_of_devices  # noqa: F401 - tunings look for it here
 from fedhpc.seeding import generator
 from fedhpc.tuning.peft_form import PeftForm
 
@@ -292,11 +292,6 @@ def linear_heads(params: Sequence[Params], pooled: Tensor, sizes: Sequence[int])
     """Class scores [b, C] from pooled hidden states [b, H], each device's examples by its own trained head."""
     parts = zip(params, at_least_float32(pooled).split(list(sizes)), strict=True)
     return torch.cat([functional.linear(part, head["head.weight"], head["head.bias"]) for head, part in parts])
-
-
-def rows_of_devices(each: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """A tensor [r, ...] with every device's own tensor [...] for each of its rows; ``sizes``: how many it has."""
-    return torch.cat([own.expand(size, *own.shape) for own, size in zip(each, sizes, strict=True)])
 
 
 def dropout(tensor: Tensor, probability: float, seed: int) -> Tensor:

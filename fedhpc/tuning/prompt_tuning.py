@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedhpc.job.deferred import Tensor
-from fedhpc.model.overlay import Overlay
+from fedhpc.model.overlay import Overlay, rows_of_devices
 from fedhpc.registry import TUNINGS
-from fedhpc.tuning.base import Params, TokensConfig, Tuning, rows_of_devices
+from fedhpc.tuning.base import Params, TokensConfig, Tuning
 from fedhpc.tuning.peft_form import PeftForm
 
 if TYPE_CHECKING:
