@@ -211,11 +211,18 @@ def boundaries(path):
     return sorted(place for place in places if place < path.stat().st_size)
 
 
+def kind_of(name):
+    """A file's name without numbers: files of one kind are built alike."""
+    return re.sub(r"\d{4,}", "0", name)
+
+
 def truncations(original):
+    looked_into = set()
     for name in original.files:
-        path = original.folder / name
-        size = len(original.content[name])
-        places = boundaries(path) if name.endswith(".h5") else [0, size // 2, size - 1]
+        path, size, kind = original.folder / name, len(original.content[name]), kind_of(name)
+        within = name.endswith(".h5") and kind not in looked_into
+        looked_into.add(kind)
+        places = boundaries(path) if within else [0, size // 2, size - 1]
         for place in places:
             cut = rewrite(name, lambda content, place=place: content[:place])
             yield Mutation("truncated", f"{name} at {place}", cut, frozenset([name]))
@@ -224,7 +231,7 @@ def truncations(original):
 def flipped_bits(original):
     rng = np.random.default_rng([SEED, 0])
     for name, content in original.content.items():
-        count = 4 if name.startswith(("control/", "local/")) else 12  # of those there are many
+        count = 2 if name.startswith(("control/", "local/")) else 12  # of those there are many
         for place in rng.integers(8 * len(content), size=count).tolist():
 
             def flip(content, place=place):
@@ -376,8 +383,12 @@ def test_damage_anywhere_is_noticed_or_harmless(original, tmp_path, reports):
     whole[original.older] = original.load(tmp_path / "whole")
     assert whole[original.newest] != whole[original.older]
     assert not reports
-    kinds = {re.sub(r"\d{4,}", "0", name) for name in original.files}
-    assert kinds >= {"control/0_0.h5", "local/0_0.h5", "LATEST", "round_0_part_0/progress_0.h5"}
+    assert {*map(kind_of, original.files)} >= {
+        "control/0_0.h5",
+        "local/0_0.h5",
+        "LATEST",
+        "round_0_part_0/progress_0.h5",
+    }
 
     outcomes, wrong = Counter(), []
     for mutations in KINDS:

@@ -1,4 +1,4 @@
-"""Hundreds of odd command lines and files: each is refused with one message and 2, or means what it says."""
+"""A hundred and more odd command lines and files: each is refused with one message and 2, or means what it says."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from fedhpc.errors import EXIT_USER_ERROR
 from fedhpc.registry import SECTIONS
 
 SEED = 20261129
-TRIALS = 300
+TRIALS = 150
 FILES = ("model.name", "data.path", "run_dir", "tuning.sources")
 NUMBERS = (
     *("0", "-1", "1", "2", "3", "0.5", "1e3", "1e-300", "1e308", "1e400", ".inf", "-.inf", ".nan", "nan", "0042"),
@@ -190,4 +190,4 @@ def test_odd_command_lines_are_refused_with_one_message_or_do_what_they_say(
             assert flatten(load_config(folder / "resolved.yaml").model_dump()) == flatten(config.model_dump())
     assert not wrong, "\n".join([f"{len(wrong)}:", *wrong[:10]])
     assert outcomes["plan", ENDED] > 10
-    assert sum(count for (_, found), count in outcomes.items() if found == REFUSED) > 100
+    assert sum(count for (_, found), count in outcomes.items() if found == REFUSED) > 60
