@@ -31,8 +31,6 @@ from fedhpc.model.pretrained import read_shape
 from fedhpc.registry import TUNINGS
 from fedhpc.tuning import make_tuning
 
-torch.set_num_threads(1)  # these are too small to share
-
 NUM_LAYERS, HIDDEN_SIZE, VOCABULARY, NUM_TOKENS = 3, 32, 101, 4
 WORDS = [[7], [41], [90]]
 LONG_WORDS = [[7, 12], [41], [7, 55, 3], [90, 90]]

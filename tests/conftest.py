@@ -3,9 +3,12 @@ import signal
 
 import pytest
 import tiny
+import torch
 
 from fedhpc.commands import cli
 from fedhpc.job.stopping import STOP_SIGNALS
+
+torch.set_num_threads(1)  # the tests' models are too small to share
 
 
 @pytest.fixture(scope="session")
