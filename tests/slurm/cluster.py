@@ -12,9 +12,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 NOT_INHERITED = ("SLURM", "SBATCH", "SRUN", "SCANCEL", "SQUEUE", "OMPI_", "PMIX_", "PRTE_", "PMI_")
 KILL_WAIT_S = 10
-"""Between SLURM's SIGTERM and SIGKILL; one that requeues a job waits as long again, see cred_expire."""
+"""Between SLURM's SIGTERM and SIGKILL. One that requeues a job waits for cred_expire, too."""
 
-# No job accounting, no cgroups. More CPUs than the host has, so that 17 tasks fit on any.
+# No job accounting, no cgroups; ended jobs are not forgotten. More CPUs than the host has: 17 tasks fit on any.
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -23,7 +23,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={socket},cred_expire=10
+AuthInfo=socket={socket},cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -40,6 +40,7 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
+MinJobAge=3600
 KillWait={kill_wait}
 MailProg=/bin/true
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
