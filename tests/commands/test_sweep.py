@@ -42,7 +42,8 @@ def write(world, tmp_path_factory):
 
     def write(grid=GRID, **others):
         folder = tmp_path_factory.mktemp("experiment")
-        values = {"base": str(world), "out": str(folder / "out"), "set": {"trace": False}, "grid": grid, **others}
+        few_steps = {"trace": False, "device.batch_size": 20}  # about what a device has
+        values = {"base": str(world), "out": str(folder / "out"), "set": few_steps, "grid": grid, **others}
         path = folder / "experiment.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False))
         return path
