@@ -51,14 +51,14 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write_backbone(folder, seed=0, kind="decoder"):
+def write_backbone(folder, seed=0, kind="decoder", num_layers=NUM_LAYERS):
     """A LLaMA with grouped-query attention, or a BERT, with random weights."""
     tokenizer = word_tokenizer()
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": NUM_LAYERS,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
         "pad_token_id": tokenizer.pad_token_id,
@@ -99,9 +99,10 @@ def write_config(world, folder, run, **changes):
     return path
 
 
-def write_world(folder, kind="decoder", **source):
+def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, **source):
     """Everything a run needs; the run's configuration file."""
-    backbone, source = write_backbone(folder / "backbone", kind=kind), write_source(folder / "source", **source)
+    backbone = write_backbone(folder / "backbone", kind=kind, num_layers=num_layers)
+    source = write_source(folder / "source", **source)
     arguments = ["--task", source / "task.yaml", "--source", source, "--model", backbone, "--out", folder / "prepared"]
     assert load_script("prepare").main([str(argument) for argument in arguments]) == 0
     config = {

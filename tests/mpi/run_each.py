@@ -14,8 +14,11 @@ from fedhpc.config_file import load_config
 from fedhpc.exchange import connect
 from fedhpc.exchange.messages import Op
 from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.quick_start import quick_start
 from fedhpc.job.stopping import StopRequest
-from fedhpc.model import backbone as models
+
+with quick_start():  # as the command
+    from fedhpc.model import backbone as models
 
 _LOAD, _LOADED = models.load_frozen, {}
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("combinations")
     for backbone in ("encoder", "decoder"):
         (folder / backbone).mkdir()
-        write_world(folder / backbone, backbone, num_train=48, num_validation=12)
+        write_world(folder / backbone, backbone, num_layers=2, num_train=48, num_validation=12)
     save_file({"prompt_embeddings": torch.randn(2, 32)}, folder / "adapter_model.safetensors")
     return folder
 
