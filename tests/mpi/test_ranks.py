@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import yaml
 from launch import MPIRUN, mpirun
 from tiny import final_prompts, metrics, run_dir
 
@@ -27,28 +26,23 @@ pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Py
 
 HERE = Path(__file__).parent
 HEADER_BYTES = 64
-
-
-def config_in(folder, world):
-    """The world's configuration with a run directory in a folder of its own."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(world.read_text()), "run_dir": str(folder / "run")}))
-    return path
+FEW = 6
+"""Devices where there are more ranks, which are quicker to start when they are few, too."""
 
 
 @pytest.fixture(scope="module")
 def serial(world, tmp_path_factory):
     """The run of one process that every other must equal."""
-    config = config_in(tmp_path_factory.mktemp("serial"), world)
+    config = tiny.write_config(world, tmp_path_factory.mktemp("serial"), "run", federation__num_devices=FEW)
     assert cli.main(["run", str(config)]) == 0
     return config
 
 
 @pytest.fixture(scope="module")
-def seventeen(world, tmp_path_factory):
-    """A traced run on 17 ranks, four of them without a device."""
-    config = config_in(tmp_path_factory.mktemp("seventeen"), world)
-    done = mpirun(17, "-m", "fedhpc", "run", config)
+def nine(world, tmp_path_factory):
+    """A traced run on nine ranks, two of them without a device."""
+    config = tiny.write_config(world, tmp_path_factory.mktemp("nine"), "run", federation__num_devices=FEW)
+    done = mpirun(9, "-m", "fedhpc", "run", config)
     assert done.returncode == 0, done.stderr
     return config, done
 
@@ -75,7 +69,7 @@ MOVING = {
 }
 ON_FIVE = {
     **{setting: {"evaluate__every": 1, **changes} for setting, changes in MOVING.items()},
-    "the world's": {},
+    "few devices": {"federation__num_devices": FEW},
     "every layer": {"selection__ratio": 1.0, "federation__rounds": 1},
 }
 
@@ -93,8 +87,8 @@ def five(world, tmp_path_factory):
     return configs, [line for file in folder.glob("*.traces") for line in file.read_text().splitlines()]
 
 
-def test_any_number_of_ranks_gives_the_same_bits(serial, five, seventeen):
-    for config in (five[0]["the world's"], seventeen[0]):
+def test_any_number_of_ranks_gives_the_same_bits(serial, five, nine):
+    for config in (five[0]["few devices"], nine[0]):
         assert final_prompts(config) == final_prompts(serial)
         for ours, theirs in zip(metrics(config), metrics(serial), strict=True):
             for key in ("loss", "accuracy", "accuracy_global", "device_accuracy", "devices", "steps", "update_norm"):
@@ -122,15 +116,15 @@ def test_what_devices_keep_moves_with_them(run_config, five, setting):
         verify(checkpoints.path(position))
 
 
-def test_idle_ranks_are_noticed_not_refused(seventeen):
-    _, done = seventeen
-    assert "4 ranks have no device" in done.stderr
-    assert "rank 0/17" in done.stderr
+def test_idle_ranks_are_noticed_not_refused(nine):
+    _, done = nine
+    assert "2 ranks have no device" in done.stderr
+    assert "rank 0/9" in done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["1/3", "2/3", "3/3"]
 
 
-def test_bytes_are_those_of_the_selected_layers(five, seventeen):
-    for config, num_workers, num_layers in ((seventeen[0], 16, 2), (five[0]["every layer"], 4, 4)):
+def test_bytes_are_those_of_the_selected_layers(five, nine):
+    for config, num_workers, num_layers in ((nine[0], 8, 2), (five[0]["every layer"], 4, 4)):
         prompts = 4 * num_layers * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
         for record in metrics(config):
             assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
@@ -144,9 +138,9 @@ def test_uploads_of_16_bits_are_half_as_long_and_sums_come_once(five):
             assert record["bytes_up"] == len(record["devices"]) * (payload + HEADER_BYTES) + once
 
 
-def test_what_17_ranks_have_tuned_is_an_adapter_for_plain_peft(seventeen, tmp_path):
-    trained = load_trained(str(run_dir(seventeen[0])))
-    assert cli.main(["export", str(run_dir(seventeen[0])), "--out", str(tmp_path / "adapter")]) == 0
+def test_what_nine_ranks_have_tuned_is_an_adapter_for_plain_peft(nine, tmp_path):
+    trained = load_trained(str(run_dir(nine[0])))
+    assert cli.main(["export", str(run_dir(nine[0])), "--out", str(tmp_path / "adapter")]) == 0
     config, data = trained.job.config, trained.job.data
     batch = data.split("validation").batch(range(20))
     backbone = Backbone(config.model, config.tuning, data.description, torch.device("cpu"))
@@ -177,15 +171,15 @@ def recompute(trace, state, *, beta, server_learning_rate, num_devices):
     return result, {"t": t, "m": m, "c": c, "c_i": {**state["c_i"], **dict(zip(ids.tolist(), d, strict=True))}}
 
 
-def test_a_trace_can_be_recomputed_from_outside(seventeen):
-    config, _ = seventeen
+def test_a_trace_can_be_recomputed_from_outside(nine):
+    config, _ = nine
     folder = run_dir(config)
     state = {"t": 0, "m": 0.0, "c": 0.0, "c_i": {}}
     previous = None
     for t in range(3):
         with h5py.File(folder / f"traces/round_{t:06d}.h5") as trace:
             assert previous is None or np.array_equal(trace["broadcast"][()], previous)
-            result, state = recompute(trace, state, beta=0.5, server_learning_rate=1.5, num_devices=tiny.NUM_DEVICES)
+            result, state = recompute(trace, state, beta=0.5, server_learning_rate=1.5, num_devices=FEW)
             previous = trace["result"][()]
             assert np.abs(previous - result).max() <= 1e-6 * np.abs(result).max()
 
