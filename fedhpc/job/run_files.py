@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fedhpc.files import naming
+from fedhpc.files import fsync, naming
 
 
 class RunFiles:
@@ -29,15 +29,18 @@ class RunFiles:
         return self.metrics.rename(aside)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, also behind one that an interruption cut short."""
+        """Add one line to metrics.jsonl, also behind one that an interruption cut short; not yet forced to disk."""
         with naming(self.metrics), self.metrics.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
             file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+    def force_metrics(self) -> None:
+        """Force the lines of metrics.jsonl to disk."""
+        with naming(self.metrics), suppress(FileNotFoundError):
+            fsync(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rounds recorded, ascending; of a round repeated after an interruption the last line counts.

@@ -13,6 +13,7 @@ from fedhpc.exchange import LONGEST_GAP_S, Exchange
 from fedhpc.exchange.messages import NO_RECORD, Command, Note, NoteKind, Op
 from fedhpc.job.background import Background
 from fedhpc.job.lock import RunLock
+from fedhpc.job.run_files import RunFiles
 from fedhpc.methods.updates import Vector
 from fedhpc.server.job import Job
 
@@ -124,6 +125,7 @@ class CheckpointWriter:
                 waiting_for -= 1
             else:
                 sums[note.text] = note.sha256
+        RunFiles(self.job.config.run_dir).force_metrics()  # a run that goes on from here adds to these lines
         written = device_checksums(sums)
         self.control.note_files(written)
         self.bytes_written += len(server) + sum((self.checkpoints.partial / name).stat().st_size for name in sums)

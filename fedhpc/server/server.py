@@ -80,6 +80,7 @@ class Server:
                 self.suspend()
                 return Op.SUSPEND
             self.saving.wait()
+            self.files.force_metrics()
             self._command(Command(op=Op.FINISH))
         except RanksLost:
             self.saving.abandon()

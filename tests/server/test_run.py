@@ -101,6 +101,27 @@ def test_some_examples_are_evaluated_on_and_all_of_them_in_the_last_round(fedhpc
         assert metrics(some)[0][key] * 12 == pytest.approx(round(metrics(some)[0][key] * 12))
 
 
+def test_a_checkpoint_counts_only_where_the_metrics_before_it_are_on_disk(fedhpc, run_config, monkeypatch):
+    order = []
+    force, commit = RunFiles.force_metrics, Checkpoints.commit
+
+    def forcing(files):
+        force(files)
+        order.append(len(files.read_metrics()))
+
+    def committing(checkpoints, position, *arguments, **named):
+        order.append(f"round {position.round}")
+        commit(checkpoints, position, *arguments, **named)
+
+    monkeypatch.setattr(RunFiles, "force_metrics", forcing)
+    monkeypatch.setattr(Checkpoints, "commit", committing)
+    assert fedhpc("run", run_config(federation__rounds=3, checkpoint__every=2))[0] == 0
+    first, two, second, three, last = order
+    assert (two, three, last) == ("round 2", "round 3", 3)
+    assert first >= 1  # its own line is in the checkpoint too
+    assert second >= 2
+
+
 def test_nothing_is_evaluated_twice(fedhpc, run_config, monkeypatch):
     predicted, class_scores = [], device.class_scores
 
