@@ -1,7 +1,9 @@
 """What every server method shares."""
 
 import os
+import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -88,6 +90,27 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
 
 
+class ReusedMemory:
+    """Matrices in memory that a process has had before, whose pages the system need not find and clear again."""
+
+    def __init__(self) -> None:
+        self._given: deque[NDArray[np.float32]] = deque(maxlen=2)
+        """The latest ones: of one round and of the round before."""
+
+    def empty(self, rows: int, columns: int) -> NDArray[np.float32]:
+        """A matrix of any content, which nobody else has or sees a part of."""
+        given, self._given = self._given, deque(maxlen=2)
+        found, unshared = None, object()
+        while given:
+            matrix = given.popleft()
+            if sys.getrefcount(matrix) > sys.getrefcount(unshared):  # every view of a matrix refers to it
+                self._given.append(matrix)
+            elif matrix.shape == (rows, columns):
+                found = matrix
+        self._given.append(np.empty((rows, columns), np.float32) if found is None else found)
+        return self._given[-1]
+
+
 class MomentumConfig(MethodConfig):
     """Of methods with a first moment."""
 
@@ -122,6 +145,7 @@ class Method(Part, ABC):
         self.config = config
         self.num_devices, self.sample_rate = population.num_devices, population.sample_rate
         self.num_examples = population.num_examples
+        self._control_memory, self._other_memory = ReusedMemory(), ReusedMemory()
 
     @classmethod
     def make(cls, config: MethodConfig, population: Population) -> "Method":
@@ -194,7 +218,7 @@ class Method(Part, ABC):
         # in another, which does not stay when those have gone to disk.
         num_control = len(outline.control)
         num_others = len(list(outline.all_vectors())) - num_control
-        rows = chain(*(np.empty((count, size), np.float32) for count in (num_others, num_control)))
+        rows = chain(self._other_memory.empty(num_others, size), self._control_memory.empty(num_control, size))
         new = outline.each(lambda _: next(rows))
         uploads = replace(uploads, control_memory=[new.control[device] for device in sorted(new.control)])
 

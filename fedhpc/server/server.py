@@ -119,16 +119,7 @@ class Server:
             if this.present:
                 uploads, record = self.train(state, this)
                 # 3. Server update: P^{t+1}.
-                before, state = state, self.update(state, uploads, record)
-                if self.config.trace:
-                    write_trace(
-                        Path(self.config.run_dir),
-                        t,
-                        self.tuning.exchanged(state.layers),
-                        broadcast=before.server.params,
-                        uploads=uploads,
-                        result=state.server.params,
-                    )
+                state = self.update(state, uploads, record)
             else:
                 state = self.skip(state, this)
             # 4. Evaluate and checkpoint, when due; metrics.
@@ -331,7 +322,7 @@ class Server:
         return Sums(mean=weighted / headers["num_examples"].sum(), total=total[0] if total else None)
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
-        """The method's server step, watched for growth without bound."""
+        """The method's server step, watched for growth without bound; with `trace` also what it came from."""
         start = time.perf_counter()
         control = self.saving.control
         server = self.method.update(replace(state.server, control=control.fetched()), uploads)
@@ -343,6 +334,15 @@ class Server:
         record["update_norm"] = norm
         record["server_learning_rate"] = self._server_learning_rate(server)
         record["seconds"]["server"] = time.perf_counter() - start
+        if self.config.trace:
+            write_trace(
+                Path(self.config.run_dir),
+                record["round"],
+                self.tuning.exchanged(state.layers),
+                broadcast=state.server.params,
+                uploads=uploads,
+                result=server.params,
+            )
         return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
 
     def _server_learning_rate(self, server: ServerState) -> float | None:

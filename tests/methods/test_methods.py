@@ -11,6 +11,7 @@ import pytest
 from fedhpc.config import section_of
 from fedhpc.errors import ConfigError
 from fedhpc.methods import FedAvg, LocalRule, Population, make_method
+from fedhpc.methods.base import ReusedMemory
 from fedhpc.methods.updates import RoundUploads
 from fedhpc.registry import METHODS
 
@@ -247,6 +248,19 @@ def test_control_variates_leave_memory_without_the_other_vectors(name):
     state = fedpeptao.update(fedpeptao.init(P0), uploads([[0, 4], [8, 0]]))
     kept = [vector.base for vector in (state.params, *state.vectors.values())]
     assert not any(vector.base is piece for vector in state.control.values() for piece in kept)
+
+
+def test_memory_is_used_again_once_nobody_sees_any_of_it():
+    memory = ReusedMemory()
+    first = memory.empty(2, 3)
+    part = first[1][:2]
+    del first
+    second, third = memory.empty(2, 3), memory.empty(2, 3)
+    assert not any(np.may_share_memory(part, other) for other in (second, third))
+    address = second.ctypes.data
+    del second
+    assert memory.empty(2, 3).ctypes.data == address
+    assert memory.empty(3, 3).shape == (3, 3)
 
 
 @pytest.mark.skipif(not VECTORS.is_dir(), reason="no number vectors; FEDHPC_VECTORS names their folder")
