@@ -108,8 +108,24 @@ class Homes:
         return moves
 
 
+def spread(packs: Packs, costs: Sequence[float], homes: Homes) -> list[int]:
+    """A worker for every pack: longest first, to the one with the least to do; where it makes no difference, its first
+    device's home.
+    """
+    loads = [0.0] * homes.num_workers
+    bound = max([sum(costs) / len(loads), *costs])
+    """No placement ends sooner."""
+    workers = [0] * len(packs)
+    for index in sorted(range(len(packs)), key=lambda index: -costs[index]):
+        home = homes[packs[index][0]]
+        worker = home if loads[home] + costs[index] <= STAY * bound else loads.index(min(loads))
+        workers[index] = worker
+        loads[worker] += costs[index]
+    return workers
+
+
 class Placement:
-    """The server's choice of a worker for each pack: longest first, to the one with the least to do."""
+    """The server's choice of a worker for each pack, by what it has measured."""
 
     def __init__(self, num_devices: int, num_workers: int) -> None:
         self.homes = Homes(num_devices, num_workers)
@@ -122,18 +138,10 @@ class Placement:
         self._seconds_per_step[device] = (before + seconds / steps) / 2
 
     def place(self, packs: Packs, steps: Sequence[int]) -> NDArray[np.int32]:
-        """A worker for every pack, from K_i of every device; where it makes no difference, its first device's home."""
+        """A worker for every pack, from K_i of every device."""
         known = self._seconds_per_step.values()
         usual = sum(known) / len(known) if known else 1.0
         costs = [sum(steps[d] * self._seconds_per_step.get(d, usual) for d in pack) for pack in packs]
-        loads = [0.0] * self.homes.num_workers
-        bound = max([sum(costs) / len(loads), *costs])
-        """No placement ends sooner."""
-        workers = [0] * len(packs)
-        for index in sorted(range(len(packs)), key=lambda index: -costs[index]):
-            home = self.homes[packs[index][0]]
-            worker = home if loads[home] + costs[index] <= STAY * bound else loads.index(min(loads))
-            workers[index] = worker
-            loads[worker] += costs[index]
+        workers = spread(packs, costs, self.homes)
         self.homes.move(packs, workers)
         return np.array(workers, np.int32)
