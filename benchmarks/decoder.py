@@ -31,6 +31,7 @@ from fedhpc.evaluate.predictions import class_scores, evaluation_batches
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import read_shape
 from fedhpc.tuning import make_tuning
+from fedhpc.tuning.base import as_parameters
 
 NUM_TOKENS, BATCH, EVALUATION_BATCH, EXAMPLES, MAX_LENGTH = 20, 8, 32, 64, 128
 
@@ -130,7 +131,8 @@ def contenders(folder, data):
 
     def our_evaluation():
         batches = evaluation_batches(validation, np.arange(EXAMPLES), EVALUATION_BATCH)
-        for _ in class_scores(backbone, tuning, tensors, validation, batches):
+        params = as_parameters(tensors, backbone.torch_device)
+        for _ in class_scores(backbone, tuning, validation, ([(params, batch)] for batch in batches)):
             pass
 
     return {

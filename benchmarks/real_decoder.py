@@ -11,7 +11,8 @@ turns in one process. Figures are texts a second, medians over the turns, and ho
 token of the texts.
 
 Then an evaluation of 400 texts, 10 on each of 40 devices: personalised, every device's by prompts of its own, and
-global, all by the same, in batches of 32. It takes turns with the same on padded batches, and with one of 80 texts.
+global, all by the same, in batches of 32. It takes turns with the same on padded batches, one device at a time, and
+with one of 80 texts.
 """
 
 import argparse
@@ -33,11 +34,12 @@ from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config, ModelConfig, section_of
 from fedhpc.data.prepared import PreparedData, Split
 from fedhpc.device.local_update import Assignment, local_updates
-from fedhpc.evaluate.predictions import class_scores, evaluation_batches
+from fedhpc.evaluate.predictions import class_scores, device_batches, evaluation_batches
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import load_tokenizer, read_shape
 from fedhpc.registry import TUNINGS
 from fedhpc.tuning import make_tuning
+from fedhpc.tuning.base import as_parameters
 
 NUM_TOKENS, RANK, BATCH, DEVICES, TEXTS, LONGEST = 20, 8, 8, 4, 16, 512
 EVALUATED, EVALUATING, EVALUATION_BATCH = 400, 40, 32
@@ -152,20 +154,23 @@ def evaluations(model, data, dtype):
     of_device = np.split(examples, EVALUATING)
     own = [tuning.initial(seed) for seed in range(EVALUATING)]
 
-    def predict(tensors, chosen):
-        batches = evaluation_batches(split, chosen, EVALUATION_BATCH)
-        return np.concatenate(
-            [scores.argmax(1) for _, scores in class_scores(backbone, tuning, tensors, split, batches)]
-        )
+    def predict(batches):
+        found = np.full(len(split), -1)
+        tensors = ([(as_parameters(own[i], backbone.torch_device), part) for i, part in batch] for batch in batches)
+        for chosen, scores in class_scores(backbone, tuning, split, tensors):
+            found[chosen] = scores.argmax(1)
+        return found[examples]
 
-    def evaluate(share):
+    def evaluate(share, *, side_by_side=True):
         size = int(share * EVALUATED / EVALUATING)
-        personal = [predict(tensors, chosen[:size]) for tensors, chosen in zip(own, of_device, strict=True)]
-        return np.concatenate([*personal, predict(own[0], np.concatenate([chosen[:size] for chosen in of_device]))])
+        shares = {device: chosen[:size] for device, chosen in enumerate(of_device)}
+        everything = evaluation_batches(split, np.concatenate(list(shares.values())), EVALUATION_BATCH)
+        personal = device_batches(split, shares, EVALUATION_BATCH, side_by_side=side_by_side)
+        return np.concatenate([predict(personal), predict([[(0, chosen)] for chosen in everything])])
 
     def padded():
         with backbone._padded():
-            return evaluate(1.0)
+            return evaluate(1.0, side_by_side=False)
 
     return {"in rows": lambda: evaluate(1.0), "a fifth of the texts": lambda: evaluate(0.2), "padded": padded}
 

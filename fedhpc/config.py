@@ -310,7 +310,7 @@ class EvaluateConfig(Section):
     """Evaluate on so many examples of the evaluation split, the same each time, of each class its share; the last round
     on all."""
     batch_size: Positive = 32
-    """Examples in an evaluation step."""
+    """Examples in an evaluation step; devices that have fewer share one."""
 
 
 class Config(Section):

@@ -9,6 +9,7 @@ from transformers.utils import cached_file
 
 from fedhpc.commands.rehearsal import Rehearsal, rehearsal
 from fedhpc.errors import ModelError
+from fedhpc.evaluate.predictions import device_batches, evaluation_examples
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import UPLOAD_HEADER
 from fedhpc.federation.packing import largest_pack
@@ -111,10 +112,11 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     here = -(-sampled // max(1, ranks - 1))
     record = UPLOAD_HEADER.itemsize + upload_of(job).nbytes
     room = ROOM[config.model.dtype]
+    lent = local_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)) * (ranks > 2)
     room_of_steps = ROOM_RECOMPUTED if config.model.gradient_checkpointing else room
     phases = {
         "training": room_of_steps * work.training(pack, -(-sampled // count_packs(sampled, pack))),
-        "evaluation": room * work.evaluation() + everything,
+        "evaluation": room * work.evaluation(devices_in_batch(job)) + everything + lent,
         "loading": work.loading - work.weights + _narrowed_bytes(job, work.loading),
     }
     if make_strategy(config.selection).scored:
@@ -169,11 +171,29 @@ def trainable(job: Job) -> int:
     return job.tuning.exchanged(range(job.shape.num_layers)).size
 
 
+def local_bytes(job: Job) -> int:
+    """Bytes of the layers that a device has for itself."""
+    is_frozen = job.config.selection.local_layers == "frozen"
+    return 0 if is_frozen else job.tuning.local(range(selected(job))).nbytes
+
+
+def devices_in_batch(job: Job) -> int:
+    """The most devices whose examples are evaluated on together."""
+    if not (local_bytes(job) or job.config.selection.is_automatic):
+        return 1
+    config, split = job.config, job.data.split("validation")
+    most = 1
+    for count in {None, config.evaluate.examples}:
+        chosen = evaluation_examples(split.labels, count, config.seed)
+        shares = {device: np.intersect1d(own, chosen) for device, own in enumerate(job.partition.validation)}
+        batches = device_batches(split, shares, config.evaluate.batch_size, side_by_side=job.tuning.packable)
+        most = max([most, *map(len, batches)])
+    return most
+
+
 def kept_bytes(job: Job) -> int:
     """What a device keeps between its rounds: its own layers, what is left of its uploads, Adam's moments."""
-    is_frozen = job.config.selection.local_layers == "frozen"
-    local = 0 if is_frozen else job.tuning.local(range(selected(job))).nbytes
-    method = method_of(job)
+    local, method = local_bytes(job), method_of(job)
     uploads = make_encoding(job.config, method).keeps + len(method.keeps)
     moments = 2 * 4 * trainable(job) if job.config.device.keeps_moments else 0
     return local * (1 + is_sparse(job)) + exchanged_bytes(job) * uploads + moments

@@ -18,6 +18,7 @@ from fedhpc.errors import DataError
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.model.backbone import Backbone
+from fedhpc.tuning.base import as_parameters
 
 USUAL_COLUMNS = ("text", "sentence")
 """Where a task of one text may have it, if not in a column of the field's name."""
@@ -108,7 +109,8 @@ def class_probabilities(
         job.tuning.check_on(backbone)
     batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)
     found = np.empty((len(rows), len(description.class_names)), np.float32)
-    for indices, scores in class_scores(backbone, job.tuning, trained.tensors, split, batches):
+    params = as_parameters(trained.tensors, backbone.torch_device)
+    for indices, scores in class_scores(backbone, job.tuning, split, ([(params, batch)] for batch in batches)):
         found[indices] = scores.softmax(1).cpu().numpy()
     return found
 

@@ -127,13 +127,17 @@ class Rehearsal:
 
         return self._live.during(step)
 
-    def evaluation(self) -> int:
-        """The batch with the longest texts."""
-        split, tensors = self._validation, self._tensors()
+    def evaluation(self, count: int) -> int:
+        """The batch with the longest texts, of so many devices."""
+        split = self._validation
         examples = longest(split, np.arange(len(split)), self._job.config.evaluate.batch_size)
-        return self._live.during(
-            lambda: [None for _ in class_scores(self._backbone, self._job.tuning, tensors, split, iter([examples]))]
-        )
+
+        def predict() -> None:
+            batch = [(self._parameters(), part) for part in np.array_split(examples, count)]
+            for _ in class_scores(self._backbone, self._job.tuning, split, [batch]):
+                pass
+
+        return self._live.during(predict)
 
     def scoring(self) -> int:
         """The layers' scores by one batch; some need its gradient."""

@@ -1,13 +1,12 @@
 """The devices' side: a worker holds the devices that live on its rank and answers the server's commands."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.files import Position
@@ -16,12 +15,11 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
 from fedhpc.device.curriculum import Batches, easy_first
+from fedhpc.device.evaluation import Evaluation
 from fedhpc.device.local_update import Assignment, DeviceUpdate, epoch_batches, local_updates
 from fedhpc.device.measuring import Measurements
 from fedhpc.device.round_context import RoundContext
 from fedhpc.errors import CheckpointError, Halt
-from fedhpc.evaluate.metrics import confusion
-from fedhpc.evaluate.predictions import class_scores, evaluation_batches, evaluation_examples
 from fedhpc.exchange import Exchange, MpiExchange, messages
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize, Terms
@@ -40,8 +38,6 @@ from fedhpc.tuning import Tuning
 
 NO_ROUND = -1
 NO_RECORDS = messages.NO_RECORD.zeros(0)
-ELSEWHERE = -1
-"""Stands in place of a class: another worker predicts it."""
 
 
 def serve(exchange: MpiExchange, worker: "Worker") -> Op:
@@ -64,13 +60,13 @@ class Worker:
         exchange: Exchange,
     ) -> None:
         self.config = config
-        self.train, self.validation = data.split("train"), data.split("validation")
-        self.num_classes = len(data.description.class_names)
+        self.train = data.split("train")
         self.partition = partition
         self.backbone = backbone
         self.tuning = tuning
         self.exchange = exchange
         self.measurements = Measurements(config, self.train, partition, backbone, tuning, exchange.beat)
+        self.evaluation = Evaluation(config, data, partition, backbone, tuning, exchange)
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
         self.method = make_method(config.server, population(config, partition))
@@ -315,34 +311,9 @@ class Worker:
         return NO_RECORDS
 
     def evaluate(self, command: Command) -> np.ndarray:
-        """Right and wrong: each device's own share with its own local tensors, and a part of the whole split."""
-        context = self._context(command)
-        record = messages.evaluation_record(self.num_classes, len(self.partition.validation)).zeros(1)
-        labels, size = self.validation.labels, self.config.evaluate.batch_size
-        is_last = context.round == self.config.federation.rounds
-        chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
-        # Interleaved batches give every worker short and long texts alike.
-        everything = evaluation_batches(self.validation, chosen, size)
-        shared = np.full(len(self.validation), ELSEWHERE, np.int64)
-        self._predict(context, self.unseen, islice(everything, self.index, None, self.num_workers), shared)
-        personal = shared
-        if self.trains_local:
-            personal = np.full_like(shared, ELSEWHERE)
-            of_device, sampled = self.partition.validation, self._sampled_before(context.round)
-            for device in set(range(len(of_device))) - sampled:  # it has what the server has
-                personal[of_device[device]] = shared[of_device[device]]
-            for device in sampled.intersection(self.homes.devices_of(self.index)):
-                if len(own := np.intersect1d(of_device[device], chosen)):
-                    batches = evaluation_batches(self.validation, own, size)
-                    self._predict(context, self.states.get(device, self.unseen), batches, personal)
-        record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
-        for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
-            record[name] = [np.count_nonzero(counts[examples]) for examples in self.partition.validation]
-        return record
-
-    def _sampled_before(self, round_index: int) -> set[int]:
-        """Devices that may have a state of their own in round t."""
-        return {device for t in range(round_index) for device in sample_devices(self.config, t)}
+        """Right and wrong with the devices' own local tensors, and with the server's."""
+        own = self.states if self.trains_local else None
+        return self.evaluation.record(self._context(command), self.unseen, own, self.homes, self.index)
 
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""
@@ -376,24 +347,3 @@ class Worker:
         words = self._upload_of(self.tuning.exchanged(command.layers).size).record.shape
         self.progress.check(words, with_moments=self.config.device.optimizer == "adamw")
         return NO_RECORDS
-
-    def _predict(
-        self,
-        context: RoundContext,
-        state: DeviceState,
-        batches: Iterator[NDArray[np.int64]],
-        predictions: NDArray[np.int64],
-    ) -> None:
-        tensors = self.tuning.merge(context.params, state.local, context.layers)
-
-        def announced() -> Iterator[NDArray[np.int64]]:
-            for batch in batches:
-                self.exchange.beat("evaluating")
-                yield batch
-
-        for examples, scores in class_scores(self.backbone, self.tuning, tensors, self.validation, announced()):
-            predictions[examples] = scores.argmax(1).cpu().numpy()
-
-    def _confusion(self, predictions: NDArray[np.int64]) -> np.ndarray:
-        here = predictions != ELSEWHERE
-        return confusion(self.validation.labels[here], predictions[here], self.num_classes)

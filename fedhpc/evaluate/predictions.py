@@ -1,6 +1,6 @@
 """The classes that a model predicts for the examples of a split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,10 @@ from fedhpc.data.prepared import Split
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
-from fedhpc.tuning.base import as_parameters
+from fedhpc.tuning.base import Params
+
+DeviceBatch = list[tuple[int, NDArray[np.int64]]]
+"""Devices, and the examples of each."""
 
 
 def evaluation_examples(labels: NDArray[np.integer], count: int | None, seed: int) -> NDArray[np.int64]:
@@ -31,21 +34,60 @@ def evaluation_examples(labels: NDArray[np.integer], count: int | None, seed: in
 
 def evaluation_batches(split: Split, examples: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
     """The examples in batches of similar length, in an order that depends on nothing but the data."""
-    order = examples[np.argsort(np.asarray(split.lengths)[examples], kind="stable")]
+    order = _by_length(split, examples)
     for first in range(0, len(order), batch_size):
         yield order[first : first + batch_size]
+
+
+def device_batches(
+    split: Split, shares: Mapping[int, NDArray[np.int64]], batch_size: int, *, side_by_side: bool
+) -> list[DeviceBatch]:
+    """Batches of several devices' own examples.
+
+    A batch that a device does not fill goes on with the next device: small ones cost more for each example. The rule
+    does not know the ranks: what is computed together must not depend on their number.
+
+    Args:
+        shares: examples of each device.
+        side_by_side: whether devices may share a batch.
+    """
+    batches: list[DeviceBatch] = []
+    room = 0
+    for device, examples in shares.items():
+        own = _by_length(split, examples)
+        while len(own):
+            if not room:
+                batches.append([])
+                room = batch_size
+            part, own = own[:room], own[room:]
+            batches[-1].append((device, part))
+            room -= len(part)
+        if not side_by_side:
+            room = 0
+    return batches
 
 
 @torch.no_grad()
 def class_scores(
     backbone: Backbone,
     tuning: Tuning,
-    tensors: dict[str, np.ndarray],
     split: Split,
-    batches: Iterator[NDArray[np.int64]],
+    batches: Iterable[Sequence[tuple[Params, NDArray[np.int64]]]],
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Each batch's examples [b] and their class scores [b, C]."""
-    params = as_parameters(tensors, backbone.torch_device)
+    """Each batch's examples [b] and their class scores [b, C].
+
+    Args:
+        batches: trainable tensors, and the examples that are scored with them.
+    """
+
+    def scored(batch: Sequence[tuple[Params, NDArray[np.int64]]]) -> tuple[NDArray[np.int64], Tensor]:
+        params, parts = zip(*batch, strict=True)
+        examples, sizes = np.concatenate(parts), [len(part) for part in parts]
+        return examples, tuning.forward(backbone, params, split.batch(examples, sizes).to(backbone.torch_device))
+
     backbone.training_mode(False)
-    for examples in batches:
-        yield examples, tuning.forward(backbone, [params], split.batch(examples).to(backbone.torch_device))
+    yield from map(scored, batches)  # a loop's variables would hold one batch's tensors beside the next one's
+
+
+def _by_length(split: Split, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+    return examples[np.argsort(np.asarray(split.lengths)[examples], kind="stable")]

@@ -17,6 +17,7 @@ from fedhpc.commands import cli, predict
 from fedhpc.data.prepared import PreparedData
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
 from fedhpc.model.backbone import Backbone
+from fedhpc.tuning.base import as_parameters
 
 SEED = 20260731
 TRIALS = 25
@@ -230,10 +231,10 @@ def odd_data(world, rng, folder, capfd, monkeypatch):
     trained, backbone = world.trained(capfd, case)
     if data.description.splits["train"]["longest"] > trained.max_length:
         return "needs more positions than there are"
-    split, params = data.split("train"), trained.tensors
-    batches = evaluation_batches(split, np.arange(len(split)), 4)
+    split, params = data.split("train"), as_parameters(trained.tensors, backbone.torch_device)
+    batches = [[(params, batch)] for batch in evaluation_batches(split, np.arange(len(split)), 4)]
     expected = np.empty((len(split), len(CLASSES)))
-    for examples, scores in class_scores(backbone, trained.job.tuning, params, split, batches):
+    for examples, scores in class_scores(backbone, trained.job.tuning, split, batches):
         expected[examples] = scores.softmax(1).numpy()
     records = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
     assert np.allclose([list(record["probabilities"].values()) for record in records], expected, rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands.report import read_run
 from fedhpc.config import Config
 from fedhpc.config_file import load_config
-from fedhpc.device import worker as device
+from fedhpc.device import evaluation
 from fedhpc.device.worker import NO_RECORDS, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate.predictions import evaluation_examples
@@ -123,14 +123,14 @@ def test_a_checkpoint_counts_only_where_the_metrics_before_it_are_on_disk(fedhpc
 
 
 def test_nothing_is_evaluated_twice(fedhpc, run_config, monkeypatch):
-    predicted, class_scores = [], device.class_scores
+    predicted, class_scores = [], evaluation.class_scores
 
-    def counting(backbone, tuning, tensors, split, batches):
-        for examples, scores in class_scores(backbone, tuning, tensors, split, batches):
+    def counting(*args):
+        for examples, scores in class_scores(*args):
             predicted.extend(examples.tolist())
             yield examples, scores
 
-    monkeypatch.setattr(device, "class_scores", counting)
+    monkeypatch.setattr(evaluation, "class_scores", counting)
     config = run_config(federation__sample_rate=0.25, federation__rounds=1)
     assert fedhpc("run", config)[0] == 0
     (record,) = metrics(config)

@@ -1,0 +1,130 @@
+"""Evaluation on the devices' side: the examples of each device with its own layers, all with the server's prompts."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.checkpoint.device_state import DeviceState
+from fedhpc.config import Config
+from fedhpc.data.prepared import PreparedData
+from fedhpc.device.round_context import RoundContext
+from fedhpc.evaluate.metrics import confusion
+from fedhpc.evaluate.predictions import (
+    DeviceBatch,
+    class_scores,
+    device_batches,
+    evaluation_batches,
+    evaluation_examples,
+)
+from fedhpc.exchange import Exchange, messages
+from fedhpc.federation.partition import Partition
+from fedhpc.federation.sampling import Homes, sample_devices, spread
+from fedhpc.methods.updates import Vector
+from fedhpc.model.backbone import Backbone
+from fedhpc.tuning import Tuning
+from fedhpc.tuning.base import Params, as_parameters
+
+ELSEWHERE = -1
+"""Stands in place of a class: another worker predicts it."""
+SERVER = -1
+"""Stands in place of a device."""
+
+
+class Evaluation:
+    """A worker's part of the evaluations."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedData,
+        partition: Partition,
+        backbone: Backbone,
+        tuning: Tuning,
+        exchange: Exchange,
+    ) -> None:
+        self.config = config
+        self.split, self.num_classes = data.split("validation"), len(data.description.class_names)
+        self.of_device = partition.validation
+        self.backbone = backbone
+        self.tuning = tuning
+        self.exchange = exchange
+
+    def record(
+        self,
+        context: RoundContext,
+        unseen: DeviceState,
+        states: Mapping[int, DeviceState] | None,
+        homes: Homes,
+        worker: int,
+    ) -> NDArray[np.float64]:
+        """Right and wrong, as `fedhpc.exchange.messages.evaluation_record` has them.
+
+        Args:
+            unseen: the state of a device before its first round.
+            states: of the devices that live here; None where no device has layers of its own.
+            homes: where each device lives.
+            worker: this one.
+        """
+        record = messages.evaluation_record(self.num_classes, len(self.of_device)).zeros(1)
+        labels, size = self.split.labels, self.config.evaluate.batch_size
+        is_last = context.round == self.config.federation.rounds
+        chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
+        sampled: set[int] = set()
+        if states is not None:
+            sampled = {device for t in range(context.round) for device in sample_devices(self.config, t)}
+            shares = {device: np.intersect1d(self.of_device[device], chosen) for device in sorted(sampled)}
+            batches = device_batches(self.split, shares, size, side_by_side=self.tuning.packable)
+            # Before all work: a stop may end that on one worker earlier than on another.
+            mine, own = self._shared_out(batches, states, homes, worker)
+
+        def params_of(local: Vector) -> Params:
+            return as_parameters(self.tuning.merge(context.params, local, context.layers), self.backbone.torch_device)
+
+        of_server = params_of(unseen.local)
+        # Interleaved batches give every worker short and long texts alike.
+        everything = islice(evaluation_batches(self.split, chosen, size), worker, None, homes.num_workers)
+        shared = self._predictions([[(SERVER, examples)] for examples in everything], lambda _: of_server)
+        personal = shared
+        if states is not None:
+            personal = self._predictions(mine, lambda device: params_of(own.get(device, unseen.local)))
+            for device in set(range(len(self.of_device))) - sampled:  # it has what the server has
+                personal[self.of_device[device]] = shared[self.of_device[device]]
+        record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
+        for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
+            record[name] = [np.count_nonzero(counts[examples]) for examples in self.of_device]
+        return record
+
+    def _shared_out(
+        self, batches: list[DeviceBatch], states: Mapping[int, DeviceState], homes: Homes, worker: int
+    ) -> tuple[list[DeviceBatch], dict[int, Vector]]:
+        """This worker's batches, and the own layers of their devices: what lives elsewhere is lent."""
+        costs = [float(sum(self.split.lengths[examples].sum() for _, examples in batch)) for batch in batches]
+        workers = spread([[device for device, _ in batch] for batch in batches], costs, homes)
+        placed = list(zip(batches, workers, strict=True))
+        needed = sorted({(device, at) for batch, at in placed for device, _ in batch})
+        loans = [(device, homes[device], at) for device, at in needed if homes[device] != at]
+        own = {device: state.local for device, state in states.items()}
+        outgoing = [(at, own[d].tobytes() if d in own else b"") for d, home, at in loans if home == worker]
+        incoming = [(device, home) for device, home, at in loans if at == worker]
+        received = self.exchange.move_states(outgoing, [home for _, home in incoming])
+        lent = {d: np.frombuffer(data, np.float32) for (d, _), data in zip(incoming, received, strict=True) if data}
+        return [batch for batch, at in placed if at == worker], own | lent
+
+    def _predictions(self, batches: list[DeviceBatch], params_of: Callable[[int], Params]) -> NDArray[np.int64]:
+        """The classes of the batches' examples, with each device's tensors."""
+        predictions = np.full(len(self.split), ELSEWHERE, np.int64)
+
+        def announced() -> Iterator[list[tuple[Params, NDArray[np.int64]]]]:
+            for batch in batches:
+                self.exchange.beat("evaluating")
+                yield [(params_of(device), examples) for device, examples in batch]
+
+        for examples, scores in class_scores(self.backbone, self.tuning, self.split, announced()):
+            predictions[examples] = scores.argmax(1).cpu().numpy()
+        return predictions
+
+    def _confusion(self, predictions: NDArray[np.int64]) -> NDArray[np.int64]:
+        here = predictions != ELSEWHERE
+        return confusion(self.split.labels[here], predictions[here], self.num_classes)
