@@ -123,3 +123,16 @@ def test_devices_stay_where_they_are_while_nothing_is_to_be_gained():
     placement.measured(0, 2.0, 10)
     placement.measured(0, 2.0, 10)
     assert placement.place(packs, [10] * 64).tolist() != placed[0]
+
+
+def test_what_is_at_stake_in_a_short_round_moves_no_device():
+    """Two devices of 0.1 s on each worker; to send a state takes about as long as what their times differ by."""
+    rng = np.random.default_rng(0)
+    placement = Placement(64, num_workers=32)
+    packs = [[device] for device in range(64)]
+    placed = []
+    for _ in range(20):
+        placed.append(placement.place(packs, [10] * 64).tolist())
+        for device in range(64):
+            placement.measured(device, 0.1 + 0.01 * rng.standard_normal(), 10)
+    assert placed == [placed[0]] * 20
