@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import compress
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from fedhpc.device.round_context import RoundContext
 from fedhpc.errors import CheckpointError, Halt
 from fedhpc.exchange import Exchange, MpiExchange, messages
 from fedhpc.exchange.encoding import Upload, make_encoding
-from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import plan_round
 from fedhpc.exchange.simulation import Load
@@ -119,37 +118,21 @@ class Worker:
         packs, context = self._packs(command), self._context(command, self.method.sends)
         self._take_over(self.homes.move(packs, command.workers.tolist()), context)
         mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
-        records = self._records(sum(map(len, mine)), context.params.size)
+        records = self.exchange.rows(self._upload_of(context.params.size).record, sum(map(len, mine)))
         rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
             self.progress.finished[device] = rows[device]
         for pack in mine:
             self._train(pack, context, rows)
-        if not self.encoding.num_sums:
-            return records
-        self.exchange.add(self._terms(records, context.params.size, num_terms=sum(map(len, packs))))
-        return records[:, : messages.UPLOAD_HEADER_FLOATS]
+        if num_sums := self.encoding.num_sums:
+            num_terms = sum(map(len, packs))
+            self.exchange.add_up(SumSize(num_sums=num_sums, size=context.params.size, num_terms=num_terms))
+        return records
 
     def _packs(self, command: Command) -> Packs:
         load = Load.of(self.tuning.exchanged(command.layers).size, self.method, self.encoding)
         return plan_round(self.config, self.partition, command.round, load).packs(command.pack)
-
-    def _terms(self, records: np.ndarray, size: int, *, num_terms: int) -> Terms:
-        """What the sound uploads of this worker add to the round's sums: n_i times their payloads, or also once."""
-        headers = messages.upload_headers(records)
-        sound = headers["fault"] == Fault.NONE
-        num_examples = headers["num_examples"][sound]
-        return Terms(
-            coefficients=np.stack([num_examples, np.ones_like(num_examples)][: self.encoding.num_sums], axis=1),
-            vectors=list(compress(messages.upload_payloads(records, size), sound)),
-            of=SumSize(num_sums=self.encoding.num_sums, size=size, num_terms=num_terms),
-        )
-
-    def _records(self, count: int, size: int) -> np.ndarray:
-        """Room for so many upload records; those of terms stay here, all but their headers."""
-        place = self.exchange.buffer if self.encoding.num_sums else self.exchange.rows
-        return place(self._upload_of(size).record, count)
 
     def _upload_of(self, size: int) -> Upload:
         return Upload.of(size, self.encoding, self.method)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedhpc.config import ExchangeConfig
 from fedhpc.errors import Halt
-from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Note, NoteKind, Op, RecordType
 from fedhpc.job.stopping import StopRequest
 
@@ -49,7 +49,7 @@ class Exchange(ABC):
         """What the latest request moved."""
         self.sums: NDArray[np.float64] = np.empty((0, 0))
         """Server: the sums that came with the latest reply, shape [k, n]."""
-        self._terms: Terms | None = None
+        self._summed: SumSize | None = None
         self.on_saved: Callable[[Note], None] = lambda note: None
         """Server: takes the workers' notes about checkpoint files."""
         self._failure: BaseException | None = None
@@ -65,10 +65,11 @@ class Exchange(ABC):
             command: what is asked; its payload is broadcast as one contiguous float32 buffer.
             record: form of one reply record.
             counts: records that each worker will send.
-            summed: the workers add terms of such sums to their replies, see `add`; they go to `sums`.
+            summed: the workers reply with uploads that are added up to such sums, see `add_up`; they go to `sums`.
 
         Returns:
-            Records [sum(counts)], valid until the next request with the same record type.
+            Records [sum(counts)], valid until the next request with the same record type; of uploads that are added up,
+            only the headers count.
 
         Raises:
             Halt: a stop was requested before all workers were done with a command that can be interrupted.
@@ -110,9 +111,9 @@ class Exchange(ABC):
             incoming: from which workers data will come, in the order of the result.
         """
 
-    def add(self, terms: Terms) -> None:
-        """Worker: what goes into the sums that come with the next reply; every worker adds terms, if only none."""
-        self._terms = terms
+    def add_up(self, of: SumSize) -> None:
+        """Worker: the next reply are uploads of which only the headers and these sums go to the server."""
+        self._summed = of
 
     def fail(self, error: BaseException) -> None:
         """From a thread beside the main one: raise this error in the main thread, at its next call of `progress`."""

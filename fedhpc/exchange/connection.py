@@ -51,7 +51,7 @@ class Connection:
         self.hosts = [name.decode(errors="replace") for name in ranks["host"].tolist()]
         """The host of every rank."""
         self.doorbells = self._find_doorbells(ranks)
-        """Rank -> the file by which this rank rings it; of those that share memory with this one."""
+        """Rank -> the file by which this rank rings it; of the server and the workers that share its memory."""
         self.shares_memory = 0 in self.doorbells
         """Whether this is a worker that shares the server's memory."""
         self.remote = comm.Split(color=int(self.shares_memory), key=self.rank)
@@ -93,8 +93,10 @@ class Connection:
             self.memory = HostMemory(owner=int(ranks[0]["process"]))
             if not self.memory.try_attach(ranks[0]["memory"][None], ranks[0]["token"]):
                 doorbells.clear()
-        share_memory = np.zeros(self.size, np.bool_)
-        self.comm.Gather([np.array([bool(doorbells)]), self._mpi.BYTE], [share_memory, self._mpi.BYTE], root=0)
-        share_memory &= np.isin(np.arange(self.size), list(doorbells))  # at the server, whose word counts
-        self.comm.Bcast([share_memory, self._mpi.BYTE], root=0)
-        return {peer: doorbell for peer, doorbell in doorbells.items() if share_memory[peer or self.rank]}
+        near = np.zeros(self.size, np.bool_)
+        self.comm.Gather([np.array([bool(doorbells)]), self._mpi.BYTE], [near, self._mpi.BYTE], root=0)
+        near &= np.isin(np.arange(self.size), list(doorbells))  # at the server, whose word counts
+        self.comm.Bcast([near, self._mpi.BYTE], root=0)
+        self.near = near[1:]
+        """Which of the workers share the server's memory."""
+        return {peer: doorbell for peer, doorbell in doorbells.items() if near[peer or self.rank]}

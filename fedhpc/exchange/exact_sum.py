@@ -5,14 +5,15 @@ is the smallest with which no sum can overflow; next to the largest term it is 2
 float64 would round. Compare: Demmel, Nguyen, Parallel Reproducible Summation, IEEE Transactions on Computers, 2015.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.methods.updates import BLOCK, Vector
+from fedhpc.exchange.messages import upload_headers, upload_payloads
+from fedhpc.methods.updates import BLOCK, Fault, Vector
 
 SUM_BITS = 62
 ZERO_EXPONENT = -(1 << 20)
@@ -46,13 +47,31 @@ class SumSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """One rank's terms of k sums of vectors [n]: sum_j is the sum over i of coefficients[i, j] * vectors[i]."""
+    """Terms of k sums of vectors [n]: sum_j is the sum over i of coefficients[i, j] * vectors[i]."""
 
     coefficients: NDArray[np.int64]
     """Shape [m, k]."""
     vectors: Sequence[Vector]
     """m finite vectors [n]."""
     of: SumSize
+
+    @classmethod
+    def of_uploads(cls, records: np.ndarray, of: SumSize, here: NDArray[np.bool_] | Literal[True] = True) -> "Terms":
+        """What the sound ones of upload records [any, ...] add: n_i times their payloads, or also once.
+
+        Args:
+            records: the uploads.
+            of: the sums.
+            here: which of them to take.
+        """
+        headers, payloads = upload_headers(records), upload_payloads(records, of.size)
+        rows = np.flatnonzero(here & (headers["fault"] == Fault.NONE))
+        num_examples = headers["num_examples"][rows]
+        return cls(
+            coefficients=np.stack([num_examples, np.ones_like(num_examples)][: of.num_sums], axis=1),
+            vectors=[payloads[row] for row in rows],
+            of=of,
+        )
 
     @property
     def exponent(self) -> int:
@@ -65,28 +84,19 @@ class Terms:
         return int(np.frexp(max(largest))[1]) if any(largest) else ZERO_EXPONENT
 
     def fixed(self, exponent: int) -> NDArray[np.int64]:
-        """This rank's part of the sums, shape [k, n], in units for the largest ``exponent`` of all ranks."""
-        sums = np.zeros((self.of.num_sums, self.of.size), np.int64)
-        for block, part in self.blocks(exponent):
-            sums[:, block] = part
+        """The sums, shape [k, n], in units for the largest ``exponent`` of all ranks."""
+        sums = np.empty((self.of.num_sums, self.of.size), np.int64)
+        self.write(sums, exponent, 0, self.of.size)
         return sums
 
-    def blocks(self, exponent: int, *, first: int = 0) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-        """What `fixed` returns, block by block of elements.
-
-        The first one is block ``first``, and after the last block comes block 0, so that ranks which add to the same
-        memory begin at different places. A rank without terms yields no block.
-        """
-        if not self.vectors:
-            return
+    def write(self, sums: NDArray[np.int64], exponent: int, first: int, end: int) -> None:
+        """Write the elements from ``first`` to before ``end`` of what `fixed` returns into ``sums`` [k, n]."""
         scale = 1 / self.of.unit(exponent)
-        begins = deque(range(0, self.of.size, BLOCK))
-        begins.rotate(-first)
-        for begin in begins:
-            block = slice(begin, min(begin + BLOCK, self.of.size))
-            part = np.zeros((self.of.num_sums, block.stop - begin), np.int64)
+        for begin in range(first, end, BLOCK):
+            block = slice(begin, min(begin + BLOCK, end))
+            sums[:, block] = 0
             for row, vector in zip(self.coefficients.tolist(), self.vectors, strict=True):
                 scaled = vector[block].astype(np.float64) * scale
-                for total, coefficient in zip(part, row, strict=True):
-                    total[:] += np.rint(scaled * coefficient).astype(np.int64)
-            yield block, part
+                for total, coefficient in zip(sums, row, strict=True):
+                    term = scaled * coefficient
+                    total[block] += np.rint(term, out=term).astype(np.int64)

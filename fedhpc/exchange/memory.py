@@ -4,13 +4,11 @@ Both are files without a name, which other processes of the same user open under
 a process ends, nothing of them is left behind.
 """
 
-import fcntl
 import mmap
 import os
 import select
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 
@@ -77,18 +75,6 @@ class HostMemory:
     def at(self, begin: int, record: RecordType, count: int) -> np.ndarray:
         """The ``count`` records that begin at this byte; no copy."""
         return np.ndarray((count, *record.shape), record.dtype, self._memory, begin)
-
-    @contextmanager
-    def locked(self, begin: int, count: int) -> Iterator[None]:
-        """Hold a lock on the ``count`` numbers from ``begin`` on: no other process can lock any of them meanwhile.
-
-        The numbers are the callers' own: they need not be bytes of the memory.
-        """
-        fcntl.lockf(self._file, fcntl.LOCK_EX, count, begin)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, count, begin)
 
     def close(self) -> None:
         """Let go of the memory; arrays that are still held stay valid."""

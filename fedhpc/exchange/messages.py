@@ -108,6 +108,11 @@ class RecordType:
     dtype: np.dtype
     shape: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, records: np.ndarray) -> "RecordType":
+        """The form of these records [any, ...]."""
+        return cls(records.dtype, records.shape[1:])
+
     @property
     def nbytes(self) -> int:
         """Bytes of one record."""

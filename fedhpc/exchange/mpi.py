@@ -26,7 +26,7 @@ from fedhpc.exchange.connection import Connection
 from fedhpc.exchange.control_channel import ControlChannel
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.exchange.memory import ADDRESS, ring
-from fedhpc.exchange.messages import HEADER, Command, Note, Op, RecordType, Tag
+from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER, Command, Note, Op, RecordType, Tag
 from fedhpc.exchange.repair import repair
 from fedhpc.exchange.shared_layout import PACKS, PAYLOAD, SharedLayout, sums_record
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
@@ -66,7 +66,7 @@ class MpiExchange(Exchange):
 
         self._mpi: Any = MPI
         self._watchdog = Watchdog()
-        self._types: dict[int, Any] = {}
+        self._types: dict[tuple[int, int], Any] = {}
         self._repaired = False
         self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
         self._connection = Connection(MPI)
@@ -89,7 +89,7 @@ class MpiExchange(Exchange):
         with self._inside("the broadcast"):
             for part in (command.workers, command.payload):
                 self._broadcast(part)
-        sums[...] = 0  # while devices train; workers add when they are told the unit
+        sums[...] = 0  # while devices train; workers of this host write them when they are told the unit
         sent = time.perf_counter()
         if command.op in (Op.FINISH, Op.SUSPEND):
             return record.zeros(0)
@@ -100,7 +100,7 @@ class MpiExchange(Exchange):
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * command.nbytes,
-            bytes_up=records.nbytes + (summed.nbytes if summed else 0),
+            bytes_up=len(records) * UPLOAD_HEADER.itemsize + summed.nbytes if summed else records.nbytes,
             seconds={"broadcast": sent - start, "local": ready - sent, "gather": end - ready},
         )
         return records
@@ -131,10 +131,11 @@ class MpiExchange(Exchange):
     def reply(self, records: np.ndarray | None) -> None:
         """Worker: send this worker's records; None if it was halted."""
         self._control.activity = "waiting for the other ranks"
-        terms, self._terms = self._terms, None
+        summed, self._summed = self._summed, None
+        terms = Terms.of_uploads(records, summed) if summed and records is not None else None
         reply = np.array([(records is None, terms.exponent if terms else ZERO_EXPONENT)], REPLY)
         if self._connection.shares_memory and records is not None and records.nbytes:
-            rows = self.rows(RecordType(records.dtype, records.shape[1:]), len(records))
+            rows = self.rows(RecordType.of(records), len(records))
             if not np.may_share_memory(records, rows):
                 rows[:] = records
         with self._inside("the gather"):
@@ -143,12 +144,12 @@ class MpiExchange(Exchange):
             if records is None:
                 return
             if records.nbytes and not self._connection.shares_memory:
-                source = [np.ascontiguousarray(records), len(records), self._type(records[0].nbytes)]
+                source = [np.ascontiguousarray(records), len(records), self._record_type(records, summed)]
                 self._wait(self._comm.Isend(source, dest=0, tag=Tag.RECORDS))
         if terms:
             self._receive_from_server(reply, Tag.EXPONENT)
             if not reply[0]["halted"]:
-                self._send_sums(terms, int(reply[0]["exponent"]))
+                self._send_sums(records, terms, int(reply[0]["exponent"]))
 
     def beat(self, activity: str) -> None:
         """See `Exchange`."""
@@ -238,7 +239,7 @@ class MpiExchange(Exchange):
         self.num_workers = self.size - 1
         self.local_rank, self.ranks_here = self._connection.local_rank, self._connection.ranks_here
         self._buffers = {}  # after a loss, a transfer of before may still write in the old ones
-        self._layout = SharedLayout(self._connection.memory, self.num_workers)
+        self._layout = SharedLayout(self._connection.memory, self._connection.near)
         self._control = ControlChannel(
             self._mpi, comm, self._connection.hosts, self.stop, deliver=self._deliver, ring=self._connection.ring
         )
@@ -273,7 +274,7 @@ class MpiExchange(Exchange):
             def all_have_replied() -> bool:
                 for worker in self._mpi.Request.Testsome(pending) or ():
                     if counts[worker] and worker + 1 not in doorbells and not replies[worker]["halted"]:
-                        target = [rows[worker], counts[worker], self._type(rows[worker][0].nbytes)]
+                        target = [rows[worker], counts[worker], self._record_type(records, summed)]
                         receiving.append(self._comm.Irecv(target, source=worker + 1, tag=Tag.RECORDS))
                 return all(request == self._mpi.REQUEST_NULL for request in pending)
 
@@ -301,11 +302,11 @@ class MpiExchange(Exchange):
         self._wait(self._comm.Irecv([data, pages, self._type(PAGE_BYTES)], source=rank, tag=Tag.STATE))
         return data[: size[0]].tobytes()
 
-    def _send_sums(self, terms: Terms, exponent: int) -> None:
-        """Add the terms in the server's memory; remote workers reduce theirs to one of them, which sends the sums."""
+    def _send_sums(self, records: np.ndarray, terms: Terms, exponent: int) -> None:
+        """Write a share of the sums in the server's memory; remote workers reduce theirs to one, which sends them."""
         with self._inside("a reduction"):
             if self._connection.shares_memory:
-                self._layout.add(self.rank - 1, terms, exponent)
+                self._layout.add_up(self.rank - 1, RecordType.of(records), terms.of, exponent)
                 self._wait(self._comm.Isend([np.zeros(1, np.uint8), self._mpi.BYTE], dest=0, tag=Tag.SUMS))
                 self._connection.ring(0)
                 return
@@ -316,7 +317,7 @@ class MpiExchange(Exchange):
                 self._wait(self._connection.remote.Isend([total, 1, self._type(total.nbytes)], dest=0, tag=Tag.SUMS))
 
     def _take_sums(self, sums: NDArray[np.int64]) -> None:
-        """Wait until the workers of this host have added their terms, and add the remote workers' sums."""
+        """Wait until the workers of this host have written the sums of theirs, and add the remote workers' sums."""
         with self._inside("a reduction"):
             pending = [
                 self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=Tag.SUMS)
@@ -377,8 +378,20 @@ class MpiExchange(Exchange):
             self._abandoned.append(error)
             raise RanksLost(f"another rank is lost: {error}") from error
 
-    def _type(self, nbytes: int) -> Any:
-        """An MPI type of one whole message or record: counts stay small, so messages may pass 2 GiB."""
-        if nbytes not in self._types:
-            self._types[nbytes] = self._mpi.FLOAT.Create_contiguous(nbytes // FLOAT_BYTES).Commit()
-        return self._types[nbytes]
+    def _record_type(self, records: np.ndarray, summed: SumSize | None) -> Any:
+        """What is sent of each record: of one that is added up, the header."""
+        nbytes = RecordType.of(records).nbytes
+        return self._type(UPLOAD_HEADER.itemsize if summed else nbytes, nbytes)
+
+    def _type(self, nbytes: int, extent: int | None = None) -> Any:
+        """An MPI type of one whole message or record: counts stay small, so messages may pass 2 GiB.
+
+        Args:
+            nbytes: bytes that are sent of it.
+            extent: bytes from one record to the next, where they are more.
+        """
+        key = (nbytes, extent or nbytes)
+        if key not in self._types:
+            whole = self._mpi.FLOAT.Create_contiguous(nbytes // FLOAT_BYTES)
+            self._types[key] = whole.Create_resized(0, key[1]).Commit()
+        return self._types[key]

@@ -1,8 +1,11 @@
 """Where the parts of one request lie in the memory that workers of the server's host share with it.
 
-The parts lie one behind the other: the offsets of each worker's records and of the sums; the workers of the command's
-packs; its payload; the records, worker by worker; the sums. A command without a payload and records leaves those of the
-command before it in place: a checkpoint at a stop may save some of them.
+The parts lie one behind the other: the offsets of each worker's records, of their end and of the sums; the workers
+of the command's packs; its payload; the records, worker by worker; the sums. A command without a payload and records
+leaves those of the command before it in place: a checkpoint at a stop may save some of them.
+
+Uploads that are added up stay there: each worker adds the same share of all of them, so that the work is the same
+however many workers there are, and nobody writes where another one does.
 """
 
 from collections.abc import Sequence
@@ -25,8 +28,14 @@ NO_SUMS = SumSize(num_sums=0, size=0, num_terms=1)
 class SharedLayout:
     """The layout of one request after the other, in the same memory."""
 
-    def __init__(self, memory: HostMemory, num_workers: int) -> None:
-        self.memory, self.num_workers = memory, num_workers
+    def __init__(self, memory: HostMemory, near: NDArray[np.bool_]) -> None:
+        """Begin without a request.
+
+        Args:
+            memory: the server's.
+            near: which of the workers share it.
+        """
+        self.memory, self.near, self.num_workers = memory, near, len(near)
 
     def write_command(
         self, command: Command, record: RecordType, counts: Sequence[int], summed: SumSize | None
@@ -36,7 +45,7 @@ class SharedLayout:
         sizes = [(part, array.size) for part, array in given]
         *begins, first, last, end = lay_out(self._offsets, *sizes, (record, sum(counts)), (total, 1))
         self.memory.reserve(end)
-        offsets = np.array([*(first + record.nbytes * np.cumsum([0, *counts[:-1]])), last])
+        offsets = np.array([*(first + record.nbytes * np.cumsum([0, *counts])), last])
         for begin, (part, array) in zip(begins, ((OFFSETS, offsets), *given), strict=True):
             self.memory.at(begin, part, array.size)[:] = array
         (sums,) = self.memory.at(last, total, 1)
@@ -50,21 +59,21 @@ class SharedLayout:
 
     def rows(self, worker: int, record: RecordType, count: int) -> np.ndarray:
         """Worker: the place of its records."""
-        return self.memory.at(self._offset(worker), record, count)
+        return self.memory.at(int(self.memory.at(0, *self._offsets)[worker]), record, count)
 
-    def add(self, worker: int, terms: Terms, exponent: int) -> None:
-        """Worker: add its terms to the sums, in units for the largest ``exponent`` of all."""
-        (sums,) = self.memory.at(self._offset(self.num_workers), sums_record(terms.of), 1)
-        for block, part in terms.blocks(exponent, first=worker):
-            with self.memory.locked(block.start, block.stop - block.start):
-                sums[:, block] += part
+    def add_up(self, worker: int, record: RecordType, of: SumSize, exponent: int) -> None:
+        """Worker: write its share of the elements of the sums, over the uploads of all workers of this host."""
+        begins, last = np.split(self.memory.at(0, *self._offsets), [-1])
+        counts = np.diff(begins) // record.nbytes
+        uploads = self.memory.at(int(begins[0]), record, int(counts.sum()))
+        (sums,) = self.memory.at(int(last[0]), sums_record(of), 1)
+        terms = Terms.of_uploads(uploads, of, np.repeat(self.near, counts))
+        shares, index = np.linspace(0, of.size, self.near.sum() + 1, dtype=int), self.near[:worker].sum()
+        terms.write(sums, exponent, shares[index], shares[index + 1])
 
     @property
     def _offsets(self) -> tuple[RecordType, int]:
-        return OFFSETS, self.num_workers + 1
-
-    def _offset(self, part: int) -> int:
-        return int(self.memory.at(0, *self._offsets)[part])
+        return OFFSETS, self.num_workers + 2
 
 
 def lay_out(*parts: tuple[RecordType, int]) -> list[int]:

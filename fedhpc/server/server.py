@@ -262,13 +262,12 @@ class Server:
         command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=payload)
         summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
         upload = Upload.of(start.size, encoding, self.method)
-        record_type = messages.upload_record(0) if encoding.num_sums else upload.record
         self.saving.control.prefetch(devices, state.layers)
         self.state = state
         if self.exchange.stop:
             raise Halt
         self.in_round, self.has_trained = True, True
-        records = self.exchange.request(command, record_type, counts, summed=summed if encoding.num_sums else None)
+        records = self.exchange.request(command, upload.record, counts, summed=summed if encoding.num_sums else None)
         self.in_round = False
         traffic = self.exchange.traffic
         headers = messages.upload_headers(records)

@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.memory import Doorbell, HostMemory, open_doorbell, ring
-from fedhpc.exchange.messages import NO_RECORD, Command, Op, RecordType
+from fedhpc.exchange.messages import Command, Op, RecordType, upload_headers, upload_payloads, upload_record
 from fedhpc.exchange.shared_layout import SharedLayout, lay_out
+from fedhpc.methods.updates import Fault
 
 NUMBERS = RecordType(np.dtype("<i8"))
 
@@ -73,41 +74,20 @@ def test_parts_do_not_overlap_and_begin_at_cache_lines():
     ]  # fmt: skip
 
 
-def test_numbers_that_another_process_holds_are_waited_for(server):
-    (word,) = server.at(64, NUMBERS, 1)[None]
-    if not (child := os.fork()):
-        with server.locked(0, 1):
-            word[:] = 1
-            time.sleep(0.5)
-            word[:] = 2
-        os._exit(0)
-    while not word[0]:
-        time.sleep(0.01)
-    with server.locked(1, 1):
-        assert word[0] == 1
-    with server.locked(0, 1):
-        assert word[0] == 2
-    os.waitpid(child, 0)
-
-
-def test_no_term_is_lost_when_several_processes_add(server):
-    workers, times, size = 3, 20, 150_000
-    of = SumSize(num_sums=2, size=size, num_terms=workers * times)
-    layout = SharedLayout(server, workers)
-    _, sums = layout.write_command(Command(op=Op.TRAIN), NO_RECORD, [0] * workers, of)
-    sums[...] = 0
-    terms = Terms(coefficients=np.array([[1, 3]]), vectors=[np.ones(size, np.float32)], of=of)
-    children = []
-    for worker in range(workers):
-        if not (child := os.fork()):
-            for _ in range(times):
-                layout.add(worker, terms, terms.exponent)
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0
-    expected = np.array([[1.0], [3.0]]) * workers * times
-    np.testing.assert_array_equal(of.floats(sums, terms.exponent), np.broadcast_to(expected, (2, size)))
+def test_workers_that_share_memory_write_the_sums_of_their_sound_uploads(server):
+    counts, near, size = [2, 1, 0, 3], np.array([True, False, True, True]), 150_001
+    of = SumSize(num_sums=2, size=size, num_terms=sum(counts))
+    layout = SharedLayout(server, near)
+    records, sums = layout.write_command(Command(op=Op.TRAIN), upload_record(size), counts, of)
+    upload_payloads(records, size)[:] = [[1], [2], [4], [8], [16], [np.nan]]
+    headers = upload_headers(records)
+    headers["num_examples"], headers["fault"] = 3, [0, 0, 0, 0, 0, Fault.NAN]
+    sums[...] = -1
+    exponent = 6
+    for worker in np.flatnonzero(near):
+        layout.add_up(worker, upload_record(size), of, exponent)
+    expected = np.array([[3.0], [1.0]]) * (1 + 2 + 8 + 16)
+    np.testing.assert_array_equal(of.floats(sums, exponent), np.broadcast_to(expected, (2, size)))
 
 
 def test_a_doorbell_ends_a_wait():

@@ -1,4 +1,4 @@
-"""Records and sums of workers near the server and of those that, like the ranks named, cannot see its memory."""
+"""Records of workers near the server and of those that, like the ranks named, cannot see its memory, and their sums."""
 
 import sys
 
@@ -6,12 +6,13 @@ import numpy as np
 from blind import make_blind
 
 from fedhpc.exchange import MpiExchange
-from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Op, upload_headers, upload_payloads, upload_record
 from fedhpc.job.stopping import StopRequest
+from fedhpc.methods.updates import Fault
 
 COUNTS = [2, 0, 1, 3]
-SIZES = [10, 150_000, 7, 70_000]  # several blocks, and a part of the last one
+SIZES = [10, 10, 150_000, 150_000, 7, 7, 70_000, 70_000]  # several blocks, and a part of the last one
 NUM_TERMS = sum(COUNTS)
 
 
@@ -24,24 +25,29 @@ exchange = MpiExchange(StopRequest())
 place = 0 if exchange.rank == 0 else sum(COUNTS[: exchange.rank - 1])
 for turn, size in enumerate(SIZES):
     payload, uploads = drawn(turn, size), drawn(10 + turn, NUM_TERMS, size)
-    record, of = upload_record(size), SumSize(num_sums=1, size=size, num_terms=NUM_TERMS)
+    record = upload_record(size)
+    of = SumSize(num_sums=1, size=size, num_terms=NUM_TERMS) if turn % 2 else None
     if exchange.rank == 0:
         workers = np.arange(turn, dtype=np.int32)
         records = exchange.request(Command(op=Op.TRAIN, workers=workers, payload=payload), record, COUNTS, summed=of)
         assert upload_headers(records)["device"].tolist() == list(range(NUM_TERMS))
-        np.testing.assert_array_equal(upload_payloads(records, size), uploads)
-        np.testing.assert_allclose(exchange.sums, uploads.sum(axis=0, dtype=np.float64)[None], rtol=0, atol=1e-14)
+        if of:
+            np.testing.assert_allclose(exchange.sums, uploads.sum(axis=0, dtype=np.float64)[None], rtol=0, atol=1e-14)
+        else:
+            np.testing.assert_array_equal(upload_payloads(records, size), uploads)
     else:
         command = exchange.receive()
         np.testing.assert_array_equal(command.payload, payload)
         assert command.workers.tolist() == list(range(turn))
         count = COUNTS[exchange.rank - 1]
         mine = uploads[place : place + count]
-        # Ranks of both kinds with memory of their own, as where records are longer than what is sent of them.
+        # Ranks of both kinds with memory of their own.
         rows = exchange.rows(record, count) if exchange.rank < 3 else record.zeros(count)
         upload_headers(rows)["device"] = np.arange(place, place + count)
+        upload_headers(rows)["num_examples"], upload_headers(rows)["fault"] = 1, Fault.NONE
         upload_payloads(rows, size)[:] = mine
-        exchange.add(Terms(coefficients=np.ones((count, 1), np.int64), vectors=list(mine), of=of))
+        if of:
+            exchange.add_up(of)
         exchange.reply(rows)
 if exchange.rank == 0:
     print("near", sorted(exchange._connection.doorbells))
