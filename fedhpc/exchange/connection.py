@@ -56,8 +56,12 @@ class Connection:
         """Whether this is a worker that shares the server's memory."""
         self.remote = comm.Split(color=int(self.shares_memory), key=self.rank)
         """Communicator of the server and the workers that do not share its memory."""
-        self.remote_workers = comm.Split(color=1 if self.rank == 0 else int(self.shares_memory), key=self.rank)
-        """Communicator of these workers alone."""
+        is_remote = self.rank > 0 and not self.shares_memory
+        host = 1 + self.hosts.index(self.hosts[self.rank])
+        self.remote_here = comm.Split(color=host if is_remote else 0, key=self.rank)
+        """Communicator of these workers on one host."""
+        self.remote_hosts = comm.Split(color=int(is_remote and self.remote_here.rank == 0), key=self.rank)
+        """Communicator of the first of these workers on each host."""
         self.all_ring = len(self.doorbells) == (1 if self.rank else self.size - 1)
         """Whether every rank that this one may wait for rings when it has sent something."""
 
@@ -68,13 +72,13 @@ class Connection:
 
     def revoke(self) -> None:
         """After the loss of a rank: end what others still wait for, and give up what was shared with it."""
-        for comm in (self.comm, self.remote, self.remote_workers):
+        for comm in (self.comm, self.remote, self.remote_here, self.remote_hosts):
             comm.Revoke()
         self._close()
 
     def free(self) -> None:
         """All ranks: give up what they share; MPI itself goes on."""
-        for comm in (self.remote_workers, self.remote, self.comm):
+        for comm in (self.remote_hosts, self.remote_here, self.remote, self.comm):
             comm.Free()
         self._close()
 
