@@ -123,8 +123,12 @@ class Worker:
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
             self.progress.finished[device] = rows[device]
+        done = 0
         for pack in mine:
             self._train(pack, context, rows)
+            done += len(pack)
+            if not self.encoding.num_sums:
+                self.exchange.send_ahead(records, done)
         if num_sums := self.encoding.num_sums:
             num_terms = sum(map(len, packs))
             self.exchange.add_up(SumSize(num_sums=num_sums, size=context.params.size, num_terms=num_terms))

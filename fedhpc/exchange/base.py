@@ -86,6 +86,9 @@ class Exchange(ABC):
             buffer = self._buffers[record] = record.zeros(count)
         return buffer[:count]
 
+    def send_ahead(self, records: np.ndarray, count: int) -> None:  # noqa: B027 - there may be nothing to do
+        """Worker: the first ``count`` records of the next reply will not change any more, so that they may leave."""
+
     @abstractmethod
     def beat(self, activity: str) -> None:
         """A heartbeat: say what this rank is about to do, and make progress; between any two local steps.

@@ -1,7 +1,7 @@
 """Real ranks: the only import of mpi4py.
 
 The server calls `MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
-each worker's as soon as it has them, while others are still at work. Every buffer is contiguous, allocated once and
+each as soon as it is made, while its worker and others still work. Every buffer is contiguous, allocated once and
 used again. Workers on the server's host read the command and write their records in its memory; only what goes to other
 hosts is sent. Beside that order, small notes pass at any time: every rank says what it is doing, a rank that was asked
 to stop tells the server, the server tells all.
@@ -29,6 +29,7 @@ from fedhpc.exchange.memory import ADDRESS, ring
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER, Command, Note, Op, RecordType, Tag
 from fedhpc.exchange.repair import repair
 from fedhpc.exchange.shared_layout import PACKS, PAYLOAD, SharedLayout
+from fedhpc.exchange.transfer import RecordTransfer, Types
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
 from fedhpc.job.stopping import StopRequest
 
@@ -45,15 +46,15 @@ TRANSFER_SLEEP_S = 1e-4
 """Longest sleep during a transfer: data moves only while its ranks test their requests."""
 GRACE_S = 0.2
 """After a repair, in place of MPI_Finalize, which can hang then."""
-FLOAT_BYTES = 4
 PAGE_BYTES = 4096
 """A device's state is sent in units of this."""
 LOSSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")
 """Error classes that say that a rank is gone, or that another rank has noticed it."""
 COMMAND = np.dtype([("header", HEADER), ("address", ADDRESS)])
 """What goes straight to every worker: a command's header, and where workers of the same host find the rest of it."""
-REPLY = np.dtype([("halted", "?"), ("exponent", "<i8")])
-"""What a worker says when it is done with a command: whether it was halted, and the exponent of its terms."""
+REPLY = np.dtype([("halted", "?"), ("sent", "<i8"), ("exponent", "<i8")])
+"""What a worker says when it is done with a command: whether it was halted, how many records it has sent, and the
+exponent of its terms."""
 
 
 class MpiExchange(Exchange):
@@ -66,12 +67,12 @@ class MpiExchange(Exchange):
 
         self._mpi: Any = MPI
         self._watchdog = Watchdog()
-        self._types: dict[tuple[int, int], Any] = {}
+        self._types = Types(MPI)
         self._repaired = False
         self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
         self._connection = Connection(MPI)
-        self._abandoned: list[BaseException] = []
-        """Errors whose frames hold requests and buffers that a transfer may still use."""
+        self._abandoned: list[object] = []
+        """Buffers and requests that a transfer may still use, and errors whose frames hold some."""
         with self._inside("the start of MPI"):
             self._join(MPI.COMM_WORLD.Dup())
 
@@ -133,23 +134,29 @@ class MpiExchange(Exchange):
         self._control.activity = "waiting for the other ranks"
         summed, self._summed = self._summed, None
         terms = Terms.of_uploads(records, summed) if summed and records is not None else None
-        reply = np.array([(records is None, terms.exponent if terms else ZERO_EXPONENT)], REPLY)
-        if self._connection.shares_memory and records is not None and records.nbytes:
-            rows = self.rows(RecordType.of(records), len(records))
-            if not np.may_share_memory(records, rows):
-                rows[:] = records
+        if records is not None and records.nbytes:
+            if self._connection.shares_memory:
+                rows = self.rows(RecordType.of(records), len(records))
+                if not np.may_share_memory(records, rows):
+                    rows[:] = records
+            with self._losses():
+                self._transfer.send(records, summed)
+        exponent = terms.exponent if terms else ZERO_EXPONENT
+        reply = np.array([(records is None, len(self._transfer.leaving), exponent)], REPLY)
         with self._inside("the gather"):
             self._wait(self._comm.Isend([reply, self._mpi.BYTE], dest=0, tag=Tag.REPLY))
             self._connection.ring(0)
-            if records is None:
-                return
-            if records.nbytes and not self._connection.shares_memory:
-                source = [np.ascontiguousarray(records), len(records), self._record_type(records, summed)]
-                self._wait(self._comm.Isend(source, dest=0, tag=Tag.RECORDS))
-        if terms:
+            while self._transfer.leaving:
+                self._wait(self._transfer.leaving.pop(0))
+        if terms and records is not None:
             self._receive_from_server(reply, Tag.EXPONENT)
             if not reply[0]["halted"]:
                 self._send_sums(records, terms, int(reply[0]["exponent"]))
+
+    def send_ahead(self, records: np.ndarray, count: int) -> None:
+        """See `Exchange`; those that are added up have to wait for all others."""
+        with self._losses():
+            self._transfer.send(records[:count], None)
 
     def beat(self, activity: str) -> None:
         """See `Exchange`."""
@@ -169,7 +176,7 @@ class MpiExchange(Exchange):
             requests = []
             for worker, data in outgoing:
                 pages = -(-len(data) // PAGE_BYTES)
-                whole = [data.ljust(pages * PAGE_BYTES, b"\0"), pages, self._type(PAGE_BYTES)]
+                whole = [data.ljust(pages * PAGE_BYTES, b"\0"), pages, self._types.of(PAGE_BYTES)]
                 size = [np.array([len(data)], np.int64), self._mpi.BYTE]
                 requests += [self._comm.Isend(part, dest=worker + 1, tag=Tag.STATE) for part in (size, whole)]
             received = [self._receive_state(worker + 1) for worker in incoming]
@@ -200,6 +207,7 @@ class MpiExchange(Exchange):
 
     def repair(self) -> None:
         """See `Exchange`; by ULFM."""
+        self._abandoned += [self._buffers, self._transfer]
         repair(self._connection, self._join, self._inside)
         self._repaired = True
 
@@ -239,6 +247,7 @@ class MpiExchange(Exchange):
         self.num_workers = self.size - 1
         self.local_rank, self.ranks_here = self._connection.local_rank, self._connection.ranks_here
         self._buffers = {}  # after a loss, a transfer of before may still write in the old ones
+        self._transfer = RecordTransfer(self._connection, self._types)
         self._layout = SharedLayout(self._connection.memory, self._connection.near)
         self._control = ControlChannel(
             self._mpi, comm, self._connection.hosts, self.stop, deliver=self._deliver, ring=self._connection.ring
@@ -257,33 +266,32 @@ class MpiExchange(Exchange):
             self._wait(request, LONGEST_SLEEP_S, with_doorbell=True)
 
     def _collect(self, records: np.ndarray, counts: Sequence[int], summed: SumSize | None) -> tuple[float, int]:
-        """Take every worker's records when it has them; when the last worker was done, the exponent of all terms.
+        """Take every record when its worker has it; when the last worker was done, the exponent of all terms.
 
         Raises:
             Halt: a worker was halted.
         """
         replies = np.zeros(self.num_workers, REPLY)
-        rows, doorbells = np.split(records, np.cumsum(counts)[:-1]), self._connection.doorbells
         with self._losses():
             pending = [
                 self._comm.Irecv([replies[worker : worker + 1], self._mpi.BYTE], source=worker + 1, tag=Tag.REPLY)
                 for worker in range(self.num_workers)
             ]
-            receiving = []
+            receiving = self._transfer.receive(records, counts, summed)
 
             def all_have_replied() -> bool:
-                for worker in self._mpi.Request.Testsome(pending) or ():
-                    if counts[worker] and worker + 1 not in doorbells and not replies[worker]["halted"]:
-                        target = [rows[worker], counts[worker], self._record_type(records, summed)]
-                        receiving.append(self._comm.Irecv(target, source=worker + 1, tag=Tag.RECORDS))
+                self._mpi.Request.Testsome(pending)
                 return all(request == self._mpi.REQUEST_NULL for request in pending)
 
             self._wait_until(all_have_replied, LONGEST_SLEEP_S, with_doorbell=True)
         ready = time.perf_counter()
         with self._inside("the gather"):
-            for request in receiving:
-                self._wait(request)
-        common = np.array([(replies["halted"].any(), replies["exponent"].max())], REPLY)
+            for requests, sent in zip(receiving, replies["sent"][~self._connection.near], strict=True):
+                for request in requests[sent:]:  # of a worker that was halted
+                    request.Cancel()
+                for request in requests:
+                    self._wait(request)
+        common = np.array([(replies["halted"].any(), 0, replies["exponent"].max())], REPLY)
         if summed:
             self._send_to_workers(np.flatnonzero(~replies["halted"]), common, Tag.EXPONENT)
         if common[0]["halted"]:
@@ -292,14 +300,14 @@ class MpiExchange(Exchange):
 
     def _broadcast(self, part: np.ndarray) -> None:
         if part.size and self._connection.remote.size > 1:
-            self._wait(self._connection.remote.Ibcast([part, 1, self._type(part.nbytes)], root=0))
+            self._wait(self._connection.remote.Ibcast([part, 1, self._types.of(part.nbytes)], root=0))
 
     def _receive_state(self, rank: int) -> bytes:
         size = np.zeros(1, np.int64)
         self._wait(self._comm.Irecv([size, self._mpi.BYTE], source=rank, tag=Tag.STATE))
         pages = -(-int(size[0]) // PAGE_BYTES)
         data = np.empty(pages * PAGE_BYTES, np.uint8)
-        self._wait(self._comm.Irecv([data, pages, self._type(PAGE_BYTES)], source=rank, tag=Tag.STATE))
+        self._wait(self._comm.Irecv([data, pages, self._types.of(PAGE_BYTES)], source=rank, tag=Tag.STATE))
         return data[: size[0]].tobytes()
 
     def _send_sums(self, records: np.ndarray, terms: Terms, exponent: int) -> None:
@@ -319,7 +327,7 @@ class MpiExchange(Exchange):
                 self._wait(comm.Ireduce(source, target, self._mpi.SUM, root=0))
                 if comm.rank:
                     return
-            self._wait(self._connection.remote.Isend([part, 1, self._type(part.nbytes)], dest=0, tag=Tag.SUMS))
+            self._wait(self._connection.remote.Isend([part, 1, self._types.of(part.nbytes)], dest=0, tag=Tag.SUMS))
 
     def _take_sums(self, sums: NDArray[np.int64]) -> None:
         """Wait until the workers of this host have written the sums of theirs, and add the remote workers' sums."""
@@ -331,7 +339,9 @@ class MpiExchange(Exchange):
             self._wait_until(lambda: self._mpi.Request.Testall(pending), TRANSFER_SLEEP_S, with_doorbell=True)
             if self._connection.remote.size > 1:
                 (part,) = self.buffer(RecordType(sums.dtype, sums.shape), 1)
-                self._wait(self._connection.remote.Irecv([part, 1, self._type(part.nbytes)], source=1, tag=Tag.SUMS))
+                self._wait(
+                    self._connection.remote.Irecv([part, 1, self._types.of(part.nbytes)], source=1, tag=Tag.SUMS)
+                )
                 sums += part
 
     def _barrier(self) -> None:
@@ -382,21 +392,3 @@ class MpiExchange(Exchange):
                 raise
             self._abandoned.append(error)
             raise RanksLost(f"another rank is lost: {error}") from error
-
-    def _record_type(self, records: np.ndarray, summed: SumSize | None) -> Any:
-        """What is sent of each record: of one that is added up, the header."""
-        nbytes = RecordType.of(records).nbytes
-        return self._type(UPLOAD_HEADER.itemsize if summed else nbytes, nbytes)
-
-    def _type(self, nbytes: int, extent: int | None = None) -> Any:
-        """An MPI type of one whole message or record: counts stay small, so messages may pass 2 GiB.
-
-        Args:
-            nbytes: bytes that are sent of it.
-            extent: bytes from one record to the next, where they are more.
-        """
-        key = (nbytes, extent or nbytes)
-        if key not in self._types:
-            whole = self._mpi.FLOAT.Create_contiguous(nbytes // FLOAT_BYTES)
-            self._types[key] = whole.Create_resized(0, key[1]).Commit()
-        return self._types[key]
