@@ -106,7 +106,8 @@ class Run:
     def __init__(self, folder, keep=2):
         self.checkpoints = Checkpoints(folder)
         self.config = SimpleNamespace(keep=keep)
-        job = SimpleNamespace(tuning=TUNING, identity=IDENTITY, config=SimpleNamespace(checkpoint=self.config))
+        config = SimpleNamespace(checkpoint=self.config, run_dir=folder)
+        job = SimpleNamespace(tuning=TUNING, identity=IDENTITY, config=config)
         exchange = LocalExchange(StopRequest())
         exchange.handler = self.handle
         lock = SimpleNamespace(check=lambda: None)
