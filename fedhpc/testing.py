@@ -13,10 +13,11 @@ from fedhpc.errors import ConfigError
 from fedhpc.exchange.encoding import Encoding
 from fedhpc.federation.partition import Partitioner, make_partition
 from fedhpc.methods import FedAvg, Method, Population, ServerState
-from fedhpc.methods.updates import BLOCK, Layout, RoundUploads, Vector
+from fedhpc.methods.base import STEP_BLOCK
+from fedhpc.methods.updates import Layout, RoundUploads, Vector
 from fedhpc.registry import ENCODINGS, METHODS, PARTITIONS, Registry
 
-SIZE = BLOCK + 1001
+SIZE = STEP_BLOCK + 1001
 """Elements of the vectors: more than one block, and no whole number of them."""
 NUM_DEVICES, SAMPLED = 7, 4
 
@@ -56,7 +57,7 @@ def check_method(part: type[Method], **keys: Any) -> None:
 def _check_blocks(method: Method, state: ServerState, uploads: RoundUploads, new: ServerState) -> None:
     if type(method).update is not Method.update:
         return  # it looks at whole tensors
-    for block in (slice(0, 5), slice(BLOCK - 3, BLOCK + 4), slice(SIZE - 9, SIZE)):
+    for block in (slice(0, 5), slice(STEP_BLOCK - 3, STEP_BLOCK + 4), slice(SIZE - 9, SIZE)):
         part = method.step(state.restrict(block), uploads.block(block))
         assert np.array_equal(part.params, new.params[block]), (
             f"elements {block.start} to {block.stop} come out otherwise when they are computed by themselves: an "

@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 
 from fedhpc.config import MethodConfig, Part, PositiveFloat, Probability
 from fedhpc.errors import ConfigError
-from fedhpc.methods.updates import BLOCK, Layout, RoundUploads, Sums, Vector
+from fedhpc.methods.updates import Layout, RoundUploads, Sums, Vector
+
+
+STEP_BLOCK = 1 << 17
+"""Elements of a step that a processor's caches hold with what is computed from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +227,7 @@ class Method(Part, ABC):
         uploads = replace(uploads, control_memory=[new.control[device] for device in sorted(new.control)])
 
         def fill(first: int) -> None:
-            block = slice(first, first + BLOCK)
+            block = slice(first, first + STEP_BLOCK)
             part = self._step_of(block, state, uploads)
             for target, source in zip(new.all_vectors(), part.all_vectors(), strict=True):
                 if source.shape != target[block].shape:
@@ -231,7 +235,7 @@ class Method(Part, ABC):
                 if not np.may_share_memory(source, target):
                     target[block] = source
 
-        list(_threads().map(fill, range(0, size, BLOCK)))
+        list(_threads().map(fill, range(0, size, STEP_BLOCK)))
         return replace(new, control={**state.control, **new.control})
 
     def _check_step(self, state: Any) -> None:
