@@ -23,10 +23,8 @@ from fedhpc.exchange import Exchange, MpiExchange, messages
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Op
-from fedhpc.exchange.rounds import plan_round
-from fedhpc.exchange.simulation import Load
 from fedhpc.federation.partition import Partition
-from fedhpc.federation.sampling import Homes, Packs, batches_per_epoch, local_steps, population, sample_devices
+from fedhpc.federation.sampling import Homes, batches_per_epoch, local_steps, population, sample_devices
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
 from fedhpc.methods import make_method
@@ -115,9 +113,9 @@ class Worker:
         """Local updates of the packs placed here, but for what was done before an interruption."""
         if self.progress.round != command.round:
             self.progress = RoundProgress(round=command.round)
-        packs, context = self._packs(command), self._context(command, self.method.sends)
-        self._take_over(self.homes.move(packs, command.workers.tolist()), context)
-        mine = [pack for pack, worker in zip(packs, command.workers, strict=True) if worker == self.index]
+        (packs, workers), context = command.packs(), self._context(command, self.method.sends)
+        self._take_over(self.homes.move(packs, workers), context)
+        mine = [pack for pack, worker in zip(packs, workers, strict=True) if worker == self.index]
         records = self.exchange.rows(self._upload_of(context.params.size).record, sum(map(len, mine)))
         rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
         for device in rows.keys() & self.progress.finished.keys():
@@ -130,13 +128,9 @@ class Worker:
             if not self.encoding.num_sums:
                 self.exchange.send_ahead(records, done)
         if num_sums := self.encoding.num_sums:
-            num_terms = sum(map(len, packs))
-            self.exchange.add_up(SumSize(num_sums=num_sums, size=context.params.size, num_terms=num_terms))
+            of = SumSize(num_sums=num_sums, size=context.params.size, num_terms=command.placed.size)
+            self.exchange.add_up(of)
         return records
-
-    def _packs(self, command: Command) -> Packs:
-        load = Load.of(self.tuning.exchanged(command.layers).size, self.method, self.encoding)
-        return plan_round(self.config, self.partition, command.round, load).packs(command.pack)
 
     def _upload_of(self, size: int) -> Upload:
         return Upload.of(size, self.encoding, self.method)
@@ -325,7 +319,7 @@ class Worker:
     def restore(self, command: Command) -> np.ndarray:
         """Read the states of the devices that live here from a checkpoint, whichever rank wrote them."""
         position = Position(command.round, command.generation)
-        self.homes.move(self._packs(command), command.workers.tolist())
+        self.homes.move(*command.packs())
         mine = set(self.homes.devices_of(self.index))
         self.states, self.progress = self.checkpoints.load_devices(
             position, mine, self.tuning, command.layers, self.unseen.local

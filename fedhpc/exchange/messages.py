@@ -7,7 +7,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.federation.sampling import PROBES
+from fedhpc.federation.sampling import PROBES, Packs
 from fedhpc.methods.updates import Vector
 from fedhpc.selection.strategy import MAX_LAYERS
 
@@ -22,7 +22,7 @@ class Op(IntEnum):
     SELECT = 2
     """These layers are exchanged from now on; the payload is the local vector of a device not seen before."""
     RESTORE = 3
-    """Read the device states of this round's checkpoint; `workers` are those of the round that follows it."""
+    """Read the device states of this round's checkpoint; `placed` is that of the round that follows it."""
     TRAIN = 4
     """Local updates of the round's packs on their workers, from the payload P^t; reply `upload_record`."""
     RATIO = 5
@@ -41,14 +41,22 @@ HEADER = np.dtype(
     [
         ("op", "<i2"),
         ("pack", "<i2"),
-        ("num_packs", "<i4"),
+        ("num_placed", "<i4"),
         ("round", "<i8"),
         ("payload_size", "<i8"),
         ("generation", "<i8"),
         ("layers", "u1", (32,)),
     ]
 )
-"""The fixed part of a command, 64 bytes; `layers` is a bit mask. The packs' workers (int32) and the payload follow."""
+"""The fixed part of a command, 64 bytes; `layers` is a bit mask. PLACED records and the payload follow."""
+PLACED = np.dtype([("device", "<i4"), ("pack", "<i4"), ("worker", "<i4")])
+"""Which pack a device is in, and where that is trained; 12 bytes."""
+
+
+def place_packs(packs: Packs, workers: NDArray[np.int32]) -> np.ndarray:
+    """PLACED records of a round's packs, from the worker of each: shape [m], pack by pack."""
+    each = enumerate(zip(packs, workers.tolist(), strict=True))
+    return np.array([(device, index, worker) for index, (pack, worker) in each for device in pack], PLACED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +69,14 @@ class Command:
     layers: tuple[int, ...] = ()
     pack: int = 1
     """N of `device.pack`."""
-    workers: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    """Where each of the round's packs is trained."""
+    placed: np.ndarray = field(default_factory=lambda: np.empty(0, PLACED))
+    """PLACED records of the devices that take part in the round."""
     payload: Vector = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
     def nbytes(self) -> int:
         """Bytes that each worker receives."""
-        return HEADER.itemsize + self.workers.nbytes + self.payload.nbytes
+        return HEADER.itemsize + self.placed.nbytes + self.payload.nbytes
 
     def header(self) -> np.ndarray:
         """The header, shape [1]."""
@@ -78,7 +86,7 @@ class Command:
         header[0] = (
             self.op,
             self.pack,
-            self.workers.size,
+            self.placed.size,
             self.round,
             self.payload.size,
             self.generation,
@@ -86,8 +94,17 @@ class Command:
         )
         return header
 
+    def packs(self) -> tuple[Packs, list[int]]:
+        """The round's packs, and the worker of each."""
+        packs: dict[int, list[int]] = {}
+        workers = {}
+        for device, pack, worker in self.placed.tolist():
+            packs.setdefault(pack, []).append(device)
+            workers[pack] = worker
+        return list(packs.values()), list(workers.values())
+
     @classmethod
-    def from_header(cls, header: np.ndarray, workers: NDArray[np.int32], payload: Vector) -> "Command":
+    def from_header(cls, header: np.ndarray, placed: np.ndarray, payload: Vector) -> "Command":
         """The command whose parts have arrived."""
         (op, pack, _, round_index, _, generation, mask) = header[0]
         return cls(
@@ -96,7 +113,7 @@ class Command:
             round=int(round_index),
             generation=int(generation),
             layers=tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask))),
-            workers=workers,
+            placed=placed,
             payload=payload,
         )
 

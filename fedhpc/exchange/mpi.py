@@ -28,7 +28,7 @@ from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.exchange.memory import ADDRESS, ring
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER, Command, Note, Op, RecordType, Tag
 from fedhpc.exchange.repair import repair
-from fedhpc.exchange.shared_layout import PACKS, PAYLOAD, SharedLayout
+from fedhpc.exchange.shared_layout import PAYLOAD, PLACES, SharedLayout
 from fedhpc.exchange.transfer import RecordTransfer, Types
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
 from fedhpc.job.stopping import StopRequest
@@ -88,7 +88,7 @@ class MpiExchange(Exchange):
         message = np.array([(command.header()[0], self._connection.memory.address[0])], COMMAND)
         self._send_to_workers(range(self.num_workers), message, Tag.COMMAND)
         with self._inside("the broadcast"):
-            for part in (command.workers, command.payload):
+            for part in (command.placed, command.payload):
                 self._broadcast(part)
         sums[...] = 0  # while devices train; workers of this host write them when they are told the unit
         sent = time.perf_counter()
@@ -112,16 +112,16 @@ class MpiExchange(Exchange):
         self._control.activity = "waiting for the server"
         self._receive_from_server(message, Tag.COMMAND)
         header = message["header"]
-        num_packs, payload_size = int(header[0]["num_packs"]), int(header[0]["payload_size"])
+        num_placed, payload_size = int(header[0]["num_placed"]), int(header[0]["payload_size"])
         if self._connection.shares_memory:
             self._connection.memory.attach(message["address"])
-            workers, payload = self._layout.command_parts(num_packs, payload_size)
+            placed, payload = self._layout.command_parts(num_placed, payload_size)
         else:
-            workers, payload = self.buffer(PACKS, num_packs), self.buffer(PAYLOAD, payload_size)
+            placed, payload = self.buffer(PLACES, num_placed), self.buffer(PAYLOAD, payload_size)
             with self._inside("the broadcast"):
-                self._broadcast(workers)
+                self._broadcast(placed)
                 self._broadcast(payload)
-        return Command.from_header(header, workers, payload)
+        return Command.from_header(header, placed, payload)
 
     def rows(self, record: RecordType, count: int) -> np.ndarray:
         """See `Exchange`."""

@@ -1,4 +1,4 @@
-"""A round as every rank knows it before it begins: who takes part, with how many steps and bytes."""
+"""A round as the server knows it before it begins: who takes part, with how many steps and bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Round:
 
 
 def plan_round(config: Config, partition: Partition, index: int, load: Load) -> Round:
-    """Round t of a run; the same on every rank.
+    """Round t of a run; the same whenever it is asked for.
 
     Args:
         config: the run's configuration.

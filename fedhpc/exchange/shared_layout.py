@@ -1,7 +1,7 @@
 """Where the parts of one request lie in the memory that workers of the server's host share with it.
 
-The parts lie one behind the other: the offsets of each worker's records, of their end and of the sums; the workers
-of the command's packs; its payload; the records, worker by worker; the sums. A command without a payload and records
+The parts lie one behind the other: the offsets of each worker's records, of their end and of the sums; where the
+command places devices; its payload; the records, worker by worker; the sums. A command without a payload and records
 leaves those of the command before it in place: a checkpoint at a stop may save some of them.
 
 Uploads that are added up stay there: each worker adds the same share of all of them, so that the work is the same
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from fedhpc.exchange.exact_sum import SumSize, Terms
 from fedhpc.exchange.memory import HostMemory
-from fedhpc.exchange.messages import Command, RecordType
+from fedhpc.exchange.messages import PLACED, Command, RecordType
 from fedhpc.methods.updates import Vector
 
 LINE_BYTES = 64
 """Parts begin at multiples of this."""
-OFFSETS, PACKS, PAYLOAD = (RecordType(np.dtype(name)) for name in ("<i8", "<i4", "<f4"))
+OFFSETS, PLACES, PAYLOAD = (RecordType(np.dtype(form)) for form in ("<i8", PLACED, "<f4"))
 NO_SUMS = SumSize(num_sums=0, size=0, num_terms=1)
 
 
@@ -41,7 +41,7 @@ class SharedLayout:
         self, command: Command, record: RecordType, counts: Sequence[int], summed: SumSize | None
     ) -> tuple[np.ndarray, NDArray[np.int64]]:
         """Server: write the command into the memory; the places of the records, and of the sums [k, n]."""
-        given, total = ((PACKS, command.workers), (PAYLOAD, command.payload)), sums_record(summed or NO_SUMS)
+        given, total = ((PLACES, command.placed), (PAYLOAD, command.payload)), sums_record(summed or NO_SUMS)
         sizes = [(part, array.size) for part, array in given]
         *begins, first, last, end = lay_out(self._offsets, *sizes, (record, sum(counts)), (total, 1))
         self.memory.reserve(end)
@@ -51,9 +51,9 @@ class SharedLayout:
         (sums,) = self.memory.at(last, total, 1)
         return self.memory.at(first, record, sum(counts)), sums
 
-    def command_parts(self, num_packs: int, payload_size: int) -> tuple[NDArray[np.int32], Vector]:
-        """Worker: the workers of the command's packs, and its payload."""
-        parts = ((PACKS, num_packs), (PAYLOAD, payload_size))
+    def command_parts(self, num_placed: int, payload_size: int) -> tuple[np.ndarray, Vector]:
+        """Worker: where the command places devices, and its payload."""
+        parts = ((PLACES, num_placed), (PAYLOAD, payload_size))
         _, first, second, _ = lay_out(self._offsets, *parts)
         return self.memory.at(first, *parts[0]), self.memory.at(second, *parts[1])
 

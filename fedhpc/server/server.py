@@ -208,14 +208,14 @@ class Server:
         self.saving.go_on_from(state)
         self._announce_layers(state)
         this = self.next_round(state)
-        workers = self.placement.place(this.packs(state.pack), this.steps)
+        packs = this.packs(state.pack)
         command = Command(
             op=Op.RESTORE,
             round=this.index,
             generation=state.part,
             layers=state.layers,
             pack=state.pack,
-            workers=workers,
+            placed=messages.place_packs(packs, self.placement.place(packs, this.steps)),
         )
         self._command(command)
         return state
@@ -259,7 +259,14 @@ class Server:
         start, encoding = state.server.params, self.encoding
         sent = [state.server.vectors[name] for name in self.method.sends]
         payload = np.concatenate([start, *sent]) if sent else start
-        command = Command(op=Op.TRAIN, round=t, layers=state.layers, pack=state.pack, workers=workers, payload=payload)
+        command = Command(
+            op=Op.TRAIN,
+            round=t,
+            layers=state.layers,
+            pack=state.pack,
+            placed=messages.place_packs(packs, workers),
+            payload=payload,
+        )
         summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
         upload = Upload.of(start.size, encoding, self.method)
         self.saving.control.prefetch(devices, state.layers)

@@ -12,6 +12,7 @@ from fedhpc.exchange.messages import (
     Note,
     NoteKind,
     Op,
+    place_packs,
     upload_headers,
     upload_payloads,
     upload_record,
@@ -45,16 +46,17 @@ def test_an_empty_layout():
 
 def test_commands_cross_as_fixed_headers():
     payload = np.arange(3, dtype=np.float32)
-    workers = np.array([2, 0], np.int32)
+    placed = place_packs([[7], [3, 5]], np.array([2, 0], np.int32))
     where = {"round": 1 << 40, "generation": 1 << 41, "layers": (0, 31, 255)}
-    command = Command(op=Op.TRAIN, **where, workers=workers, payload=payload)
+    command = Command(op=Op.TRAIN, **where, placed=placed, payload=payload)
     header = command.header()
     assert header.nbytes == HEADER.itemsize == UPLOAD_HEADER.itemsize == 64
-    assert (header[0]["num_packs"], header[0]["payload_size"]) == (2, 3)
-    assert command.nbytes == 64 + 2 * 4 + 3 * 4
-    arrived = Command.from_header(np.frombuffer(header.tobytes(), HEADER), workers, payload)
+    assert (header[0]["num_placed"], header[0]["payload_size"]) == (3, 3)
+    assert command.nbytes == 64 + 3 * 12 + 3 * 4
+    arrived = Command.from_header(np.frombuffer(header.tobytes(), HEADER), placed, payload)
     assert (arrived.op, arrived.round, arrived.generation) == (Op.TRAIN, 1 << 40, 1 << 41)
     assert arrived.layers == (0, 31, 255)
+    assert arrived.packs() == ([[7], [3, 5]], [2, 0])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from blind import make_blind
 
 from fedhpc.exchange import MpiExchange
 from fedhpc.exchange.exact_sum import SumSize
-from fedhpc.exchange.messages import Command, Op, upload_headers, upload_payloads, upload_record
+from fedhpc.exchange.messages import Command, Op, place_packs, upload_headers, upload_payloads, upload_record
 from fedhpc.job.stopping import StopRequest
 from fedhpc.methods.updates import Fault
 
@@ -28,8 +28,8 @@ for turn, size in enumerate(SIZES):
     record = upload_record(size)
     of = SumSize(num_sums=1, size=size, num_terms=NUM_TERMS) if turn % 2 else None
     if exchange.rank == 0:
-        workers = np.arange(turn, dtype=np.int32)
-        records = exchange.request(Command(op=Op.TRAIN, workers=workers, payload=payload), record, COUNTS, summed=of)
+        placed = place_packs([[device] for device in range(turn)], np.arange(turn, dtype=np.int32))
+        records = exchange.request(Command(op=Op.TRAIN, placed=placed, payload=payload), record, COUNTS, summed=of)
         assert upload_headers(records)["device"].tolist() == list(range(NUM_TERMS))
         if of:
             np.testing.assert_allclose(exchange.sums, uploads.sum(axis=0, dtype=np.float64)[None], rtol=0, atol=1e-14)
@@ -38,7 +38,7 @@ for turn, size in enumerate(SIZES):
     else:
         command = exchange.receive()
         np.testing.assert_array_equal(command.payload, payload)
-        assert command.workers.tolist() == list(range(turn))
+        assert command.packs() == ([[device] for device in range(turn)], list(range(turn)))
         count = COUNTS[exchange.rank - 1]
         mine = uploads[place : place + count]
         # Ranks of both kinds with memory of their own.

@@ -128,7 +128,7 @@ def test_bytes_are_those_of_the_selected_layers(five, nine):
         prompts = 4 * num_layers * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
         for record in metrics(config):
             assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
-            assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES + 4 * len(record["devices"]))
+            assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES + 12 * len(record["devices"]))
 
 
 def test_uploads_of_16_bits_are_half_as_long_and_sums_come_once(five):
