@@ -31,7 +31,7 @@ ON_ONE_MACHINE = {
 def build(python, out, *options):
     """Build the wheel of a copy of the sources, in which no earlier build has left files; its path."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "fedhpc", Path(folder, "fedhpc"), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "fedhpc", Path(folder, "fedhpc"), ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         for name in SOURCES:
             shutil.copy(ROOT / name, folder)
         command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", *options, "--wheel-dir", out, folder]

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedhpc.config import MethodConfig, Part, PositiveFloat, Probability
 from fedhpc.errors import ConfigError
+from fedhpc.methods.adding import add_up
 from fedhpc.methods.updates import Layout, RoundUploads, Sums, Vector
-
 
 STEP_BLOCK = 1 << 17
 """Elements of a step that a processor's caches hold with what is computed from them."""
@@ -297,26 +297,23 @@ class SummedMethod(Method):
         return replace(new, round=state.round + 1, control=control)
 
     def _add_up(self, state: ServerState, uploads: RoundUploads) -> tuple[Sums, dict[int, Vector]]:
-        size = state.params.size
-        sums = Sums(mean=np.zeros(size), total=np.zeros(size) if self.needs_total else None)
-        control, term = {}, np.empty(size)
-        for i, device in enumerate(uploads.device_ids.tolist()):
-            change, new_control = self.change(
-                state.params,
-                uploads.params[i],
-                state.control.get(device, np.float32(0)),
-                num_steps=int(uploads.num_steps[i]),
-                learning_rate=uploads.device_learning_rate,
-                memory=uploads.control_memory[i] if uploads.control_memory else None,
-            )
-            if new_control is not None:
-                control[device] = new_control
-            term[:] = change  # NumPy takes twice as long over operands of two types
-            if sums.total is not None:
-                sums.total[:] += term
-            term *= uploads.weights[i]
-            sums.mean[:] += term
-        return sums, control
+        control = {}
+
+        def changes() -> Iterator[Vector]:
+            for i, device in enumerate(uploads.device_ids.tolist()):
+                change, new_control = self.change(
+                    state.params,
+                    uploads.params[i],
+                    state.control.get(device, np.float32(0)),
+                    num_steps=int(uploads.num_steps[i]),
+                    learning_rate=uploads.device_learning_rate,
+                    memory=uploads.control_memory[i] if uploads.control_memory else None,
+                )
+                if new_control is not None:
+                    control[device] = new_control
+                yield change
+
+        return add_up(changes(), uploads.weights, state.params.size, with_total=self.needs_total), control
 
 
 def built_up(momentum: float) -> float:
@@ -326,10 +323,7 @@ def built_up(momentum: float) -> float:
 
 def weighted_mean(uploads: RoundUploads) -> NDArray[np.float64]:
     """Pbar = sum_i w_i P_i in float64, in the order of the uploads; shape [n]."""
-    mean = np.zeros(uploads.params[0].size)
-    for weight, params in zip(uploads.weights, uploads.params, strict=True):
-        mean += weight * params
-    return mean
+    return add_up(uploads.params, uploads.weights, uploads.params[0].size).mean
 
 
 def f32(vector: NDArray[np.float64]) -> Vector:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedhpc.config import MethodConfig, Probability
 from fedhpc.errors import ConfigError
+from fedhpc.methods.adding import add_up
 from fedhpc.methods.base import LocalRule, Method, ServerState, built_up, f32, weighted_mean
 from fedhpc.methods.updates import RoundUploads, Vector
 from fedhpc.registry import METHODS
@@ -56,9 +57,7 @@ class Mime(Method):
     def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """See the class; sums in the order of device ids."""
         uploads = uploads.in_device_order()
-        gradient = np.zeros(state.params.size)
-        for weight, own in zip(uploads.weights, uploads.gradients, strict=True):
-            gradient += weight * own
+        gradient = add_up(uploads.gradients, uploads.weights, state.params.size).mean
         beta = self.config.momentum
         momentum = (1 - beta) * gradient + beta * state.vectors["momentum"].astype(np.float64)
         return ServerState(
