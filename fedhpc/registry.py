@@ -27,7 +27,7 @@ from fedhpc.errors import ConfigError
 
 SHIPPED = (
     *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.selection.strategies"),
-    *("fedhpc.exchange.encodings", "fedhpc.evaluate.metrics"),
+    *("fedhpc.exchange.encodings", "fedhpc.evaluate.metrics", "fedhpc.evaluate.generation_metrics"),
 )
 """Modules that register fedhpc's own parts; of a folder all files, so that a new part is one file."""
 ENTRY_POINTS = "fedhpc.plugins"
@@ -121,6 +121,7 @@ PARTITIONS = Registry("partition", "Partitioner", section="federation", key="par
 STRATEGIES = Registry("selection strategy", "Strategy", section="selection", key="strategy", default="score")
 ENCODINGS = Registry("upload encoding", "Encoding", section="exchange", key="encoding", default="dense")
 METRICS = Registry("metric", "Metric")
+GENERATION_METRICS = Registry("metric of generated text", "GenerationMetric")
 TRACKERS = Registry("tracker", "Tracker")
 SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS)
 """Registries whose parts have keys in a section of the configuration."""
@@ -131,6 +132,7 @@ register_partition = PARTITIONS.register
 register_strategy = STRATEGIES.register
 register_encoding = ENCODINGS.register
 register_metric = METRICS.register
+register_generation_metric = GENERATION_METRICS.register
 register_tracker = TRACKERS.register
 
 _loaded: set[str] = set()

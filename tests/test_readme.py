@@ -13,7 +13,7 @@ import yaml
 from fedhpc.commands.arguments import make_parser
 from fedhpc.commands.sweep.experiment import load_experiment
 from fedhpc.config_file import load_config
-from fedhpc.data.tasks import load_task
+from fedhpc.data.task_files import load_task
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

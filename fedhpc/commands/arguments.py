@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fedhpc
-from fedhpc.data.tasks import TASKS
+from fedhpc.data.tasks import GENERATION_TASKS, TASKS
 from fedhpc.job.job_files import SWEEP_FILE
 
 EPILOG = (
@@ -69,10 +69,12 @@ def _init(commands: Any) -> None:
 def _prepare(commands: Any) -> None:
     command = commands.add_parser(
         "prepare",
-        help="a labelled text data set, tokenised for one model",
-        description="Prepare a labelled text data set: template applied, tokenised for one model, checked.",
+        help="a text data set, tokenised for one model",
+        description="Prepare a text data set: template applied, tokenised for one model, checked.",
     )
-    command.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, or a task file (YAML)")
+    command.add_argument(
+        "--task", required=True, help=f"one of {', '.join([*TASKS, *GENERATION_TASKS])}, or a task file (YAML)"
+    )
     command.add_argument(
         "--source",
         required=True,
@@ -83,6 +85,12 @@ def _prepare(commands: Any) -> None:
     command.add_argument("--head", choices=("verbalizer", "linear"), default="verbalizer")
     command.add_argument(
         "--max-length", type=positive_number, default=128, help="longest example in tokens (%(default)s)"
+    )
+    command.add_argument(
+        "--overlong",
+        choices=("drop", "cut-prompt", "cut-response"),
+        default="cut-prompt",
+        help="what becomes of longer texts to be generated (%(default)s: the prompt loses its beginning)",
     )
     command.add_argument("--limit-train", type=positive_number, help="take so many random training examples")
     command.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")

@@ -78,12 +78,13 @@ def init(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> int:
-    """`fedhpc prepare`: labelled text, tokenised for one model."""
+    """`fedhpc prepare`: a data set, tokenised for one model."""
     with quick_start():
-        from fedhpc.data import preparing
+        from fedhpc.data.preparing import Recipe
+        from fedhpc.data.preparing import prepare as prepare_data
 
-    recipe = {field.name: getattr(arguments, field.name) for field in fields(preparing.Recipe)}
-    print(preparing.prepare(preparing.Recipe(**recipe)))
+    recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in fields(Recipe)})
+    print(prepare_data(recipe, print, colours=sys.stdout.isatty()))
     return 0
 
 

@@ -11,16 +11,10 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.data.prepared import Description
-from fedhpc.data.preparing import (
-    Examples,
-    Recipe,
-    TargetModel,
-    description_of,
-    find_source,
-    load_target_model,
-    read_source,
-)
+from fedhpc.data.preparing_classes import Examples, description_of, read_source
 from fedhpc.data.readers import Record, read_table
+from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
+from fedhpc.data.sources import find_source
 from fedhpc.data.tasks import SPLITS, TASKS, Head, Task
 from fedhpc.data.texts import encode
 from fedhpc.data.tokens import TextEncoder

@@ -2,7 +2,8 @@
 
 A prepared directory holds ``description.json`` and, for each split, the flat ``tokens``, the ``offsets`` of the
 examples in them, their ``labels``, and their ``slots``: where in the example the answer is read (see
-`fedhpc.data.tasks.EncodedText`). Nothing in it is ever unpickled.
+`fedhpc.data.tasks.EncodedText`). Of texts to be generated it holds ``spans``, the tokens that are trained, in place of
+slots; ``labels`` are their categories, ``devices`` whose they are. Nothing in it is ever unpickled.
 """
 
 import dataclasses
@@ -11,9 +12,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self, get_origin
+from typing import Any, NamedTuple, Self, get_origin
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from fedhpc.files import check_folder, naming, replacing
 FORMAT = "fedhpc-prepared"
 VERSION = 1
 _DESCRIPTION = "description.json"
-_DTYPES = {"tokens": np.int32, "offsets": np.int64, "labels": np.int32, "slots": np.int32}
+_OF_ALL = {"tokens": np.int32, "offsets": np.int64, "labels": np.int32}
+_OF_CLASSES = {**_OF_ALL, "slots": np.int32}
+_OF_GENERATION = {**_OF_ALL, "spans": np.int64, "devices": np.int32}
 _PREPARE_AGAIN = "run `fedhpc prepare` again"
 _PROBE = "It was a naïve test — Yes, No; 3.14 of 東京\n"
 
@@ -37,7 +40,7 @@ class Description:
     version: int = VERSION
     task: str
     head: str
-    """``verbalizer`` or ``linear``."""
+    """``verbalizer``, ``linear``, or ``language_model`` for texts to be generated."""
     kind: str
     """``encoder`` or ``decoder``."""
     model: str
@@ -48,7 +51,7 @@ class Description:
     max_length: int
     template: str
     class_names: list[str]
-    """The classes' label values in the source."""
+    """The classes' label values in the source; of texts to be generated their categories, where they have some."""
     class_words: list[str]
     word_ids: list[list[int]]
     """Token ids of each class word; empty lists with a linear head."""
@@ -59,6 +62,8 @@ class Description:
     """File name -> bytes, sha256."""
     selected: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Which of the source's examples these are: limit_train, seed, validation; empty where that was not recorded."""
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of texts to be generated, how they were put together; empty for classification."""
 
     @property
     def sha256(self) -> str:
@@ -68,11 +73,16 @@ class Description:
         """
         content = dataclasses.asdict(self)
         del content["selected"]
+        if not self.generation:  # which descriptions of classification did not always have
+            del content["generation"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of ``description.json``, its own checksum included."""
-        return json.dumps({**dataclasses.asdict(self), "sha256": self.sha256}, indent=1, ensure_ascii=False) + "\n"
+        content = dataclasses.asdict(self)
+        if not self.generation:
+            del content["generation"]
+        return json.dumps({**content, "sha256": self.sha256}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -89,7 +99,7 @@ class Description:
             )
         stated = content.pop("sha256", None)
         types: dict[str, Any] = {item.name: get_origin(item.type) or item.type for item in dataclasses.fields(cls)}
-        wrong = sorted({"selected", *content} ^ types.keys())
+        wrong = sorted({"selected", "generation", *content} ^ types.keys())
         wrong += [key for key in types if key in content and not isinstance(content[key], types[key])]
         if wrong:
             raise DataError(f"{path}: missing, unknown or of the wrong type: {', '.join(wrong)}; {_PREPARE_AGAIN}")
@@ -97,6 +107,19 @@ class Description:
         if description.sha256 != stated:
             raise DataError(f"{path}: altered: its content does not have the checksum it states; {_PREPARE_AGAIN}")
         return description
+
+
+class Targets(NamedTuple):
+    """The m trained tokens of a batch's texts, in their order, and where each is predicted."""
+
+    texts: torch.Tensor
+    """int64 ``[m]``: whose."""
+    columns: torch.Tensor
+    """int64 ``[m]``: of the text's token before it."""
+    tokens: torch.Tensor
+    """int64 ``[m]``"""
+    counts: tuple[int, ...]
+    """Trained tokens of each device; their sum is m."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +138,13 @@ class Batch:
     """Examples of each device that has some in the batch, in their order; their sum is b."""
     lengths: np.ndarray
     """Tokens of each example [b], where the host can read them."""
+    targets: Targets | None = None
+    """Of texts to be generated."""
+
+    @property
+    def terms(self) -> tuple[int, ...]:
+        """Terms of each device's mean loss: its examples, or its trained tokens."""
+        return self.sizes if self.targets is None else self.targets.counts
 
     @property
     def is_padded(self) -> bool:
@@ -127,6 +157,8 @@ class Batch:
             return self
 
         def move(value: Any) -> Any:
+            if isinstance(value, Targets):
+                return Targets(*map(move, value))
             if not isinstance(value, torch.Tensor):
                 return value
             return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
@@ -147,6 +179,10 @@ class Split:
     slots: np.ndarray
     """[n]: the token of each at which its answer is predicted."""
     pad_id: int
+    spans: np.ndarray | None = None
+    """[2 k], ascending: begin and end in `tokens` of each of k spans of trained tokens; none is an example's first."""
+    devices: np.ndarray | None = None
+    """[n]: the device that each belongs to by nature, where the data say so."""
 
     @classmethod
     def of(
@@ -164,14 +200,29 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def num_terms(self) -> np.ndarray:
+        """Terms of the loss in each example [n]: one, or its trained tokens."""
+        if self.spans is None:
+            return np.ones(len(self), np.int64)
+        before = np.concatenate([[0], np.cumsum(self.spans[1::2] - self.spans[::2])])
+        return np.diff(before[np.searchsorted(self.spans[::2], self.offsets)])
+
+    def spans_of(self, example: int) -> np.ndarray:
+        """Begin and end [k, 2] of an example's trained tokens, from its first token on."""
+        assert self.spans is not None
+        first, last = np.searchsorted(self.spans[::2], self.offsets[example : example + 2])
+        return self.spans[2 * first : 2 * last].reshape(-1, 2) - self.offsets[example]
+
     def batch(self, indices: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None) -> Batch:
         """These examples, in this order; of one device unless ``sizes`` says of which."""
         chosen = np.asarray(indices, np.int64)
+        sizes = (len(chosen),) if sizes is None else tuple(sizes)
         lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_id, np.int64)
@@ -182,9 +233,20 @@ class Split:
             attention_mask=torch.from_numpy(mask),
             slots=torch.from_numpy(self.slots[chosen].astype(np.int64)),
             labels=torch.from_numpy(self.labels[chosen].astype(np.int64)),
-            sizes=(len(chosen),) if sizes is None else tuple(sizes),
+            sizes=sizes,
             lengths=lengths,
+            targets=None if self.spans is None else self._targets(chosen, sizes),
         )
+
+    def _targets(self, chosen: np.ndarray, sizes: Sequence[int]) -> Targets:
+        places = [
+            np.concatenate([np.arange(begin, end) for begin, end in self.spans_of(example)]) for example in chosen
+        ]
+        tokens = [self.tokens[self.offsets[example] + own] for example, own in zip(chosen, places, strict=True)]
+        texts = np.repeat(np.arange(len(chosen)), [len(own) for own in places])
+        parts = (texts, np.concatenate(places) - 1, np.concatenate(tokens))
+        counts = (int(own.sum()) for own in np.split(self.num_terms[chosen], np.cumsum(sizes)[:-1]))
+        return Targets(*(torch.from_numpy(part.astype(np.int64)) for part in parts), counts=tuple(counts))
 
 
 class PreparedData:
@@ -214,12 +276,13 @@ class PreparedData:
         """One split, memory-mapped; DataError if it is not there or not readable."""
         if name not in self.description.splits:
             raise DataError(f"{self.path} has no split {name!r}, only {', '.join(self.description.splits)}")
-        arrays = {part: self._array(f"{name}.{part}.npy", dtype) for part, dtype in _DTYPES.items()}
-        tokens, offsets, labels, slots = arrays.values()
-        num_examples = self.description.splits[name]["examples"]
-        if not (len(offsets) - 1 == len(labels) == len(slots) == num_examples and offsets[-1] == len(tokens)):
+        dtypes = _dtypes(self.description.head)
+        arrays = {part: self._array(f"{name}.{part}.npy", dtype) for part, dtype in dtypes.items()}
+        offsets, num_examples = arrays["offsets"], self.description.splits[name]["examples"]
+        of_each = [len(arrays[part]) for part in ("labels", "slots", "devices") if part in arrays]
+        if {len(offsets) - 1, *of_each} != {num_examples} or offsets[-1] != len(arrays["tokens"]):
             raise DataError(f"{self.path}: the files of split {name!r} do not fit together; {_PREPARE_AGAIN}")
-        return Split(**arrays, pad_id=self.description.pad_id)
+        return Split(**({"slots": np.diff(offsets) - 1} | arrays), pad_id=self.description.pad_id)
 
     def _array(self, name: str, dtype: type) -> np.ndarray:
         try:
@@ -229,6 +292,11 @@ class PreparedData:
         if array.dtype != dtype or array.ndim != 1:
             raise DataError(f"{self.path / name}: {array.dtype} {array.shape} is not a list of {dtype.__name__}")
         return array
+
+
+def _dtypes(head: str) -> dict[str, Any]:
+    """The arrays of a split, by the head that reads its texts."""
+    return _OF_GENERATION if head == "language_model" else _OF_CLASSES
 
 
 def _check_file(file: Path, expected: dict[str, Any], *, verify: bool) -> None:
@@ -277,7 +345,7 @@ def write_prepared(path: str | Path, description_fields: Mapping[str, Any], spli
     with replacing(path) as folder:
         files = {}
         for name, split in splits.items():
-            for part, dtype in _DTYPES.items():
+            for part, dtype in _dtypes(description_fields["head"]).items():
                 file = folder / f"{name}.{part}.npy"
                 _write(file, partial(np.save, arr=np.asarray(getattr(split, part), dtype), allow_pickle=False))
                 files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
@@ -295,7 +363,8 @@ def _summary(split: Split, num_classes: int) -> dict[str, Any]:
         "examples": len(split),
         "tokens": len(split.tokens),
         "longest": int(split.lengths.max(initial=0)),
-        "class_counts": np.bincount(split.labels, minlength=num_classes).tolist(),
+        "class_counts": np.bincount(split.labels, minlength=num_classes).tolist() if num_classes else [],
+        **({} if split.spans is None else {"trained_tokens": int(split.num_terms.sum())}),
     }
 
 

@@ -87,3 +87,15 @@ def _twice(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def text_value(value: Any, column: str) -> str:
+    """A column's value, which must be text; else ValueError."""
+    if not isinstance(value, str):
+        found = repr(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
+        raise ValueError(f"column {column!r} holds {found}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"column {column!r} is not Unicode text: {error}") from None
+    return value

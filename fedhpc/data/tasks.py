@@ -4,16 +4,12 @@ The ten built-in tasks follow the templates of the FedPepTAO release; any other 
 plain text with ``{field}`` for a text column and one answer slot: ``<mask>`` for encoders, ``{word}`` for decoders.
 """
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from fedhpc.data.generation import GenerationTask
 from fedhpc.errors import ConfigError
-from fedhpc.registry import METRICS, load_plugins
-from fedhpc.yaml_files import YAML_ERRORS, read_texts, text_of
 
 Kind = Literal["encoder", "decoder"]
 Head = Literal["verbalizer", "linear"]
@@ -163,114 +159,20 @@ TASKS: dict[str, Task] = {
 }
 
 
-def load_task(name_or_path: str | Path) -> Task:
-    """A built-in task by name, or one described by a YAML file; ConfigError if it is neither."""
-    name = str(name_or_path)
-    if name in TASKS:
-        return TASKS[name]
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"task {name!r} is neither a task file nor one of {', '.join(TASKS)}{_nearest(name, TASKS)}")
-    try:
-        content = read_texts(text_of(path))
-    except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a task file is a mapping with the keys {', '.join(_KEYS)}")
-    if _well_formed(content.get("plugins"), list):
-        load_plugins(content["plugins"])
-    problems = list(_problems(content))
-    if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
-    template = content["template"]
-    return Task(
-        name=content["task"],
-        columns=content["columns"],
-        classes=content["classes"],
-        encoder_template=template.get("encoder", ""),
-        decoder_template=template.get("decoder", ""),
-        metric=content.get("metric", "accuracy"),
-        splits=SPLITS | {split: (file,) for split, file in content.get("splits", {}).items()},
+GENERATION_TASKS: dict[str, GenerationTask] = {
+    task.name: task
+    for task in (
+        GenerationTask(name="alpaca", format="alpaca", splits=SPLITS, held_back=0.02),
+        GenerationTask(
+            name="dolly",
+            format="alpaca",
+            columns={"input": "context", "response": "response"},
+            category="category",
+            splits=SPLITS,
+            held_back=0.05,
+        ),
     )
-
-
-_KEYS: dict[str, type] = {
-    "task": str,
-    "columns": dict,
-    "classes": dict,
-    "template": dict,
-    "metric": str,
-    "splits": dict,
-    "plugins": list,
 }
-_EXPECTED: dict[type, str] = {str: "text", dict: "a mapping of text to text", list: "a list of modules"}
-_REQUIRED = ("task", "columns", "classes", "template")
-
-
-def _problems(content: dict[str, Any]) -> Iterable[str]:
-    """Everything that is wrong with a task file."""
-    yield from _unknown("", content, _KEYS)
-    yield from (f"{key}: missing" for key in _REQUIRED if key not in content)
-    malformed = [key for key, kind in _KEYS.items() if key in content and not _well_formed(content[key], kind)]
-    for key in malformed:
-        yield f"{key}: expected {_EXPECTED[_KEYS[key]]}, none of it empty"
-    sound = {key: value for key, value in content.items() if key in _KEYS and key not in malformed}
-    yield from (f"{key}: holds half a character" for key, value in sound.items() if not _is_unicode(value))
-    columns, classes = sound.get("columns"), sound.get("classes")
-    if columns is not None and ("label" not in columns or len(columns) < 2):
-        yield "columns: needs the label column under `label`, and at least one text field"
-    for name in columns or ():
-        if name == "word" or not re.fullmatch(r"\w+", name):
-            yield f"columns.{name}: a template cannot name this field; use letters, digits and _, and not `word`"
-    if classes is not None and (len(classes) < 2 or len(set(classes.values())) < len(classes)):
-        yield "classes: needs at least two label values, each with a class word of its own"
-    if "metric" in sound and sound["metric"] not in METRICS:
-        yield f"metric: {sound['metric']!r} is none of {', '.join(METRICS)}"
-    yield from _unknown("splits.", sound.get("splits", {}), SPLITS)
-    if "template" in sound:
-        yield from _template_problems(sound["template"], [name for name in columns or () if name != "label"])
-
-
-def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[str]:
-    yield from _unknown("template.", template, ("encoder", "decoder"))
-    if not template:
-        yield "template: needs encoder, decoder or both"
-    for kind, slot in (("encoder", "<mask>"), ("decoder", "{word}")):
-        if kind not in template:
-            continue
-        found = [match.group() for match in PLACEHOLDER.finditer(template[kind])]
-        if found.count(slot) != 1:
-            yield f"template.{kind}: needs exactly one {slot}, has {found.count(slot)}"
-        valid = [f"{{{name}}}" for name in fields]
-        for name in (name for name in found if name not in (slot, *valid)):
-            yield f"template.{kind}: {name} is none of {', '.join([slot, *valid])}{_nearest(name, valid)}"
-        if not set(found) & set(valid):
-            yield f"template.{kind}: shows no text field; the columns give {', '.join(valid) or 'none'}"
-        if kind == "decoder" and slot in found and found[-1] != slot:
-            yield f"template.decoder: {found[-1]} stands after {{word}}, where the model never sees it"
-
-
-def _well_formed(value: Any, kind: type) -> bool:
-    texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return isinstance(value, kind) and all(isinstance(text, str) and text.strip() for text in texts)
-
-
-def _is_unicode(value: str | list[str] | dict[str, str]) -> bool:
-    """Whether there is no half of a character, which an escape in a YAML file can name."""
-    texts = [value] if isinstance(value, str) else [*value, *(value.values() if isinstance(value, dict) else ())]
-    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
-
-
-def _unknown(prefix: str, found: Iterable[str], valid: Iterable[str]) -> Iterable[str]:
-    valid = list(valid)
-    for key in found:
-        if key not in valid:
-            yield f"{prefix}{key}: unknown; valid keys are {', '.join(valid)}{_nearest(key, valid)}"
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def template_fields(template: str) -> list[str]:

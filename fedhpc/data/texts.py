@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fedhpc.data.readers import Record
+from fedhpc.data.readers import Record, text_value
 from fedhpc.data.tokens import EncodedText, TextEncoder, check_known
 from fedhpc.errors import DataError
 
@@ -38,18 +37,7 @@ class Texts:
 
 def text_fields(record: Record, columns: Mapping[str, str]) -> Row:
     """A record's text fields, from their columns; ValueError for what is no text."""
-    return {name: _text(record.get(column), column) for name, column in columns.items()}
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        found = repr(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
-        raise ValueError(f"column {column!r} holds {found}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"column {column!r} is not Unicode text: {error}") from None
-    return value
+    return {name: text_value(record.get(column), column) for name, column in columns.items()}
 
 
 def encode(

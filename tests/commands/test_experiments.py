@@ -11,7 +11,7 @@ from fedhpc.commands.cli import main
 from fedhpc.commands.report import read_reference
 from fedhpc.commands.sweep import prepared
 from fedhpc.commands.sweep.experiment import load_experiment
-from fedhpc.data.preparing import TargetModel
+from fedhpc.data.recipe import TargetModel
 from fedhpc.data.tasks import TASKS
 from fedhpc.registry import TUNINGS
 from fedhpc.server.notices import notices

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import constants
 
 from fedhpc.config_file import load_config
-from fedhpc.data.tasks import load_task
+from fedhpc.data.task_files import load_task
 
 WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
 

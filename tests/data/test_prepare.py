@@ -13,7 +13,7 @@ from tiny import load_script
 from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from fedhpc.commands.partition import draw
-from fedhpc.data import preparing
+from fedhpc.data import recipe
 from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
 from fedhpc.data.tasks import TASKS
 from fedhpc.errors import DataError
@@ -422,7 +422,7 @@ def test_unlabelled_hub_split_and_missing_connection(tmp_path, bert, capsys, hub
 def test_kind_of_model(make_config, architecture, expected):
     config = make_config()
     config.architectures = architecture and [architecture]
-    assert preparing.model_kind(config) == expected
+    assert recipe.model_kind(config) == expected
 
 
 def test_models_that_cannot_be_used(tmp_path, bert, capsys):

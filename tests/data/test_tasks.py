@@ -5,7 +5,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from fedhpc.data.prepared import tokenizer_fingerprint
-from fedhpc.data.tasks import TASKS, load_task
+from fedhpc.data.task_files import load_task
+from fedhpc.data.tasks import TASKS
 from fedhpc.data.texts import encode as encode_rows
 from fedhpc.data.tokens import TextEncoder, find_word_ids
 from fedhpc.errors import ConfigError, DataError
@@ -135,8 +136,8 @@ def test_all_problems_of_a_task_file_are_told_at_once(tmp_path):
     lines = str(caught.value).split("\n")
     assert all(line.startswith(f"{file}: ") for line in lines)
     for problem in (
-        "colums: unknown; valid keys are task, columns, classes, template, metric, splits, plugins; "
-        "did you mean columns?",
+        "colums: unknown; valid keys are task, kind, columns, classes, template, metric, splits, "
+        "plugins; did you mean columns?",
         "task: missing",
         "columns: expected a mapping of text to text, none of it empty",
         "classes: needs at least two label values, each with a class word of its own",
@@ -202,7 +203,7 @@ def test_unknown_tasks_and_broken_files(tmp_path):
     with pytest.raises(ConfigError, match="not a YAML file: maximum recursion depth"):
         load_task(file)
     file.write_text("- a")
-    with pytest.raises(ConfigError, match="is a mapping with the keys task, columns"):
+    with pytest.raises(ConfigError, match="is a mapping with the keys task, kind, columns"):
         load_task(file)
 
 

@@ -53,7 +53,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from fedhpc.config import ModelConfig
-from fedhpc.data import preparing, tokenizer_files
+from fedhpc.data import recipe, tokenizer_files
 from fedhpc.errors import ModelError
 from fedhpc.model import pretrained
 from fedhpc.model.last_layer import LastLayer
@@ -586,7 +586,7 @@ def test_all_relatives_of_roberta_count_positions_as_it_does(tmp_path, model_cla
 )
 def test_prepare_tells_models_that_predict_words_from_others(config_class, architecture, has_head):
     config = config_class(architectures=[architecture])
-    assert preparing.model_kind(config) == ("encoder", has_head)
+    assert recipe.model_kind(config) == ("encoder", has_head)
 
 
 def test_encoder_decoders_are_refused(tmp_path):

@@ -11,8 +11,11 @@ from fedhpc.commands.sweep.experiment import Cell, Experiment, some_of
 from fedhpc.commands.sweep.experiment_file import PREPARE, Preparation, place, refusal
 from fedhpc.commands.sweep.standing import waiting
 from fedhpc.data.prepared import Description, PreparedData, check_writable
-from fedhpc.data.preparing import Recipe, TargetModel, description_of, find_source, load_target_model, prepare
-from fedhpc.data.tasks import load_task
+from fedhpc.data.preparing import prepare
+from fedhpc.data.preparing_classes import description_of
+from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
+from fedhpc.data.sources import find_source
+from fedhpc.data.task_files import load_task
 from fedhpc.errors import ConfigError, UserError, users_fault
 from fedhpc.files import held
 

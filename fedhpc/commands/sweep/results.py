@@ -23,7 +23,7 @@ from fedhpc.commands.report import (
 from fedhpc.commands.sweep.experiment import FIGURES, Cell, Experiment
 from fedhpc.config import CLOCK
 from fedhpc.data.prepared import Description
-from fedhpc.data.tasks import load_task
+from fedhpc.data.task_files import load_task
 from fedhpc.errors import ConfigError, UserError
 from fedhpc.exchange.simulation import round_seconds
 from fedhpc.files import check_folder, check_target, write_whole

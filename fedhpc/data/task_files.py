@@ -1,0 +1,224 @@
+"""Task files: what a user's own task is, in YAML."""
+
+import difflib
+import re
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from fedhpc.data.generation import COLUMNS, TRAINED, Format, GenerationTask
+from fedhpc.data.tasks import GENERATION_TASKS, PLACEHOLDER, SPLITS, TASKS, Task
+from fedhpc.errors import ConfigError
+from fedhpc.registry import GENERATION_METRICS, METRICS, load_plugins
+from fedhpc.yaml_files import YAML_ERRORS, read_texts, text_of
+
+
+def load_task(name_or_path: str | Path) -> Task | GenerationTask:
+    """A built-in task by name, or one described by a YAML file; ConfigError if it is neither."""
+    name = str(name_or_path)
+    if name in TASKS:
+        return TASKS[name]
+    if name in GENERATION_TASKS:
+        return GENERATION_TASKS[name]
+    path = Path(name)
+    if not path.is_file():
+        known = [*TASKS, *GENERATION_TASKS]
+        raise ConfigError(f"task {name!r} is neither a task file nor one of {', '.join(known)}{_nearest(name, known)}")
+    try:
+        content = read_texts(text_of(path))
+    except YAML_ERRORS as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a task file is a mapping with the keys {', '.join(_KEYS)}")
+    if _well_formed(content.get("plugins"), list):
+        load_plugins(content["plugins"])
+    if content.get("kind", "classification") not in KINDS:
+        raise ConfigError(f"{path}: kind: {content['kind']!r} is none of {', '.join(KINDS)}")
+    generates = content.get("kind") == "generation"
+    problems = list(_generation_problems(content) if generates else _problems(content))
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    if generates:
+        return _generation_task(content)
+    template = content["template"]
+    return Task(
+        name=content["task"],
+        columns=content["columns"],
+        classes=content["classes"],
+        encoder_template=template.get("encoder", ""),
+        decoder_template=template.get("decoder", ""),
+        metric=content.get("metric", "accuracy"),
+        splits=SPLITS | {split: (file,) for split, file in content.get("splits", {}).items()},
+    )
+
+
+def _generation_task(content: dict[str, Any]) -> GenerationTask:
+    splits = content.get("splits", {})
+    share = splits.get("validation")
+    is_share = isinstance(share, str) and _share(share) is not None
+    return GenerationTask(
+        name=content["task"],
+        format=content.get("format", "prompt-response"),
+        columns=content.get("columns", {}),
+        template=content.get("template"),
+        chat=content.get("chat") == "true",
+        system=content.get("system"),
+        device=content.get("device"),
+        category=content.get("category"),
+        metrics=tuple(content.get("metrics", ())),
+        splits=SPLITS | {split: (file,) for split, file in splits.items() if not (is_share and split == "validation")},
+        held_back=_share(share) if is_share else None,
+    )
+
+
+def _share(value: str) -> float | None:
+    """A number between 0 and 1; None for anything else, as a file's name."""
+    try:
+        share = float(value)
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
+
+
+KINDS = ("classification", "generation")
+_KEYS: dict[str, type] = {
+    "task": str,
+    "kind": str,
+    "columns": dict,
+    "classes": dict,
+    "template": dict,
+    "metric": str,
+    "splits": dict,
+    "plugins": list,
+}
+_GENERATION_KEYS: dict[str, type] = {
+    "task": str,
+    "kind": str,
+    "format": str,
+    "columns": dict,
+    "template": str,
+    "chat": str,
+    "system": str,
+    "device": str,
+    "category": str,
+    "metrics": list,
+    "splits": dict,
+    "plugins": list,
+}
+_EXPECTED: dict[type, str] = {str: "text", dict: "a mapping of text to text", list: "a list of names"}
+_REQUIRED = ("task", "columns", "classes", "template")
+
+
+def _problems(content: dict[str, Any]) -> Iterable[str]:
+    """Everything that is wrong with a task file."""
+    yield from _unknown("", content, _KEYS)
+    yield from (f"{key}: missing" for key in _REQUIRED if key not in content)
+    sound = yield from _sound(content, _KEYS)
+    columns, classes = sound.get("columns"), sound.get("classes")
+    if columns is not None and ("label" not in columns or len(columns) < 2):
+        yield "columns: needs the label column under `label`, and at least one text field"
+    for name in columns or ():
+        if name == "word" or not re.fullmatch(r"\w+", name):
+            yield f"columns.{name}: a template cannot name this field; use letters, digits and _, and not `word`"
+    if classes is not None and (len(classes) < 2 or len(set(classes.values())) < len(classes)):
+        yield "classes: needs at least two label values, each with a class word of its own"
+    if "metric" in sound and sound["metric"] not in METRICS:
+        yield f"metric: {sound['metric']!r} is none of {', '.join(METRICS)}"
+    yield from _unknown("splits.", sound.get("splits", {}), SPLITS)
+    if "template" in sound:
+        yield from _template_problems(sound["template"], [name for name in columns or () if name != "label"])
+
+
+def _sound(content: dict[str, Any], keys: dict[str, type]) -> Generator[str, None, dict[str, Any]]:
+    """Yields what is malformed; returns all else."""
+    malformed = [key for key, kind in keys.items() if key in content and not _well_formed(content[key], kind)]
+    for key in malformed:
+        yield f"{key}: expected {_EXPECTED[keys[key]]}, none of it empty"
+    sound = {key: value for key, value in content.items() if key in keys and key not in malformed}
+    yield from (f"{key}: holds half a character" for key, value in sound.items() if not _is_unicode(value))
+    return sound
+
+
+def _generation_problems(content: dict[str, Any]) -> Iterable[str]:
+    """Everything that is wrong with a task file of texts to be generated."""
+    yield from _unknown("", content, _GENERATION_KEYS)
+    if "task" not in content:
+        yield "task: missing"
+    malformed = [
+        key for key, kind in _GENERATION_KEYS.items() if key in content and not _well_formed(content[key], kind)
+    ]
+    for key in malformed:
+        yield f"{key}: expected {_EXPECTED[_GENERATION_KEYS[key]]}, none of it empty"
+    sound = {key: value for key, value in content.items() if key in _GENERATION_KEYS and key not in malformed}
+    yield from (f"{key}: holds half a character" for key, value in sound.items() if not _is_unicode(value))
+    form = sound.get("format", "prompt-response")
+    if form not in COLUMNS:
+        yield f"format: {form!r} is none of {', '.join(get_args(Format))}{_nearest(form, COLUMNS)}"
+        return
+    if sound.get("chat", "false") not in ("true", "false"):
+        yield "chat: expected true or false"
+    trained = TRAINED.get(form)
+    if form in ("messages", "text"):
+        yield from _unknown("columns.", sound.get("columns", {}), COLUMNS[form])
+        yield from (f"{key}: not with format: {form}" for key in ("template", "chat") if key in sound)
+    if "system" in sound and form != "messages" and sound.get("chat") != "true":
+        yield "system: needs a chat template: chat: true"
+    if "template" in sound and form not in ("messages", "text"):
+        shown = [name for name in COLUMNS[form] | sound.get("columns", {}) if name != trained]
+        yield from _shown_problems(sound["template"], shown)
+    for name in sound.get("metrics", ()):
+        if name not in GENERATION_METRICS:
+            yield f"metrics: {name!r} is none of {', '.join(GENERATION_METRICS)}{_nearest(name, GENERATION_METRICS)}"
+    yield from _unknown("splits.", sound.get("splits", {}), SPLITS)
+
+
+def _shown_problems(template: str, fields: Sequence[str]) -> Iterable[str]:
+    valid = [f"{{{name}}}" for name in fields]
+    found = [match.group() for match in PLACEHOLDER.finditer(template)]
+    for name in found:
+        if name not in valid:
+            yield f"template: {name} is none of {', '.join(valid)}{_nearest(name, valid)}"
+    if not set(found) & set(valid):
+        yield f"template: shows no field; the columns give {', '.join(valid)}"
+
+
+def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[str]:
+    yield from _unknown("template.", template, ("encoder", "decoder"))
+    if not template:
+        yield "template: needs encoder, decoder or both"
+    for kind, slot in (("encoder", "<mask>"), ("decoder", "{word}")):
+        if kind not in template:
+            continue
+        found = [match.group() for match in PLACEHOLDER.finditer(template[kind])]
+        if found.count(slot) != 1:
+            yield f"template.{kind}: needs exactly one {slot}, has {found.count(slot)}"
+        valid = [f"{{{name}}}" for name in fields]
+        for name in (name for name in found if name not in (slot, *valid)):
+            yield f"template.{kind}: {name} is none of {', '.join([slot, *valid])}{_nearest(name, valid)}"
+        if not set(found) & set(valid):
+            yield f"template.{kind}: shows no text field; the columns give {', '.join(valid) or 'none'}"
+        if kind == "decoder" and slot in found and found[-1] != slot:
+            yield f"template.decoder: {found[-1]} stands after {{word}}, where the model never sees it"
+
+
+def _well_formed(value: Any, kind: type) -> bool:
+    texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return isinstance(value, kind) and all(isinstance(text, str) and text.strip() for text in texts)
+
+
+def _is_unicode(value: str | list[str] | dict[str, str]) -> bool:
+    """Whether there is no half of a character, which an escape in a YAML file can name."""
+    texts = [value] if isinstance(value, str) else [*value, *(value.values() if isinstance(value, dict) else ())]
+    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
+
+
+def _unknown(prefix: str, found: Iterable[str], valid: Iterable[str]) -> Iterable[str]:
+    valid = list(valid)
+    for key in found:
+        if key not in valid:
+            yield f"{prefix}{key}: unknown; valid keys are {', '.join(valid)}{_nearest(key, valid)}"
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
