@@ -117,9 +117,10 @@ class TuningConfig(Section):
 
     kind: str = TUNINGS.default
     """What is trained; see below."""
-    head: Literal["verbalizer", "linear"] = "verbalizer"
+    head: Literal["verbalizer", "linear", "language_model"] = "verbalizer"
     """`verbalizer` scores class words at the answer slot; `linear` trains a head on the mean hidden state, which is
-    exchanged with the prompts. It must match `fedhpc prepare --head`."""
+    exchanged with the prompts; `language_model` trains on the tokens of the responses, for tasks of the kind
+    `generation`. It must match what `fedhpc prepare` wrote."""
     loss: Literal["verbalizer", "vocabulary"] = "verbalizer"
     """Cross-entropy over the class words, or over the whole vocabulary at the answer slot (released code)."""
 
@@ -398,8 +399,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        if self.tuning.head == "linear" and self.tuning.loss == "vocabulary":
-            raise ValueError("tuning.loss: vocabulary needs tuning.head: verbalizer; a linear head has no vocabulary")
+        if self.tuning.head != "verbalizer" and self.tuning.loss == "vocabulary":
+            reason = (
+                "a linear head has no vocabulary" if self.tuning.head == "linear" else "language_model always has it"
+            )
+            raise ValueError(f"tuning.loss: vocabulary needs tuning.head: verbalizer; {reason}")
         if self.device.pack != 1 and self.model.backbone_dropout:
             raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
         if self.exchange.mode == "reduce" and self.trace:

@@ -83,6 +83,7 @@ def load_plain(path, name, dtype=torch.float64):
 def load_backbone(path, name, *, words=None, kind="prompt", loss="verbalizer", head="verbalizer", longest=12, **model):
     """The same backbone as fedhpc runs it."""
     words = [[] for _ in WORDS] if head == "linear" else words or WORDS
+    words = [] if head == "language_model" else words
     return Backbone(
         ModelConfig(name=str(path), **model),
         section_of(TUNINGS, kind=kind, loss=loss, head=head, num_tokens=NUM_TOKENS),
@@ -92,7 +93,7 @@ def load_backbone(path, name, *, words=None, kind="prompt", loss="verbalizer", h
 
 
 def describe(name, *, words=None, head="verbalizer", longest=12):
-    words = words or WORDS
+    words = WORDS if words is None else words
     return Description(
         task="toy",
         head=head,

@@ -65,6 +65,6 @@ def _squared_gradients(
 ) -> float:
     batch = split.batch(examples, [1] * len(examples)).to(backbone.torch_device)
     each = [{name: tensor.detach().clone().requires_grad_() for name, tensor in params.items()} for _ in examples]
-    losses = tuning.losses(tuning.forward(backbone, each, batch), batch.labels)
+    losses = tuning.loss_terms(backbone, each, batch)
     gradients = backbone.gradients(losses.sum(), [tensor for own in each for tensor in own.values()])
     return float(sum(gradient.double().square().sum() for gradient in gradients))

@@ -88,10 +88,8 @@ def local_updates(
     Raises:
         Halt: from `beat`, after all that was begun has been yielded.
     """
-    lengths = split.lengths
     waiting = [
-        _Lane(config, backbone, tuning, layers, start, assignment, lengths[assignment.examples], round_index)
-        for assignment in assignments
+        _Lane(config, backbone, tuning, layers, start, assignment, split, round_index) for assignment in assignments
     ]
     rate = learning_rate(config, round_index)
     backbone.training_mode(True)
@@ -123,14 +121,14 @@ class _Lane:
         layers: tuple[int, ...],
         start: Vector,
         assignment: Assignment,
-        lengths: NDArray[np.int64],
+        split: Split,
         round_index: int,
     ) -> None:
         self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
         self.device, self.state, self.examples = assignment.device, assignment.state, assignment.examples
         self.start, self.out = start, assignment.out
         self.plan = assignment.plan or batches(
-            config, assignment.examples, lengths, round_index=round_index, device=assignment.device
+            config, assignment.examples, split.lengths[self.examples], round_index=round_index, device=self.device
         )
         begun, place = assignment.begun, backbone.torch_device
         tensors = tuning.merge(start, self.state.local, layers)
@@ -148,6 +146,8 @@ class _Lane:
         )
         self.sparse = Sparse(config.sparse, tuning, layers, self.state.fisher, self.params, self.moments)
         self.losses = list(torch.tensor(begun.losses, device=place)) if begun else []
+        self.num_terms = [split.num_terms[batch].sum() for batch in self.plan]
+        """Terms of the loss in each step."""
         if len(self.losses) > len(self.plan):
             raise CheckpointError(f"device {self.device}: {len(self.losses)} steps taken of {len(self.plan)}")
 
@@ -182,12 +182,13 @@ class _Lane:
         """The gradient [n] of the mean loss over the whole shard at P^t, its norm clipped like a step's."""
         params = as_parameters(self.tuning.merge(self.start, self.state.local, self.layers), backbone.torch_device)
         total, size = [torch.zeros_like(p) for p in params.values()], self.config.device.batch_size
+        num_terms = split.num_terms[self.examples].sum()
         backbone.training_mode(True, dropout=False)
         for first in range(0, len(self.examples), size):
             beat(f"computing the gradient of device {self.device}")
             batch = split.batch(self.examples[first : first + size]).to(backbone.torch_device)
-            losses = self.tuning.losses(self.tuning.forward(backbone, [params], batch), batch.labels)
-            gradients = backbone.gradients(losses.sum() / len(self.examples), list(params.values()))
+            losses = self.tuning.loss_terms(backbone, [params], batch)
+            gradients = backbone.gradients(losses.sum() / num_terms, list(params.values()))
             torch._foreach_add_(total, gradients)
         backbone.training_mode(True)
         _clip(total, self.config.device.max_grad_norm)
@@ -201,7 +202,7 @@ class _Lane:
             params=uploaded,
             num_examples=len(self.examples),
             num_steps=len(self.losses),
-            loss=float(np.average(losses, weights=[len(batch) for batch in self.plan])),
+            loss=float(np.average(losses, weights=self.num_terms)),
             state=DeviceState(
                 local=local,
                 steps_taken=self.state.steps_taken + len(self.losses),
@@ -286,8 +287,8 @@ def pack_gradients(
 
     Arguments as those of `fedhpc.tuning.base.Tuning.forward`.
     """
-    scores = tuning.forward(backbone, params, batch, dropout_seeds=dropout_seeds)
-    losses = torch.stack([part.mean() for part in tuning.losses(scores, batch.labels).split(batch.sizes)])
+    terms = tuning.loss_terms(backbone, params, batch, dropout_seeds=dropout_seeds)
+    losses = torch.stack([part.mean() for part in terms.split(batch.terms)])
     return losses.detach(), backbone.gradients(losses.sum(), [p for own in params for p in own.values()])
 
 

@@ -58,7 +58,12 @@ class Partitioner(Part, ABC):
 
 
 def make_partition(
-    train_labels: np.ndarray, validation_labels: np.ndarray, config: FederationConfig, seed: int
+    train_labels: np.ndarray,
+    validation_labels: np.ndarray,
+    config: FederationConfig,
+    seed: int,
+    *,
+    classified: bool = True,
 ) -> Partition:
     """Divide both splits: every example on exactly one device, no device without a training example.
 
@@ -69,6 +74,7 @@ def make_partition(
         validation_labels: the same of the other split.
         config: the section `federation`.
         seed: of the run.
+        classified: whether the labels are what is learnt.
 
     Raises:
         ConfigError: the examples cannot be divided so.
@@ -77,6 +83,8 @@ def make_partition(
     validation_labels = np.asarray(validation_labels, np.int64)
     partitioner: Partitioner = PARTITIONS[config.partition](config, seed)
     _check(train_labels, partitioner)
+    if classified and len(np.unique(train_labels)) < 2:
+        raise ConfigError("all training examples have the same label: there is nothing to learn")
     num_devices = config.num_devices
     num_classes = 1 + max(train_labels.max(), validation_labels.max(initial=0))
     owners = np.asarray(partitioner.owners(train_labels, num_classes))
@@ -115,8 +123,6 @@ def _check(labels: np.ndarray, partitioner: Partitioner) -> None:
             f"{len(labels)} training examples cannot fill {needs}; num_devices of at most "
             f"{len(labels) // per_device} would do{remedy}"
         )
-    if len(np.unique(labels)) < 2:
-        raise ConfigError("all training examples have the same label: there is nothing to learn")
 
 
 def even_sizes(total: int, num_devices: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedhpc.config import ModelConfig, TuningConfig
-from fedhpc.data.prepared import Batch, Description
+from fedhpc.data.prepared import Batch, Description, Targets
 from fedhpc.errors import ModelError
 from fedhpc.model import attention
 from fedhpc.model.answers import Answers
@@ -32,6 +32,7 @@ from fedhpc.model.pretrained import (
     shape_of,
 )
 from fedhpc.model.rows import Rows
+from fedhpc.model.token_loss import plain_token_losses, token_losses, token_scores
 from fedhpc.model.word_head import WordHead
 from fedhpc.registry import TUNINGS
 
@@ -50,12 +51,14 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, tuning: TuningConfig, data: Description, torch_device: torch.device):
         super().__init__()
         self.kind = data.kind
-        self.answers = Answers(data.word_ids, full_vocabulary=tuning.loss == "vocabulary")
+        self.generates = data.head == "language_model"
+        """Whether texts are generated, not classified."""
+        self.answers = Answers(data.word_ids, full_vocabulary=self.generates or tuning.loss == "vocabulary")
         self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
         self.model = self._load(config, data, torch_device)
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
-        has_head = data.head == "verbalizer"
+        has_head = data.head != "linear"
         self.base: Any = self.model.base_model if has_head else self.model
         self._head = WordHead(self.model) if has_head else None
         self._layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -98,6 +101,36 @@ class Backbone(nn.Module):
         in_branches = hidden[:, batch.input_ids.shape[1] :]
         log_probabilities = self._logits(torch.cat([at_slot, in_branches], dim=1)).log_softmax(-1)
         return self.answers.mean_log_probability(log_probabilities)
+
+    def token_losses(self, batch: Batch, overlay: Overlay = NO_OVERLAY, *, twice: bool = False) -> Tensor:
+        """-log p of each of the batch's m trained tokens [m], in float32.
+
+        Args:
+            twice: whether it is differentiated twice; then the logits of all tokens are in memory at once.
+        """
+        hidden, tokens = self._predicting(batch, overlay)
+        if twice:
+            return plain_token_losses(self._token_logits, hidden, tokens)
+        return token_losses(self._token_logits, hidden, tokens, self._num_words)
+
+    def token_scores(self, batch: Batch, overlay: Overlay = NO_OVERLAY) -> tuple[Tensor, Tensor]:
+        """The same without gradients, and whether the model finds each token the likeliest one [m]."""
+        return token_scores(self._token_logits, *self._predicting(batch, overlay), self._num_words)
+
+    def _predicting(self, batch: Batch, overlay: Overlay) -> tuple[Tensor, Tensor]:
+        """The last layer's hidden states [m, H] from which a batch's trained tokens are predicted, and these [m]."""
+        assert batch.targets is not None
+        hidden = self.hidden(batch, overlay)
+        return hidden[batch.targets.texts, batch.targets.columns], batch.targets.tokens
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [k, V] of hidden states [k, H]."""
+        assert self._head is not None
+        return self._head(hidden[None])[0].to(self.torch_device)
+
+    @property
+    def _num_words(self) -> int:
+        return len(self.base.get_input_embeddings().weight)
 
     @contextmanager
     def watched_embeddings(self, moved: Tensor | float = 0.0) -> Iterator[list[Tensor]]:
@@ -288,7 +321,18 @@ class Backbone(nn.Module):
         slots = torch.from_numpy(size - 1).to(self.torch_device)
         mask = torch.arange(ids.shape[1], device=self.torch_device) <= slots[:, None]
         sizes = (len(size),)
-        return Batch(input_ids=ids, attention_mask=mask, slots=slots, labels=slots, sizes=sizes, lengths=size)
+        places = np.argwhere(np.arange(1, size.max()) < size[:, None])
+        texts, columns = (torch.from_numpy(each).to(self.torch_device) for each in places.T.copy())
+        targets = Targets(texts, columns, ids[texts, columns + 1], counts=(len(places),))
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            slots=slots,
+            labels=slots,
+            sizes=sizes,
+            lengths=size,
+            targets=targets if self.generates else None,
+        )
 
     @torch.no_grad()
     def _check(self, config: ModelConfig, tuning: TuningConfig, *, longest: int) -> None:
@@ -314,7 +358,8 @@ class Backbone(nn.Module):
                 logits = logits[..., self.answers.first_tokens]
             known = self._same(self._logits(hidden), at_least_float32(logits))
         if not known:
-            raise ModelError(f"{who} has logits that fedhpc does not know how to compute; {LINEAR_HEAD}")
+            other = "choose another model" if self.generates else LINEAR_HEAD
+            raise ModelError(f"{who} has logits that fedhpc does not know how to compute; {other}")
         if self.answers.branch_tokens:
             with no_surprise(f"{who} cannot score class words of several tokens; {OTHER_WORDS}"):
                 right = self._branches_are_right()
@@ -323,7 +368,7 @@ class Backbone(nn.Module):
                     f"{who} does not only look where the attention mask says, and so cannot score class words of "
                     f"several tokens; {OTHER_WORDS}"
                 )
-        if config.attention == "sdpa":
+        if config.attention == "sdpa" and not self.generates:
             self._narrow_last_layer(self._probe_overlays(config, tuning))
 
     def _branches_are_right(self) -> bool:

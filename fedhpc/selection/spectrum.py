@@ -127,8 +127,7 @@ class BatchLoss:
 
     def _loss_at(self, at: list[torch.Tensor]) -> torch.Tensor:
         params = {**self.params, **dict(zip(self.tuning.per_layer, at, strict=True))}
-        scores = self.tuning.forward(self.backbone, [params], self.batch)
-        return self.tuning.losses(scores, self.batch.labels).mean()
+        return self.tuning.loss_terms(self.backbone, [params], self.batch, twice=True).mean()
 
     def _tensors(self, flat: Flat) -> list[torch.Tensor]:
         parts = torch.from_numpy(flat).float().to(self.backbone.torch_device).split([p.numel() for p in self.moved])

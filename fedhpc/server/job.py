@@ -101,7 +101,7 @@ def load_job(config: Config) -> Job:
     shape = read_shape(config.model.name)
     make_strategy(config.selection).check_layers(shape.num_layers)
     check_lengths(config, data.description, shape)
-    if data.description.metric not in METRICS:
+    if data.description.head != "language_model" and data.description.metric not in METRICS:
         raise ConfigError(
             f"data.path: {config.data.path} was prepared for the metric {data.description.metric}, which no plug-in "
             f"has registered here; name its module under plugins:, or prepare for one of {', '.join(METRICS)}"
@@ -261,6 +261,7 @@ def _partition(config: Config, data: PreparedData) -> Partition:
             np.asarray(data.split("validation").labels),
             federation,
             config.seed,
+            classified=data.description.head != "language_model",
         )
     except ConfigError as error:
         raise ConfigError(f"federation: {config.data.path} cannot be divided: {error}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -148,14 +149,7 @@ class Tuning(Part, ABC):
         *,
         dropout_seeds: Sequence[int] | None = None,
     ) -> Tensor:
-        """Class scores [b, C] of a batch.
-
-        Args:
-            backbone: the frozen model.
-            params: trainable tensors of each device that has examples in the batch.
-            batch: `batch.sizes` says which examples belong to which device.
-            dropout_seeds: of each device's dropout; None outside training.
-        """
+        """Class scores [b, C] of a batch; arguments as those of `loss_terms`."""
         overlay = self.overlay(backbone, params, batch, dropout_seeds)
         if self.config.head == "linear":
             return linear_heads(params, backbone.pooled(batch, overlay), batch.sizes)
@@ -171,6 +165,29 @@ class Tuning(Part, ABC):
         if self.config.loss == "vocabulary":
             return -scores.gather(1, labels[:, None]).squeeze(1)
         return functional.cross_entropy(scores, labels, reduction="none")
+
+    def loss_terms(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        *,
+        dropout_seeds: Sequence[int] | None = None,
+        twice: bool = False,
+    ) -> Tensor:
+        """What the devices' losses are means of, one device's behind the other's: the losses of a batch's examples, or
+        of its trained tokens (see `Batch.terms`).
+
+        Args:
+            backbone: the frozen model.
+            params: trainable tensors of each device that has examples in the batch.
+            batch: `batch.sizes` says which examples belong to which device.
+            dropout_seeds: of each device's dropout; None outside training.
+            twice: whether the loss is differentiated twice.
+        """
+        if batch.targets is not None:
+            return backbone.token_losses(batch, self.overlay(backbone, params, batch, dropout_seeds), twice=twice)
+        return self.losses(self.forward(backbone, params, batch, dropout_seeds=dropout_seeds), batch.labels)
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
         """A tensor's rows [...], one for each layer; no gradient passes to those of frozen layers."""
@@ -246,7 +263,7 @@ class Tuning(Part, ABC):
         batch = backbone.probe()
         who = f"tuning.kind: {self.config.kind}: model.name: {self.shape.name}"
         with no_surprise(f"{who} does not take it", f"; {OTHER_KIND}"):
-            loss = self.losses(self.forward(backbone, [params], batch), batch.labels * 0).sum()
+            loss = self.loss_terms(backbone, [params], replace(batch, labels=batch.labels * 0)).sum()
             if not loss.requires_grad:
                 raise ModelError(f"{who} takes no notice of it; {OTHER_KIND}")
             gradients = torch.autograd.grad(LOSS_SCALE * loss, list(params.values()), allow_unused=True)

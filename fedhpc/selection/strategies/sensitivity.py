@@ -56,7 +56,7 @@ def layer_sensitivity(
     """
     params = as_parameters(tensors, backbone.torch_device)
     with backbone.watched_embeddings() as embeddings:
-        loss = tuning.losses(tuning.forward(backbone, [params], batch), batch.labels).mean()
+        loss = tuning.loss_terms(backbone, [params], batch).mean()
         (gradient,) = backbone.gradients(loss, embeddings[-1:])
     num_positions = batch.input_ids.shape[1]  # without those of answers
     gradient, text = (of_text(part[:, :num_positions], batch) for part in (gradient, embeddings[-1].detach()))
