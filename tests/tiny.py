@@ -24,6 +24,15 @@ TASK = {
     "template": {"encoder": "{a} It was <mask> .", "decoder": "{a} It was {word} ."},
     "splits": {"train": "train.tsv", "validation": "dev.tsv"},
 }
+GENERATION_TASK = {
+    "task": "answers",
+    "kind": "generation",
+    "columns": {"prompt": "text", "response": "answer"},
+    "template": "{prompt} It was ",
+    "device": "label",
+    "category": "label",
+    "splits": {"train": "train.tsv", "validation": "dev.tsv"},
+}
 WORDS = {
     "bad": ["dull", "slow", "noisy", "broken"],
     "good": ["bright", "quick", "calm", "lovely"],
@@ -74,16 +83,18 @@ def write_backbone(folder, seed=0, kind="decoder", num_layers=NUM_LAYERS):
 
 
 def write_source(folder, num_train=240, num_validation=48):
-    """Sentences whose words give the class away."""
+    """Sentences whose words give the class away, and an answer to each."""
     folder.mkdir()
     for split, count in (("train", num_train), ("dev", num_validation)):
         rng = generator(0, purpose=split)
-        lines = ["text\tlabel"]
+        lines = ["text\tlabel\tanswer"]
         for _ in range(count):
             label = str(rng.choice(list(WORDS)))
-            lines.append(f"the place was {' and '.join(rng.choice(WORDS[label], rng.integers(1, 5)))}\t{label}")
+            said = " and ".join(rng.choice(WORDS[label], rng.integers(1, 5)))
+            lines.append(f"the place was {said}\t{label}\t{TASK['classes'][label]} and {said.split()[0]} .")
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     (folder / "task.yaml").write_text(yaml.safe_dump(TASK))
+    (folder / "generation.yaml").write_text(yaml.safe_dump(GENERATION_TASK))
     return folder
 
 
@@ -99,18 +110,31 @@ def write_config(world, folder, run, **changes):
     return path
 
 
-def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, **source):
-    """Everything a run needs; the run's configuration file."""
+def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, task="task", **source):
+    """Everything a run needs; the run's configuration file.
+
+    Args:
+        task: which of the source's task files, `task` or `generation`.
+    """
     backbone = write_backbone(folder / "backbone", kind=kind, num_layers=num_layers)
     source = write_source(folder / "source", **source)
-    arguments = ["--task", source / "task.yaml", "--source", source, "--model", backbone, "--out", folder / "prepared"]
+    arguments = [
+        "--task",
+        source / f"{task}.yaml",
+        "--source",
+        source,
+        "--model",
+        backbone,
+        "--out",
+        folder / "prepared",
+    ]
     assert load_script("prepare").main([str(argument) for argument in arguments]) == 0
     config = {
         "run_dir": str(folder / "run"),
         "model": {"name": str(backbone)},
         "data": {"path": str(folder / "prepared")},
         "federation": {"num_devices": NUM_DEVICES, "sample_rate": 0.5, "rounds": 3},
-        "tuning": {"num_tokens": NUM_TOKENS},
+        "tuning": {"num_tokens": NUM_TOKENS, "head": "verbalizer" if task == "task" else "language_model"},
         "selection": {"strategy": "score", "ratio": 0.5},
         "device": {"epochs": 1, "batch_size": 8, "learning_rate": 0.05},
         "evaluate": {"every": 1},

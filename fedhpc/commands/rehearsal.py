@@ -22,7 +22,7 @@ from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.device.curriculum import fisher_trace
 from fedhpc.device.local_update import pack_gradients
-from fedhpc.evaluate.predictions import class_scores
+from fedhpc.evaluate.predictions import results
 from fedhpc.model.attention import forget_masks
 from fedhpc.model.backbone import NOT_TAKEN, Backbone
 from fedhpc.model.last_layer import LastLayer
@@ -31,6 +31,7 @@ from fedhpc.model.pretrained import auto_class, run_config
 from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import BatchLoss
 from fedhpc.server.job import Job
+from fedhpc.tuning.base import Params
 
 CPU = torch.device("cpu")
 FAKE_LOG = logging.getLogger(FakeTensorMode.__module__)
@@ -84,7 +85,7 @@ class Outline(Backbone):
             return
         if not self.answers.needs_vocabulary:
             self._head.keep(self.answers.first_tokens)
-        if config.attention == "sdpa" and self._layers:
+        if config.attention == "sdpa" and self._layers and not self.generates:
             self._last_layer = LastLayer(self._layers[-1])
             try:
                 self._at_slots(self.probe(), Overlay())
@@ -134,10 +135,16 @@ class Rehearsal:
 
         def predict() -> None:
             batch = [(self._parameters(), part) for part in np.array_split(examples, count)]
-            for _ in class_scores(self._backbone, self._job.tuning, split, [batch]):
+            for _ in results(self._outcome, self._backbone, split, [batch]):
                 pass
 
         return self._live.during(predict)
+
+    def _outcome(self, params: Sequence[Params], batch: Batch) -> object:
+        backbone, tuning = self._backbone, self._job.tuning
+        if backbone.generates:
+            return backbone.token_scores(batch, tuning.overlay(backbone, params, batch, None))
+        return tuning.forward(backbone, params, batch)
 
     def scoring(self) -> int:
         """The layers' scores by one batch; some need its gradient."""

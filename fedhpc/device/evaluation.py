@@ -1,6 +1,7 @@
 """Evaluation on the devices' side: the examples of each device with its own layers, all with the server's prompts."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -10,15 +11,9 @@ from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
 from fedhpc.device.round_context import RoundContext
-from fedhpc.evaluate.metrics import confusion
-from fedhpc.evaluate.predictions import (
-    DeviceBatch,
-    class_scores,
-    device_batches,
-    evaluation_batches,
-    evaluation_examples,
-)
-from fedhpc.exchange import Exchange, messages
+from fedhpc.evaluate.outcomes import ELSEWHERE, Outcome, make_outcomes
+from fedhpc.evaluate.predictions import DeviceBatch, device_batches, evaluation_batches, evaluation_examples, results
+from fedhpc.exchange import Exchange
 from fedhpc.federation.partition import Partition
 from fedhpc.federation.sampling import Homes, sample_devices, spread
 from fedhpc.methods.updates import Vector
@@ -26,8 +21,6 @@ from fedhpc.model.backbone import Backbone
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params, as_parameters
 
-ELSEWHERE = -1
-"""Stands in place of a class: another worker predicts it."""
 SERVER = -1
 """Stands in place of a device."""
 
@@ -45,8 +38,8 @@ class Evaluation:
         exchange: Exchange,
     ) -> None:
         self.config = config
-        self.split, self.num_classes = data.split("validation"), len(data.description.class_names)
-        self.of_device = partition.validation
+        self.split, self.of_device = data.split("validation"), partition.validation
+        self.outcomes = make_outcomes(data.description, len(partition.validation))
         self.backbone = backbone
         self.tuning = tuning
         self.exchange = exchange
@@ -58,8 +51,8 @@ class Evaluation:
         states: Mapping[int, DeviceState] | None,
         homes: Homes,
         worker: int,
-    ) -> NDArray[np.float64]:
-        """Right and wrong, as `fedhpc.exchange.messages.evaluation_record` has them.
+    ) -> np.ndarray:
+        """This worker's part of the sums [1]; see `fedhpc.evaluate.outcomes`.
 
         Args:
             unseen: the state of a device before its first round.
@@ -67,7 +60,6 @@ class Evaluation:
             homes: where each device lives.
             worker: this one.
         """
-        record = messages.evaluation_record(self.num_classes, len(self.of_device)).zeros(1)
         labels, size = self.split.labels, self.config.evaluate.batch_size
         is_last = context.round == self.config.federation.rounds
         chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
@@ -85,15 +77,14 @@ class Evaluation:
         of_server = params_of(unseen.local)
         # Interleaved batches give every worker short and long texts alike.
         everything = islice(evaluation_batches(self.split, chosen, size), worker, None, homes.num_workers)
-        shared = self._predictions([[(SERVER, examples)] for examples in everything], lambda _: of_server)
+        shared = self._found([[(SERVER, examples)] for examples in everything], lambda _: of_server)
         personal = shared
         if states is not None:
-            personal = self._predictions(mine, lambda device: params_of(own.get(device, unseen.local)))
+            personal = self._found(mine, lambda device: params_of(own.get(device, unseen.local)))
             for device in set(range(len(self.of_device))) - sampled:  # it has what the server has
                 personal[self.of_device[device]] = shared[self.of_device[device]]
-        record["personal"], record["global"] = self._confusion(personal), self._confusion(shared)
-        for name, counts in (("correct", personal == labels), ("evaluated", personal != ELSEWHERE)):
-            record[name] = [np.count_nonzero(counts[examples]) for examples in self.of_device]
+        record = np.zeros(1, self.outcomes.dtype)
+        self.outcomes.fill(record[0], personal, shared, self.split, self.of_device)
         return record
 
     def _shared_out(
@@ -112,19 +103,16 @@ class Evaluation:
         lent = {d: np.frombuffer(data, np.float32) for (d, _), data in zip(incoming, received, strict=True) if data}
         return [batch for batch, at in placed if at == worker], own | lent
 
-    def _predictions(self, batches: list[DeviceBatch], params_of: Callable[[int], Params]) -> NDArray[np.int64]:
-        """The classes of the batches' examples, with each device's tensors."""
-        predictions = np.full(len(self.split), ELSEWHERE, np.int64)
+    def _found(self, batches: list[DeviceBatch], params_of: Callable[[int], Params]) -> Outcome:
+        """The outcomes of the batches' examples, with each device's tensors."""
+        found = np.full((len(self.split), self.outcomes.numbers), ELSEWHERE, np.int64)
 
         def announced() -> Iterator[list[tuple[Params, NDArray[np.int64]]]]:
             for batch in batches:
                 self.exchange.beat("evaluating")
                 yield [(params_of(device), examples) for device, examples in batch]
 
-        for examples, scores in class_scores(self.backbone, self.tuning, self.split, announced()):
-            predictions[examples] = scores.argmax(1).cpu().numpy()
-        return predictions
-
-    def _confusion(self, predictions: NDArray[np.int64]) -> NDArray[np.int64]:
-        here = predictions != ELSEWHERE
-        return confusion(self.split.labels[here], predictions[here], self.num_classes)
+        of_batch = partial(self.outcomes.of_batch, self.backbone, self.tuning)
+        for examples, outcome in results(of_batch, self.backbone, self.split, announced()):
+            found[examples] = outcome
+        return found

@@ -1,18 +1,21 @@
 """The classes that a model predicts for the examples of a split."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedhpc.data.prepared import Split
+from fedhpc.data.prepared import Batch, Split
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params
 
+Result = TypeVar("Result")
 DeviceBatch = list[tuple[int, NDArray[np.int64]]]
 """Devices, and the examples of each."""
 
@@ -68,25 +71,36 @@ def device_batches(
 
 
 @torch.no_grad()
+def results(
+    of_batch: Callable[[Sequence[Params], Batch], Result],
+    backbone: Backbone,
+    split: Split,
+    batches: Iterable[Sequence[tuple[Params, NDArray[np.int64]]]],
+) -> Iterator[tuple[NDArray[np.int64], Result]]:
+    """Each batch's examples [b], and what comes of them without gradients.
+
+    Args:
+        of_batch: is given the trainable tensors of a batch's devices, and the batch.
+        batches: trainable tensors, and the examples that are computed with them.
+    """
+
+    def computed(batch: Sequence[tuple[Params, NDArray[np.int64]]]) -> tuple[NDArray[np.int64], Result]:
+        params, parts = zip(*batch, strict=True)
+        examples, sizes = np.concatenate(parts), [len(part) for part in parts]
+        return examples, of_batch(params, split.batch(examples, sizes).to(backbone.torch_device))
+
+    backbone.training_mode(False)
+    yield from map(computed, batches)  # a loop's variables would hold one batch's tensors beside the next one's
+
+
 def class_scores(
     backbone: Backbone,
     tuning: Tuning,
     split: Split,
     batches: Iterable[Sequence[tuple[Params, NDArray[np.int64]]]],
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Each batch's examples [b] and their class scores [b, C].
-
-    Args:
-        batches: trainable tensors, and the examples that are scored with them.
-    """
-
-    def scored(batch: Sequence[tuple[Params, NDArray[np.int64]]]) -> tuple[NDArray[np.int64], Tensor]:
-        params, parts = zip(*batch, strict=True)
-        examples, sizes = np.concatenate(parts), [len(part) for part in parts]
-        return examples, tuning.forward(backbone, params, split.batch(examples, sizes).to(backbone.torch_device))
-
-    backbone.training_mode(False)
-    yield from map(scored, batches)  # a loop's variables would hold one batch's tensors beside the next one's
+    """Each batch's examples [b] and their class scores [b, C]; see `results`."""
+    return results(partial(tuning.forward, backbone), backbone, split, batches)
 
 
 def _by_length(split: Split, examples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ class Op(IntEnum):
     RATIO = 5
     """Lossless ratio of the round's sampled devices at the payload P^t; reply `ratio_record`."""
     EVALUATE = 6
-    """Evaluate the payload P^t; reply `evaluation_record`."""
+    """Evaluate the payload P^t; reply a part of the sums of `fedhpc.evaluate.outcomes`."""
     SAVE = 7
     """Begin to write checkpoint `generation`; a `SAVED` note follows for every file, and `ALL_SAVED`."""
     SUSPEND = 8
@@ -189,21 +189,6 @@ def ratio_record() -> RecordType:
 def probe_record() -> RecordType:
     """A worker's seconds for a device's step, by the binary logarithm of the devices side by side; inf: too many."""
     return RecordType(np.dtype([("seconds", "<f8", (PROBES,))]))
-
-
-def evaluation_record(num_classes: int, num_devices: int) -> RecordType:
-    """A worker's part of sums: confusion matrices (rows true, columns predicted), right answers of each device."""
-    matrix = (num_classes, num_classes)
-    return RecordType(
-        np.dtype(
-            [
-                ("personal", "<i8", matrix),
-                ("global", "<i8", matrix),
-                ("correct", "<i4", (num_devices,)),
-                ("evaluated", "<i4", (num_devices,)),
-            ]
-        )
-    )
 
 
 class Tag(IntEnum):

@@ -15,7 +15,7 @@ from fedhpc.checkpoint.state_file import RunState
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.checkpoint.trace import write_trace
 from fedhpc.errors import Halt, RanksLost
-from fedhpc.evaluate.metrics import score
+from fedhpc.evaluate.outcomes import make_outcomes
 from fedhpc.exchange import Exchange, messages
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize
@@ -53,6 +53,7 @@ class Server:
         self.placement = Placement(job.config.federation.num_devices, exchange.num_workers)
         self.num_layers = job.shape.num_layers
         self.num_workers = exchange.num_workers
+        self.outcomes = make_outcomes(self.description, job.config.federation.num_devices)
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
         self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
@@ -385,20 +386,11 @@ class Server:
     def evaluate(self, state: RunState, seconds: dict[str, float]) -> dict[str, Any]:
         """Personalised and global metrics of the current prompts."""
         start = time.perf_counter()
-        record = messages.evaluation_record(len(self.description.class_names), len(self.partition.validation))
+        record = messages.RecordType(self.outcomes.dtype)
         command = Command(op=Op.EVALUATE, round=state.server.round, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record, [1] * self.num_workers)
-        personal = score(records["personal"].sum(axis=0), self.description.metric)
-        overall = score(records["global"].sum(axis=0), self.description.metric)
         seconds["evaluate"] = time.perf_counter() - start
-        correct, evaluated = (records[name].sum(axis=0).tolist() for name in ("correct", "evaluated"))
-        devices = [round(right / size, 6) if size else None for right, size in zip(correct, evaluated, strict=True)]
-        return {
-            **personal,
-            **{f"{name}_global": value for name, value in overall.items()},
-            "device_accuracy": devices,
-            "evaluated": sum(evaluated),
-        }
+        return self.outcomes.scores(records)
 
     def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
         num_layers = self.num_layers

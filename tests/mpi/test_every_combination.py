@@ -1,5 +1,5 @@
-"""Every tuning with every server method, on an encoder or a decoder in turns: one process that is stopped and resumed
-ends with the bits of three ranks that went through."""
+"""Every tuning with every server method, on an encoder or a decoder in turns, and with some to generate text: a process
+that is stopped and resumed ends with the bits of three ranks that went through."""
 
 from pathlib import Path
 
@@ -18,21 +18,22 @@ pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Py
 
 VARIANTS = ("drift_corrected", "paper", "released")
 STOP_AT_STEP = 6  # of four in a round
-FACTS = ("round", "devices", "steps", "loss", "accuracy", "accuracy_global", "update_norm")
+FACTS = ("round", "devices", "steps", "loss", "accuracy", "accuracy_global", "perplexity", "update_norm")
 COMBINATIONS = [
     ("encoder" if (row + column) % 2 or kind == "bitfit" else "decoder", kind, method)  # a LLaMA has no biases
     for row, kind in enumerate(TUNINGS)
     for column, method in enumerate((*(name for name in METHODS if name != "fedpeptao"), *VARIANTS))
-]
+] + [("text", kind, method) for kind in TUNINGS if kind != "bitfit" for method in ("fedavg", "drift_corrected")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small world for each kind of backbone, and a source prompt for ATTEMPT."""
+    """A small world for each kind of backbone and for text, and a source prompt for ATTEMPT."""
     folder = tmp_path_factory.mktemp("combinations")
-    for backbone in ("encoder", "decoder"):
+    for backbone in ("encoder", "decoder", "text"):
         (folder / backbone).mkdir()
-        write_world(folder / backbone, backbone, num_layers=2, num_train=48, num_validation=12)
+        more = {"kind": "decoder", "task": "generation"} if backbone == "text" else {"kind": backbone}
+        write_world(folder / backbone, num_layers=2, num_train=48, num_validation=12, **more)
     save_file({"prompt_embeddings": torch.randn(2, 32)}, folder / "adapter_model.safetensors")
     return folder
 
@@ -44,7 +45,7 @@ def write_config(folder, where, backbone, kind, method):
     values |= {
         "run_dir": str(folder / name),
         "federation": {"num_devices": 4, "sample_rate": 0.5, "rounds": 3, "partition": "iid"},
-        "tuning": {"kind": kind, "num_tokens": 2, "rank": 2, "bottleneck": 3},
+        "tuning": {**values["tuning"], "kind": kind, "num_tokens": 2, "rank": 2, "bottleneck": 3},
         "selection": {"strategy": "all"} if not TUNINGS[kind].has_layers else {"strategy": "first", "ratio": 0.5},
         "server": {"variant": method} if method in VARIANTS else {"method": method},
         "checkpoint": {"every": 3},
@@ -71,7 +72,7 @@ def together(folder):
 
 def outcome(config):
     """All tensors of the last checkpoint and of the traces; what the metrics say."""
-    facts = [[record[key] for key in FACTS] for record in metrics(config)]
+    facts = [[record.get(key) for key in FACTS] for record in metrics(config)]
     return final_tensors(config), traces(config), facts
 
 

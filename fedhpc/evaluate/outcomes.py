@@ -1,0 +1,168 @@
+"""What an evaluation finds of each example, how the ranks' parts of it add up, and the scores that follow.
+
+All sums are of whole numbers: the same in any order, on any number of ranks.
+
+Shapes: n examples of the split, b of a batch, N devices, C classes.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedhpc.data.prepared import Batch, Description, Split
+from fedhpc.evaluate.metrics import confusion, ratio, score
+from fedhpc.model.backbone import Backbone
+from fedhpc.tuning import Tuning
+from fedhpc.tuning.base import Params
+
+ELSEWHERE = -1
+"""In place of an example's outcome: another rank evaluates it."""
+LOSS_UNIT = 2.0**-24
+"""Losses of examples are counted in it, in nats."""
+
+Outcome = NDArray[np.int64]
+"""[n, k], of each example; all ELSEWHERE where it was not evaluated here."""
+
+
+class Outcomes(ABC):
+    """One kind of task's.
+
+    Args:
+        description: of the prepared data.
+        num_devices: N.
+    """
+
+    numbers: int
+    """k, of an example."""
+
+    def __init__(self, description: Description, num_devices: int) -> None:
+        self.description, self.num_devices = description, num_devices
+
+    @abstractmethod
+    def of_batch(self, backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch) -> Outcome:
+        """Of a batch's examples [b, k], without gradients; arguments as those of `Tuning.forward`."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype:
+        """A rank's part of the sums."""
+
+    @abstractmethod
+    def fill(self, part: Any, personal: Outcome, shared: Outcome, split: Split, of_device: Sequence[NDArray]) -> None:
+        """Fill in a rank's part, one element of ``dtype``.
+
+        Args:
+            personal: with each device's own tensors.
+            shared: with the server's.
+            of_device: examples of each device.
+        """
+
+    @abstractmethod
+    def scores(self, parts: np.ndarray) -> dict[str, Any]:
+        """Of a round's metrics, from all ranks' parts: personalised, and with ``_global`` behind the server's."""
+
+
+class Classes(Outcomes):
+    """Of classification: the class that is predicted."""
+
+    numbers = 1
+
+    def of_batch(self, backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch) -> Outcome:
+        """See `Outcomes`."""
+        return tuning.forward(backbone, params, batch).argmax(1, keepdim=True).cpu().numpy()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """See `Outcomes`; confusion matrices: rows true, columns predicted."""
+        matrix = (len(self.description.class_names),) * 2
+        each = (self.num_devices,)
+        fields = [("personal", "<i8", matrix), ("global", "<i8", matrix), ("correct", "<i4", each)]
+        return np.dtype([*fields, ("evaluated", "<i4", each)])
+
+    def fill(self, part: Any, personal: Outcome, shared: Outcome, split: Split, of_device: Sequence[NDArray]) -> None:
+        """See `Outcomes`."""
+        for name, (found,) in (("personal", personal.T), ("global", shared.T)):
+            here = found != ELSEWHERE
+            part[name] = confusion(split.labels[here], found[here], len(self.description.class_names))
+        own = personal[:, 0]
+        for name, counts in (("correct", own == split.labels), ("evaluated", own != ELSEWHERE)):
+            part[name] = [np.count_nonzero(counts[examples]) for examples in of_device]
+
+    def scores(self, parts: np.ndarray) -> dict[str, Any]:
+        """See `Outcomes`."""
+        personal, overall = (score(parts[name].sum(axis=0), self.description.metric) for name in ("personal", "global"))
+        correct, evaluated = (parts[name].sum(axis=0).tolist() for name in ("correct", "evaluated"))
+        devices = [round(right / size, 6) if size else None for right, size in zip(correct, evaluated, strict=True)]
+        return {
+            **personal,
+            **{f"{name}_global": value for name, value in overall.items()},
+            "device_accuracy": devices,
+            "evaluated": sum(evaluated),
+        }
+
+
+class Tokens(Outcomes):
+    """Of texts to be generated: the loss over an example's trained tokens, and how many the model finds likeliest."""
+
+    numbers = 2
+
+    def of_batch(self, backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch) -> Outcome:
+        """See `Outcomes`."""
+        assert batch.targets is not None
+        losses, right = backbone.token_scores(batch, tuning.overlay(backbone, params, batch, None))
+        each = torch.stack([losses.double(), right.double()], dim=1).cpu().numpy()
+        starts = np.searchsorted(batch.targets.texts.cpu().numpy(), np.arange(len(batch.lengths)))
+        return np.rint(np.add.reduceat(each, starts) / [LOSS_UNIT, 1.0]).astype(np.int64)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """See `Outcomes`; sums over each device's tokens."""
+        names = ("loss", "right", "loss_global", "right_global", "tokens", "evaluated")
+        return np.dtype([(name, "<i8", (self.num_devices,)) for name in names])
+
+    def fill(self, part: Any, personal: Outcome, shared: Outcome, split: Split, of_device: Sequence[NDArray]) -> None:
+        """See `Outcomes`."""
+        for behind, found in (("", personal), ("_global", shared)):
+            here = (found[:, 0] != ELSEWHERE)[:, None]
+            counted = np.where(here, found, 0)
+            for name, column in (("loss", counted[:, 0]), ("right", counted[:, 1])):
+                part[f"{name}{behind}"] = [column[examples].sum() for examples in of_device]
+        here = personal[:, 0] != ELSEWHERE
+        for name, counts in (("tokens", split.num_terms * here), ("evaluated", here)):
+            part[name] = [counts[examples].sum() for examples in of_device]
+
+    def scores(self, parts: np.ndarray) -> dict[str, Any]:
+        """See `Outcomes`; `accuracy` is that of tokens."""
+        sums = {name: parts[name].sum(axis=0) for name in parts.dtype.names or ()}
+        tokens = sums["tokens"].sum()
+        found: dict[str, Any] = {}
+        for behind in ("", "_global"):
+            found[f"accuracy{behind}"] = ratio(sums[f"right{behind}"].sum(), tokens)
+            found[f"perplexity{behind}"] = perplexity(sums[f"loss{behind}"].sum(), tokens)
+        pairs = list(zip(sums["right"].tolist(), sums["tokens"].tolist(), strict=True))
+        return {
+            **found,
+            "device_accuracy": [round(right / size, 6) if size else None for right, size in pairs],
+            "evaluated": int(sums["evaluated"].sum()),
+        }
+
+
+def perplexity(loss: int, tokens: int) -> float:
+    """exp of the mean loss of a token.
+
+    Args:
+        loss: sum over the tokens, in LOSS_UNIT.
+        tokens: how many.
+    """
+    return math.exp(min(ratio(loss * LOSS_UNIT, tokens), 700.0))
+
+
+def make_outcomes(description: Description, num_devices: int) -> Outcomes:
+    """Those of a prepared data set's task."""
+    kind = Tokens if description.head == "language_model" else Classes
+    return kind(description, num_devices)
