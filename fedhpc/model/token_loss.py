@@ -54,7 +54,8 @@ def token_scores(head: Head, hidden: Tensor, tokens: Tensor, num_words: int) -> 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, tokens: Tensor, num_words: int) -> Tensor:
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for states, own in _chunks(hidden, tokens, num_words):
             if not ctx.needs_input_grad[0]:
                 losses.append(functional.cross_entropy(at_least_float32(head(states)), own, reduction="none"))
