@@ -98,18 +98,40 @@ class FederationConfig(Section):
     num_devices: Positive = 100
     """Devices, N."""
     sample_rate: Fraction = 0.1
-    """Share of the devices sampled in a round, rounded down; at least one device is."""
+    """Share of the devices that can train sampled in a round, rounded down; at least one device is."""
     rounds: Positive = 100
     """Rounds of the whole run, T."""
+    held_out: Probability = 0.0
+    """Share of the devices, rounded down but at least one unless it is 0, that never train: the seed draws them, and
+    they are evaluated apart, with what the server has. All other metrics are of the devices that can train."""
     partition: str = PARTITIONS.default
     """How the examples are divided: `dirichlet` in uneven sizes and class mixes, `quantity` in uneven sizes only, `iid`
-    evenly, `shards` sorted by class and cut into equal shards."""
+    evenly, `shards` sorted by class and cut into equal shards; `cluster` as `dirichlet`, by topics found in the texts;
+    `column` as a column of the texts says. Of texts to be generated, their categories take the place of classes."""
+
+    @property
+    def num_held_out(self) -> int:
+        """Devices that never train."""
+        return _share(self.held_out, self.num_devices) if self.held_out else 0
 
     @property
     def devices_per_round(self) -> int:
-        """Devices sampled in each round, `max(1, int(sample_rate * N))`."""
-        # The epsilon keeps 0.29 * 100 at 29; without it binary rounding gives 28.
-        return max(1, int(self.sample_rate * self.num_devices + 1e-9))
+        """Devices sampled in each round."""
+        return _share(self.sample_rate, self.num_devices - self.num_held_out)
+
+    @model_validator(mode="after")
+    def _a_device_trains(self) -> "FederationConfig":
+        if self.num_held_out >= self.num_devices:
+            raise ValueError(
+                f"federation.held_out: {self.held_out:g} of federation.num_devices: {self.num_devices} leaves no "
+                "device to train; valid: 0, or more devices"
+            )
+        return self
+
+
+def _share(share: float, count: int) -> int:
+    """`max(1, int(share * count))`; the epsilon keeps 0.29 * 100 at 29, where binary rounding gives 28."""
+    return max(1, int(share * count + 1e-9))
 
 
 class TuningConfig(Section):

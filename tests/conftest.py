@@ -2,6 +2,7 @@ import ctypes
 import signal
 
 import pytest
+import texts
 import tiny
 import torch
 
@@ -15,6 +16,12 @@ torch.set_num_threads(1)  # the tests' models are too small to share
 def world(tmp_path_factory):
     """Backbone, prepared data and configuration; not to be changed."""
     return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def prepared_texts(world, tmp_path_factory):
+    """Texts to be generated, prepared for the world's backbone; not to be changed."""
+    return texts.prepare_texts(tmp_path_factory.mktemp("texts"), world.parent / "backbone")
 
 
 @pytest.fixture

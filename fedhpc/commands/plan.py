@@ -21,7 +21,7 @@ from fedhpc.commands.plan_memory import (
 from fedhpc.config import Config
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
-from fedhpc.federation.sampling import Homes, batches_per_epoch, count_packs
+from fedhpc.federation.sampling import Homes, batches_per_epoch, count_packs, population
 from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
 from fedhpc.server.job import Job, check_data, check_run_dir, job_notices, load_job
@@ -118,7 +118,7 @@ def _placement(job: Job, ranks: int) -> Iterator[str]:
 def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iterator[str]:
     config = job.config
     devices = config.federation.devices_per_round
-    examples = devices * len(job.data.split("train")) / config.federation.num_devices * _passes(job)
+    examples = devices * _examples_each(job) * _passes(job)
     yield f"work         about {examples:.0f} training examples a round, {config.federation.rounds} rounds"
     if examples_per_second:
         busy = min(num_workers, devices)
@@ -132,7 +132,13 @@ def _time(job: Job, num_workers: int, examples_per_second: float | None) -> Iter
 def _passes(job: Job) -> float:
     """How often a device passes over its examples in a round, as a mean over the run."""
     config = job.config
-    usual = len(job.data.split("train")) // config.federation.num_devices
+    usual = int(_examples_each(job))
     used = np.mean([batches_per_epoch(config, usual, t) for t in range(config.federation.rounds)])
     share = used / -(-usual // config.device.batch_size)
     return float(config.device.epochs * share + method_of(job).uploads_gradient)
+
+
+def _examples_each(job: Job) -> float:
+    """Training examples of a device that can train, as a mean."""
+    known = population(job.config, job.partition)
+    return known.num_examples / known.num_devices

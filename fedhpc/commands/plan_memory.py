@@ -181,10 +181,10 @@ def devices_in_batch(job: Job) -> int:
     """The most devices whose examples are evaluated on together."""
     if not (local_bytes(job) or job.config.selection.is_automatic):
         return 1
-    config, split = job.config, job.data.split("validation")
+    config, split, evaluated = job.config, job.data.split("validation"), job.partition.evaluated
     most = 1
     for count in {None, config.evaluate.examples}:
-        chosen = evaluation_examples(split.labels, count, config.seed)
+        chosen = evaluated[evaluation_examples(split.labels[evaluated], count, config.seed)]
         shares = {device: np.intersect1d(own, chosen) for device, own in enumerate(job.partition.validation)}
         batches = device_batches(split, shares, config.evaluate.batch_size, side_by_side=job.tuning.packable)
         most = max([most, *map(len, batches)])

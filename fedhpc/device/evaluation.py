@@ -39,7 +39,8 @@ class Evaluation:
     ) -> None:
         self.config = config
         self.split, self.of_device = data.split("validation"), partition.validation
-        self.outcomes = make_outcomes(data.description, len(partition.validation))
+        self.evaluated = partition.evaluated
+        self.outcomes = make_outcomes(data.description, config)
         self.backbone = backbone
         self.tuning = tuning
         self.exchange = exchange
@@ -60,9 +61,9 @@ class Evaluation:
             homes: where each device lives.
             worker: this one.
         """
-        labels, size = self.split.labels, self.config.evaluate.batch_size
-        is_last = context.round == self.config.federation.rounds
-        chosen = evaluation_examples(labels, None if is_last else self.config.evaluate.examples, self.config.seed)
+        labels, size = self.split.labels[self.evaluated], self.config.evaluate.batch_size
+        count = None if context.round == self.config.federation.rounds else self.config.evaluate.examples
+        chosen = self.evaluated[evaluation_examples(labels, count, self.config.seed)]
         sampled: set[int] = set()
         if states is not None:
             sampled = {device for t in range(context.round) for device in sample_devices(self.config, t)}

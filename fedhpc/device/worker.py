@@ -24,7 +24,14 @@ from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.federation.partition import Partition
-from fedhpc.federation.sampling import Homes, batches_per_epoch, local_steps, population, sample_devices
+from fedhpc.federation.sampling import (
+    Homes,
+    batches_per_epoch,
+    local_steps,
+    population,
+    sample_devices,
+    training_devices,
+)
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
 from fedhpc.methods import make_method
@@ -267,8 +274,8 @@ class Worker:
         header["norm"] = 0.0 if fault == Fault.NONE else distance(update.params, start)
 
     def score(self, command: Command) -> np.ndarray:
-        """Layer scores of the devices in this worker's share."""
-        return self.measurements.layer_scores(self.share)
+        """Layer scores of the devices in this worker's share that can train."""
+        return self.measurements.layer_scores([d for d in training_devices(self.config) if d in self.share])
 
     def probe(self, command: Command) -> np.ndarray:
         """Seconds of a step by the number of devices side by side."""

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.evaluate.metrics import confusion, ratio, score
+from fedhpc.federation.sampling import held_out_devices
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params
@@ -35,13 +37,14 @@ class Outcomes(ABC):
     Args:
         description: of the prepared data.
         num_devices: N.
+        held_out: the devices that never train.
     """
 
     numbers: int
     """k, of an example."""
 
-    def __init__(self, description: Description, num_devices: int) -> None:
-        self.description, self.num_devices = description, num_devices
+    def __init__(self, description: Description, num_devices: int, held_out: Sequence[int] = ()) -> None:
+        self.description, self.num_devices, self.held_out = description, num_devices, list(held_out)
 
     @abstractmethod
     def of_batch(self, backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch) -> Outcome:
@@ -64,7 +67,9 @@ class Outcomes(ABC):
 
     @abstractmethod
     def scores(self, parts: np.ndarray) -> dict[str, Any]:
-        """Of a round's metrics, from all ranks' parts: personalised, and with ``_global`` behind the server's."""
+        """Of a round's metrics, from all ranks' parts: personalised, with ``_global`` behind the server's, with
+        ``_held_out`` the server's for the devices that never train.
+        """
 
 
 class Classes(Outcomes):
@@ -81,26 +86,35 @@ class Classes(Outcomes):
         """See `Outcomes`; confusion matrices: rows true, columns predicted."""
         matrix = (len(self.description.class_names),) * 2
         each = (self.num_devices,)
-        fields = [("personal", "<i8", matrix), ("global", "<i8", matrix), ("correct", "<i4", each)]
-        return np.dtype([*fields, ("evaluated", "<i4", each)])
+        matrices = [("personal", "<i8", matrix), ("global", "<i8", matrix)]
+        if self.held_out:
+            matrices.append(("held_out", "<i8", matrix))
+        return np.dtype([*matrices, ("correct", "<i4", each), ("evaluated", "<i4", each)])
 
     def fill(self, part: Any, personal: Outcome, shared: Outcome, split: Split, of_device: Sequence[NDArray]) -> None:
         """See `Outcomes`."""
-        for name, (found,) in (("personal", personal.T), ("global", shared.T)):
-            here = found != ELSEWHERE
+        own, apart = personal[:, 0], np.zeros(len(split), bool)
+        for device in self.held_out:
+            apart[of_device[device]] = True
+        counted = {"personal": (own, ~apart), "global": (shared[:, 0], ~apart), "held_out": (shared[:, 0], apart)}
+        for name in counted.keys() & part.dtype.names:
+            found, wanted = counted[name]
+            here = wanted & (found != ELSEWHERE)
             part[name] = confusion(split.labels[here], found[here], len(self.description.class_names))
-        own = personal[:, 0]
         for name, counts in (("correct", own == split.labels), ("evaluated", own != ELSEWHERE)):
             part[name] = [np.count_nonzero(counts[examples]) for examples in of_device]
 
     def scores(self, parts: np.ndarray) -> dict[str, Any]:
         """See `Outcomes`."""
-        personal, overall = (score(parts[name].sum(axis=0), self.description.metric) for name in ("personal", "global"))
+        found: dict[str, Any] = {}
+        for name, behind in (("personal", ""), ("global", "_global"), ("held_out", "_held_out")):
+            if name in (parts.dtype.names or ()):
+                scores = score(parts[name].sum(axis=0), self.description.metric)
+                found |= {f"{metric}{behind}": value for metric, value in scores.items()}
         correct, evaluated = (parts[name].sum(axis=0).tolist() for name in ("correct", "evaluated"))
         devices = [round(right / size, 6) if size else None for right, size in zip(correct, evaluated, strict=True)]
         return {
-            **personal,
-            **{f"{name}_global": value for name, value in overall.items()},
+            **found,
             "device_accuracy": devices,
             "evaluated": sum(evaluated),
         }
@@ -139,11 +153,16 @@ class Tokens(Outcomes):
     def scores(self, parts: np.ndarray) -> dict[str, Any]:
         """See `Outcomes`; `accuracy` is that of tokens."""
         sums = {name: parts[name].sum(axis=0) for name in parts.dtype.names or ()}
-        tokens = sums["tokens"].sum()
+        training = np.setdiff1d(np.arange(self.num_devices), self.held_out)
         found: dict[str, Any] = {}
-        for behind in ("", "_global"):
-            found[f"accuracy{behind}"] = ratio(sums[f"right{behind}"].sum(), tokens)
-            found[f"perplexity{behind}"] = perplexity(sums[f"loss{behind}"].sum(), tokens)
+        for behind, of, devices in (
+            ("", "", training),
+            ("_global", "_global", training),
+            *([("_held_out", "_global", self.held_out)] if self.held_out else []),
+        ):
+            tokens = sums["tokens"][devices].sum()
+            found[f"accuracy{behind}"] = ratio(sums[f"right{of}"][devices].sum(), tokens)
+            found[f"perplexity{behind}"] = perplexity(sums[f"loss{of}"][devices].sum(), tokens)
         pairs = list(zip(sums["right"].tolist(), sums["tokens"].tolist(), strict=True))
         return {
             **found,
@@ -162,7 +181,7 @@ def perplexity(loss: int, tokens: int) -> float:
     return math.exp(min(ratio(loss * LOSS_UNIT, tokens), 700.0))
 
 
-def make_outcomes(description: Description, num_devices: int) -> Outcomes:
-    """Those of a prepared data set's task."""
+def make_outcomes(description: Description, config: Config) -> Outcomes:
+    """Those of a run on a prepared data set."""
     kind = Tokens if description.head == "language_model" else Classes
-    return kind(description, num_devices)
+    return kind(description, config.federation.num_devices, held_out_devices(config))

@@ -17,11 +17,21 @@ PROBES = 6
 """Sizes of packs that `device.pack: auto` tries: 1, 2, 4 to 32 devices side by side."""
 
 
+def held_out_devices(config: Config) -> list[int]:
+    """The devices that never train, ascending."""
+    order = generator(config.seed, purpose="held-out devices").permutation(config.federation.num_devices)
+    return sorted(order[: config.federation.num_held_out].tolist())
+
+
+def training_devices(config: Config) -> list[int]:
+    """The other devices, ascending."""
+    return sorted({*range(config.federation.num_devices)} - {*held_out_devices(config)})
+
+
 def sample_devices(config: Config, round_index: int) -> list[int]:
-    """S_t in sampled order: uniform without replacement."""
+    """S_t in sampled order: uniform without replacement from those that can train."""
     rng = generator(config.seed, purpose="sample devices", round_index=round_index)
-    chosen = rng.choice(config.federation.num_devices, size=config.federation.devices_per_round, replace=False)
-    return [int(device) for device in chosen]
+    return rng.choice(training_devices(config), size=config.federation.devices_per_round, replace=False).tolist()
 
 
 def local_steps(config: Config, num_examples: int, round_index: int) -> int:
@@ -44,11 +54,12 @@ def round_steps(config: Config, partition: Partition, round_index: int) -> list[
 
 
 def population(config: Config, partition: Partition) -> Population:
-    """What the server method may know of the devices."""
+    """What the server method may know of the devices, of those that can train."""
+    devices = training_devices(config)
     return Population(
-        num_devices=config.federation.num_devices,
+        num_devices=len(devices),
         sample_rate=config.federation.sample_rate,
-        num_examples=sum(map(len, partition.train)),
+        num_examples=sum(len(partition.train[device]) for device in devices),
     )
 
 

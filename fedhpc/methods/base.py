@@ -28,10 +28,10 @@ class Population:
     """What a method may know of the federation."""
 
     num_devices: int
-    """N."""
+    """That can train."""
     sample_rate: float
     num_examples: int
-    """On all devices."""
+    """On all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedhpc.checkpoint.files import CONTROL, LOCAL
 from fedhpc.checkpoint.identity import (
     MODEL,
@@ -26,8 +24,8 @@ from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
 from fedhpc.data.tokens import check_known
 from fedhpc.errors import CheckpointError, ConfigError, DataError
-from fedhpc.federation.partition import Partition, make_partition
-from fedhpc.federation.sampling import count_packs
+from fedhpc.federation.partition import Partition, divide
+from fedhpc.federation.sampling import count_packs, held_out_devices
 from fedhpc.files import check_folder, names_in
 from fedhpc.job.log import log
 from fedhpc.methods.fedpeptao import OLD_RELEASED, RELEASED_STEPS, is_old_released
@@ -35,6 +33,7 @@ from fedhpc.model.backbone import OTHER_WORDS
 from fedhpc.model.limits import check_lengths
 from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.model.weight_files import model_sha256, weights_sha256
+from fedhpc.model.word_embeddings import WordEmbeddings
 from fedhpc.registry import METRICS, STRATEGIES
 from fedhpc.selection import make_strategy
 from fedhpc.server.notices import notices
@@ -173,6 +172,10 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
 def job_notices(job: Job) -> list[str]:
     """What the user should know about configuration and data although it is no error."""
     found, strategy = notices(job.config), job.config.selection.strategy
+    if job.partition.left_out:
+        found.append(f"federation.partition: {job.config.federation.partition}: {job.partition.left_out}")
+    if held_out := held_out_devices(job.config):
+        found.append(f"federation.held_out: devices {', '.join(map(str, held_out))} never train")
     compares = STRATEGIES[strategy].scored and not STRATEGIES[strategy].with_gradients
     if compares and max(map(len, job.partition.train)) < 2:
         found.append(
@@ -254,15 +257,8 @@ def load_state(
 
 
 def _partition(config: Config, data: PreparedData) -> Partition:
-    federation = config.federation
     try:
-        return make_partition(
-            np.asarray(data.split("train").labels),
-            np.asarray(data.split("validation").labels),
-            federation,
-            config.seed,
-            classified=data.description.head != "language_model",
-        )
+        return divide(data, config.federation, config.seed, WordEmbeddings(config.model.name))
     except ConfigError as error:
         raise ConfigError(f"federation: {config.data.path} cannot be divided: {error}") from None
 

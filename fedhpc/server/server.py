@@ -23,7 +23,7 @@ from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
 from fedhpc.exchange.simulation import Load, round_seconds
 from fedhpc.federation.packing import choose_pack, largest_pack
-from fedhpc.federation.sampling import Placement, population, sample_devices
+from fedhpc.federation.sampling import Placement, population, sample_devices, training_devices
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
@@ -53,7 +53,7 @@ class Server:
         self.placement = Placement(job.config.federation.num_devices, exchange.num_workers)
         self.num_layers = job.shape.num_layers
         self.num_workers = exchange.num_workers
-        self.outcomes = make_outcomes(self.description, job.config.federation.num_devices)
+        self.outcomes = make_outcomes(self.description, job.config)
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
         self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
@@ -222,8 +222,8 @@ class Server:
         return state
 
     def score_layers(self) -> np.ndarray:
-        """Global layer scores [L] from one batch of every device; see `fedhpc.selection.strategies`."""
-        counts = self._shares(range(self.config.federation.num_devices))
+        """Global layer scores [L] from one batch of every device that can train; see `fedhpc.selection.strategies`."""
+        counts = self._shares(training_devices(self.config))
         record = messages.score_record(self.num_layers)
         records = self.exchange.request(Command(op=Op.SCORE), record, counts)
         records = records[np.argsort(records["device"])]

@@ -1,16 +1,29 @@
 import numpy as np
 import pytest
 from backbones import make_config
+from pydantic import ValidationError
 from states import TUNING
 
+from fedhpc.config import section_of
 from fedhpc.device.local_update import batches
-from fedhpc.federation.sampling import Homes, Placement, local_steps, make_packs, sample_devices
+from fedhpc.federation.partition import Partition
+from fedhpc.federation.sampling import (
+    Homes,
+    Placement,
+    held_out_devices,
+    local_steps,
+    make_packs,
+    population,
+    sample_devices,
+    training_devices,
+)
+from fedhpc.registry import PARTITIONS
 
 STEPS = [(7 * device) % 23 + 1 for device in range(40)]
 
 
-def config(*, sample_rate=0.5, rounds=100, curriculum=None, **device):
-    federation = {"num_devices": 40, "sample_rate": sample_rate, "rounds": rounds}
+def config(*, sample_rate=0.5, rounds=100, held_out=0.0, curriculum=None, **device):
+    federation = {"num_devices": 40, "sample_rate": sample_rate, "rounds": rounds, "held_out": held_out}
     return make_config("unused", federation=federation, device=device, curriculum=curriculum or {})
 
 
@@ -136,3 +149,24 @@ def test_what_is_at_stake_in_a_short_round_moves_no_device():
         for device in range(64):
             placement.measured(device, 0.1 + 0.01 * rng.standard_normal(), 10)
     assert placed == [placed[0]] * 20
+
+
+def test_held_out_devices_are_never_sampled_and_not_counted():
+    chosen = config(sample_rate=0.25, held_out=0.1)
+    apart = held_out_devices(chosen)
+    assert len(apart) == 4
+    assert chosen.federation.devices_per_round == 9  # a quarter of the 36 that can train
+    seen = {device for t in range(100) for device in sample_devices(chosen, t)}
+    assert seen == set(range(40)) - set(apart) == set(training_devices(chosen))
+    assert held_out_devices(config(sample_rate=0.5, held_out=0.1)) == apart
+    assert len(held_out_devices(config(held_out=0.001))) == 1
+    assert held_out_devices(config()) == []
+    examples = [np.arange(device) for device in range(40)]
+    known = population(chosen, Partition(examples, examples))
+    assert (known.num_devices, known.num_examples) == (36, sum(range(40)) - sum(apart))
+
+
+def test_somebody_has_to_train():
+    with pytest.raises(ValidationError, match=r"held_out: 0\.5 of .*num_devices: 1 leaves no device"):
+        section_of(PARTITIONS, num_devices=1, held_out=0.5)
+    assert section_of(PARTITIONS, num_devices=100, held_out=0.999).num_held_out == 99

@@ -21,6 +21,7 @@ class Dirichlet(Partitioner):
         """Concentration of the class mix; smaller is further from iid."""
 
     strength = "alpha"
+    by_group = True
 
     def owners(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """See `Partitioner`."""

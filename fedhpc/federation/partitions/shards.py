@@ -22,6 +22,7 @@ class Shards(Partitioner):
         """Shards of one class each on a device."""
 
     strength = "shards_per_device"
+    by_group = True
 
     @property
     def examples_per_device(self) -> int:  # type: ignore[override]
