@@ -8,23 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.config import FederationConfig, least_values
+from fedhpc.config import Config, least_values
 from fedhpc.config_file import check_values
 from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import ConfigError, DataError
-from fedhpc.federation.partition import class_counts, label_skew, make_partition
+from fedhpc.federation.partition import Groups, Partition, divide, group_counts, label_skew
+from fedhpc.federation.sampling import held_out_devices
 from fedhpc.files import check_target, write_target
+from fedhpc.model.pretrained import load_tokenizer
+from fedhpc.model.word_embeddings import WordEmbeddings
 from fedhpc.registry import PARTITIONS
 
 PICTURES = (".png", ".svg", ".pdf")
 SHOWN_DEVICES = 8
+SHOWN_LETTERS = 100
 
 
-def table(class_names: Sequence[str], train: np.ndarray, validation: np.ndarray) -> list[list[str]]:
-    """One line for each device: examples of each class in training, and its validation examples."""
-    header = ["device", "examples", *class_names, "validation"]
-    columns = (np.arange(len(train)), train.sum(axis=1), *train.T, validation.sum(axis=1))
-    return [header, *([str(cell) for cell in row] for row in zip(*columns, strict=True))]
+def table(partition: Partition, held_out: Sequence[int], names: Sequence[str], train: np.ndarray) -> list[list[str]]:
+    """One line for each device: examples of each group in training, if there are several, and validation examples."""
+    columns: dict[str, Any] = {"device": range(len(train))}
+    if partition.names:
+        columns["name"] = partition.names
+    if held_out:
+        columns["held out"] = ["yes" if device in held_out else "no" for device in range(len(train))]
+    columns["examples"] = train.sum(axis=1)
+    several = list(zip(names, train.T, strict=True)) if len(names) > 1 else []
+    header = [*columns, *(name for name, _ in several), "validation"]
+    cells = [*columns.values(), *(counts for _, counts in several), map(len, partition.validation)]
+    return [header, *([str(cell) for cell in row] for row in zip(*cells, strict=True))]
 
 
 def compact(lines: list[list[str]]) -> str:
@@ -36,16 +47,31 @@ def compact(lines: list[list[str]]) -> str:
     return "\n".join([*text, f"... and {hidden} more devices (all of them with --table)"] if hidden else text)
 
 
-def summary(train: np.ndarray, validation: np.ndarray) -> str:
+def summary(partition: Partition, train: np.ndarray) -> str:
     """The whole partition in a few numbers."""
-    sizes, evaluated = train.sum(axis=1), validation.sum(axis=1)
-    one_class = int(((train > 0).sum(axis=1) == 1).sum())
-    return (
+    sizes, evaluated = train.sum(axis=1), [len(own) for own in partition.validation]
+    lines = [
         f"{len(sizes)} devices, {sizes.min()} to {sizes.max()} training examples (median {np.median(sizes):g}), "
-        f"{evaluated.min()} to {evaluated.max()} for validation\n"
-        f"label skew {label_skew(train):.3f} (0: all devices alike); "
-        f"{one_class} devices hold one class only"
-    )
+        f"{min(evaluated)} to {max(evaluated)} for validation"
+    ]
+    if train.shape[1] > 1:
+        one_class = int(((train > 0).sum(axis=1) == 1).sum())
+        lines.append(
+            f"label skew {label_skew(train):.3f} (0: all devices alike); {one_class} devices hold one class only"
+        )
+    return "\n".join([*lines, *filter(None, [partition.left_out])])
+
+
+def described(groups: Groups, data: PreparedData, model: str) -> Iterator[str]:
+    """A line for each group that a text stands for: its size, and how that text begins."""
+    if not groups.examples:
+        return
+    tokenizer, split = load_tokenizer(model), data.split("train")
+    sizes = np.bincount(groups.train, minlength=len(groups.names))
+    for name, size, example in zip(groups.names, sizes, groups.examples, strict=True):
+        tokens = split.tokens[split.offsets[example] : split.offsets[example + 1]]
+        text = " ".join(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).split())
+        yield f"{name}: {size} examples, such as: {text[:SHOWN_LETTERS]}"
 
 
 def draw(suffix: str, title: str, class_names: Sequence[str], train: np.ndarray) -> bytes:
@@ -83,14 +109,15 @@ def _stack(axes: Any, heights: np.ndarray, class_names: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _settings(arguments: argparse.Namespace) -> FederationConfig:
-    """The section `federation` that the arguments give; ConfigError with all that is wrong."""
+def _settings(arguments: argparse.Namespace) -> Config:
+    """The configuration that the arguments give; ConfigError with all that is wrong."""
     given = {key: getattr(arguments, key) for key in ("num_devices", "partition", "alpha", "shards_per_device")}
     federation = {key: value for key, value in given.items() if value is not None}
-    config, problems = check_values({**least_values(), "federation": federation}, arguments.set)
+    values = {**least_values(), "seed": arguments.seed, "federation": federation}
+    config, problems = check_values(values, arguments.set)
     if config is None:
         raise ConfigError("; ".join(problems))
-    return config.federation
+    return config
 
 
 def preview(arguments: argparse.Namespace) -> Iterator[str]:
@@ -100,23 +127,21 @@ def preview(arguments: argparse.Namespace) -> Iterator[str]:
     for file in filter(None, (arguments.out, arguments.table)):
         check_target(Path(file))
     data = PreparedData.open(arguments.data, verify=False)
-    splits = [data.split(name).labels for name in ("train", "validation")]
-    federation = _settings(arguments)
-    partition = make_partition(splits[0], splits[1], federation, arguments.seed)
-    names = data.description.class_names
-    train, validation = (
-        class_counts(parts, labels, len(names))
-        for parts, labels in zip((partition.train, partition.validation), splits, strict=True)
-    )
-    lines = table(names, train, validation)
+    config, model = _settings(arguments), data.description.model
+    partition = divide(data, config.federation, config.seed, WordEmbeddings(model))
+    assert partition.groups is not None
+    names, train = group_counts(partition)
+    lines = table(partition, held_out_devices(config), names, train)
     yield compact(lines)
-    yield summary(train, validation)
+    yield summary(partition, train)
+    yield from described(partition.groups, data, model)
     if arguments.table:
         write_target(Path(arguments.table), "".join("\t".join(line) + "\n" for line in lines).encode())
         yield f"table: {arguments.table}"
     if arguments.out:
+        federation = config.federation
         key = PARTITIONS[federation.partition].strength
         strength = f" {key} {getattr(federation, key):g}" if key else ""
-        title = f"{data.description.task}: {federation.partition}{strength}, seed {arguments.seed}"
+        title = f"{data.description.task}: {federation.partition}{strength}, seed {config.seed}"
         write_target(Path(arguments.out), draw(Path(arguments.out).suffix, title, names, train))
         yield f"picture: {arguments.out}"

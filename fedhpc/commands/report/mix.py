@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from fedhpc.commands.report.runs import Run
 from fedhpc.config import section_of
 from fedhpc.errors import UserError
-from fedhpc.federation.partition import class_counts, label_skew, make_partition
+from fedhpc.federation.partition import divide, group_counts, label_skew
 from fedhpc.registry import PARTITIONS
 
 
@@ -40,21 +40,23 @@ def class_mix(run: Run) -> ClassMix:
     Raises:
         UserError: the prepared data are not there any more, or cannot be divided as configured.
     """
-    from fedhpc.data.prepared import PreparedData  # noqa: PLC0415 - imports torch, which nothing else in a report needs
+    # They import torch, which nothing else in a report needs.
+    from fedhpc.data.prepared import PreparedData  # noqa: PLC0415
+    from fedhpc.model.word_embeddings import WordEmbeddings  # noqa: PLC0415
 
     config = run.config
     data = PreparedData.open(Path(str(config["data.path"])), verify=False)
-    train, validation = (np.asarray(data.split(name).labels) for name in ("train", "validation"))
+    words = WordEmbeddings(str(config.get("model.name")))
     try:
         keys = {key.partition(".")[2]: value for key, value in config.items() if key.startswith("federation.")}
-        partition = make_partition(train, validation, section_of(PARTITIONS, **keys), config["seed"])
+        partition = divide(data, section_of(PARTITIONS, **keys), config["seed"], words)
     except (KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{run.path}: the configuration says too little about the partition: {error}") from None
-    counts = class_counts(partition.train, train, len(data.description.class_names))
+    names, counts = group_counts(partition)
     order = np.argsort(-counts.sum(axis=1), kind="stable")
     return ClassMix(
         setting=f"{partition_setting(run)}, seed {run.seed}",
-        class_names=data.description.class_names,
+        class_names=list(names),
         counts=counts[order],
         device_ids=order.tolist(),
         skew=label_skew(counts),
