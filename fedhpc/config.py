@@ -225,11 +225,17 @@ class DeviceConfig(Section):
     batch_size: Positive = 8
     """Examples in a training step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    max_steps: Positive | None = None
+    """If given, a device takes no more steps than this in a round; which of its batches they are is drawn anew in each
+    round."""
     """Weight decay is decoupled in both; `sgd` has no momentum of its own."""
     learning_rate: PositiveFloat = 5e-3
     """eta; the default suits deep prompts under AdamW, other tunings want their own, see below."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """`linear` falls to zero over the whole run, in steps of one round."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How eta goes on after the warm-up, in steps of one round: `linear` and `cosine` fall to zero where the run
+    ends."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Rounds W in which eta rises first, from eta / W to eta."""
     weight_decay: NonNegativeFloat = 0.0
     """Decay of the trained parameters towards zero; of `bitfit` and `full` towards the pretrained model."""
     max_grad_norm: PositiveFloat = 1.0
@@ -433,6 +439,10 @@ class Config(Section):
         if self.selection.local_layers == "frozen" and self.sparse.fraction < 1:
             raise ValueError(
                 "selection.local_layers: frozen leaves nothing to train in them; sparse.fraction below 1 needs trained"
+            )
+        if self.device.warmup >= self.federation.rounds:
+            raise ValueError(
+                f"device.warmup: {self.device.warmup} must be fewer than federation.rounds: {self.federation.rounds}"
             )
         if self.selection.is_automatic and self.model.attention != "sdpa":
             raise ValueError(

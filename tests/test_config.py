@@ -89,6 +89,11 @@ def test_a_circle_of_bases_ends(write):
         ("model.attention=flash_attention_2", ["model.attention", "bfloat16"]),
         ("checkpoint.keep=1", ["checkpoint.keep", "2"]),
         ("trace=maybe", ["trace", "bool"]),
+        ("model.quantization=int4", ["model.quantization", "nf4", "int8", "'int4'"]),
+        ("device.max_steps=0", ["device.max_steps", "greater than 0"]),
+        ("device.warmup=100", ["device.warmup: 100 must be fewer than federation.rounds: 100"]),
+        ("server.weights=steps", ["server.weights", "tokens", "'steps'"]),
+        ("tuning={kind: lora, targets: []}", ["tuning.targets", "at least 1"]),
         ("model=x", ["model", "'x'"]),
         ("seed.x=1", ["seed", "'x': 1"]),
         ("seed=9223372036854775808", ["seed", "less than"]),
@@ -287,8 +292,13 @@ def test_the_identity_leaves_out_what_cannot_change_the_numbers(write):
         assert load_config(path, [harmless]).sha256 == digest
     for other in ("seed=1", "device.threads=2", "device.learning_rate=0.1", "selection.ratio=0.25"):
         assert load_config(path, [other]).sha256 != digest
-    linear = [load_config(path, ["device.schedule=linear", f"federation.rounds={n}"]).sha256 for n in (7, 8)]
-    assert linear[0] != linear[1]
+    assert (
+        load_config(path, ["device.warmup=3"]).sha256
+        == load_config(path, ["device.warmup=3", "federation.rounds=7"]).sha256
+    )
+    for schedule in ("linear", "cosine"):
+        one, other = (load_config(path, [f"device.schedule={schedule}", f"federation.rounds={n}"]) for n in (7, 8))
+        assert one.sha256 != other.sha256
 
 
 @pytest.mark.parametrize(

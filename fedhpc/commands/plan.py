@@ -21,7 +21,7 @@ from fedhpc.commands.plan_memory import (
 from fedhpc.config import Config
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
-from fedhpc.federation.sampling import Homes, batches_per_epoch, count_packs, population
+from fedhpc.federation.sampling import Homes, count_packs, local_steps, population
 from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
 from fedhpc.server.job import Job, check_data, check_run_dir, job_notices, load_job
@@ -133,9 +133,8 @@ def _passes(job: Job) -> float:
     """How often a device passes over its examples in a round, as a mean over the run."""
     config = job.config
     usual = int(_examples_each(job))
-    used = np.mean([batches_per_epoch(config, usual, t) for t in range(config.federation.rounds)])
-    share = used / -(-usual // config.device.batch_size)
-    return float(config.device.epochs * share + method_of(job).uploads_gradient)
+    steps = np.mean([local_steps(config, usual, t) for t in range(config.federation.rounds)])
+    return float(steps / -(-usual // config.device.batch_size) + method_of(job).uploads_gradient)
 
 
 def _examples_each(job: Job) -> float:

@@ -22,6 +22,11 @@ def easy_first(batches: Batches, traces: NDArray[np.float64]) -> Batches:
     return [batches[place] for place in np.argsort(traces, kind="stable")]
 
 
+def some_of(plan: Batches, count: int, rng: np.random.Generator) -> Batches:
+    """So many of a round's batches, in their order: the first ones would be the same easy ones in every round."""
+    return [plan[place] for place in np.sort(rng.choice(len(plan), count, replace=False))]
+
+
 def fisher_traces(
     backbone: Backbone,
     tuning: Tuning,

@@ -225,6 +225,8 @@ def batches(
 ) -> list[NDArray[np.int64]]:
     """A device's batches of one round, in an order fixed by (seed, round, device); one of an epoch's may be short.
 
+    Of more than `device.max_steps`, the first; those are others in each round.
+
     The texts of every WINDOW batches are sorted by length, so that those of a batch are about equally long. The
     batches then are shuffled: devices that all ended a round on short texts, or all on long ones, would not average
     out.
@@ -232,11 +234,14 @@ def batches(
     Args:
         lengths: tokens of each example.
     """
-    plan = []
+    plan: list[NDArray[np.int64]] = []
+    most = config.device.max_steps
     for epoch in range(config.device.epochs):
+        if most is not None and len(plan) >= most:
+            break
         rng = generator(config.seed, purpose=f"batch order {epoch}", round_index=round_index, device=device)
         plan += epoch_batches(examples, lengths, config.device.batch_size, rng)
-    return plan
+    return plan[:most]
 
 
 def epoch_batches(

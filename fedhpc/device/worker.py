@@ -13,7 +13,7 @@ from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_f
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
-from fedhpc.device.curriculum import Batches, easy_first
+from fedhpc.device.curriculum import Batches, easy_first, some_of
 from fedhpc.device.evaluation import Evaluation
 from fedhpc.device.local_update import Assignment, DeviceUpdate, epoch_batches, local_updates
 from fedhpc.device.measuring import Measurements
@@ -238,7 +238,9 @@ class Worker:
         if len(traces) != len(given):
             raise CheckpointError(f"device {device}: Fisher information of {len(traces)} batches, not {len(given)}")
         used = batches_per_epoch(self.config, len(examples), round_index)
-        return easy_first(given, traces)[:used] * self.config.device.epochs
+        plan = easy_first(given, traces)[:used] * self.config.device.epochs
+        rng = generator(self.config.seed, purpose="curriculum steps", round_index=round_index, device=device)
+        return some_of(plan, local_steps(self.config, len(examples), round_index), rng)
 
     def _context(self, command: Command, sends: Sequence[str] = ()) -> RoundContext:
         """The round that a command is about; its payload is P^t and the vectors of these names."""

@@ -36,7 +36,8 @@ def sample_devices(config: Config, round_index: int) -> list[int]:
 
 def local_steps(config: Config, num_examples: int, round_index: int) -> int:
     """K_i of a device with so many training examples."""
-    return config.device.epochs * batches_per_epoch(config, num_examples, round_index)
+    steps = config.device.epochs * batches_per_epoch(config, num_examples, round_index)
+    return min(steps, config.device.max_steps or steps)
 
 
 def batches_per_epoch(config: Config, num_examples: int, round_index: int) -> int:

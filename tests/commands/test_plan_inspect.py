@@ -194,6 +194,7 @@ def test_plan_knows_that_what_is_stored_wide_is_narrowed_in_memory(plan_job):
     [
         ({}, 120),  # 6 devices of 20 examples
         ({"server__method": "mime", "device__optimizer": "sgd"}, 240),  # once more for the gradient
+        ({"device__max_steps": 2}, 80),  # of 3 steps
         # 1, 2, 3 and 3 of 3 batches: a share of 1/4, 1/2, 3/4, 1, rounded up
         ({"curriculum": {"order": "fisher", "start": 0.25, "end": 0.75}, "federation__rounds": 4}, 90),
     ],

@@ -1,5 +1,7 @@
 """FibecFed's parts: curriculum by Fisher information, layers by sensitivity, sparse local update."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,29 @@ def test_a_device_trains_its_easiest_batches_first(run_config, fedhpc, monkeypat
         ]
         assert traces == sorted(traces)
     assert any(few < many for few, many in lengths)
+
+
+def test_few_steps_are_easy_to_hard_and_not_always_the_easiest(run_config, fedhpc, monkeypatch):
+    curriculum = {"order": "fisher", "start": 1.0}
+    federation = {"num_devices": 4, "sample_rate": 1.0, "rounds": 8}  # 20 batches a device, more or less
+    device = {"epochs": 1, "batch_size": 3, "max_steps": 4}
+    seen = []
+
+    def noting(*arguments, assignments, **named):
+        for each in assignments:
+            if each.device == 1:
+                seen.append([tuple(batch) for batch in each.plan])
+        return local_updates(*arguments, assignments=assignments, **named)
+
+    monkeypatch.setattr("fedhpc.device.worker.local_updates", noting)
+    config = run_config(tuning={"kind": "lora"}, curriculum=curriculum, federation=federation, device=device)
+    assert fedhpc("run", config)[0] == 0
+    assert [len(plan) for plan in seen] == [4] * 8
+    assert metrics(config)[0]["device_steps"] == [4] * 4
+    assert metrics(config)[0]["steps"] == 16
+    assert len({batch for plan in seen for batch in plan}) > 8
+    before = {pair for plan in seen for pair in combinations(plan, 2)}
+    assert not before & {(other, one) for one, other in before}  # of two batches, one is the easier in every round
 
 
 def test_a_run_takes_fewer_steps_at_first(run_config, fedhpc):

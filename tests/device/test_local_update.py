@@ -276,6 +276,19 @@ def test_every_epoch_sees_every_example_in_an_order_of_round_and_device(folder, 
     assert orders[0] == order(config, round_index=0, device=0)
 
 
+def test_no_more_steps_than_are_allowed_and_others_in_each_round(folder, backbone):
+    whole = Device(folder, backbone, batch_size=2).config
+    few = Device(folder, backbone, batch_size=2, epochs=100, max_steps=3).config
+    drawn = [order(few, round_index=r, device=4) for r in range(20)]
+    assert drawn[0] == order(whole, round_index=0, device=4)[: len(drawn[0])]
+    assert {len(found) for found in drawn} <= {5, 6}  # three batches; one of an epoch's six is short
+    assert set().union(*drawn) == set(ALL.tolist())
+    second_epoch = Device(folder, backbone, batch_size=2, epochs=3, max_steps=8).config
+    begun = order(second_epoch, round_index=0, device=4)
+    assert 15 <= len(begun) <= 16
+    assert begun == order(whole, round_index=0, device=4)[: len(begun)]
+
+
 def padded(parts, lengths):
     return sum(lengths[part].max() * len(part) for part in parts)
 
@@ -303,6 +316,17 @@ def test_learning_rate(folder, backbone):
     assert [learning_rate(config, t) for t in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     config = make_config(folder, device={"learning_rate": 0.4}, federation={"rounds": 4})
     assert [learning_rate(config, t) for t in range(4)] == [0.4] * 4
+
+    after = {"learning_rate": 0.4, "warmup": 2}
+    config = make_config(folder, device={**after, "schedule": "linear"}, federation={"rounds": 6})
+    assert [learning_rate(config, t) for t in range(6)] == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
+    config = make_config(folder, device={**after, "schedule": "cosine"}, federation={"rounds": 6})
+    cosine = [0.2 * (1 + np.cos(np.pi * part / 4)) for part in range(4)]
+    assert [learning_rate(config, t) for t in range(6)] == pytest.approx([0.2, 0.4, *cosine])
+    config = make_config(folder, device=after, federation={"rounds": 6})
+    assert [learning_rate(config, t) for t in range(6)] == pytest.approx([0.2, *[0.4] * 5])
+    long = make_config(folder, device={"schedule": "cosine"}, federation={"rounds": 10**9})
+    assert learning_rate(long, 10**9 - 1) > 0  # methods divide by it
 
     falling = Device(folder, backbone, schedule="linear", epochs=1, batch_size=5)
     moved = [np.abs(falling.update(round_index=t).params - falling.start).max() for t in (0, 50, 99)]
@@ -375,6 +399,8 @@ INTERRUPTED = {
     "moments kept": {"reset_moments": False},
     "dropout": {"tuning": {"dropout": 0.5}},
     "linear schedule": {"schedule": "linear"},
+    "dropout of LoRA": {"tuning": {"kind": "lora", "targets": ["*_proj"], "dropout": 0.5}},
+    "most steps": {"epochs": 9, "max_steps": 6},
 }
 
 
@@ -413,6 +439,11 @@ SHARDS = {4: OURS, 9: np.array([2, 8, 6]), 1: np.array([0]), 7: np.array([4, 9, 
 PACKED = {
     "linear head": {"tuning": {"head": "linear"}},
     "dropout": {"tuning": {"dropout": 0.5}},
+    "dropout of LoRA": {
+        "tuning": {"kind": "lora", "targets": "all-linear", "dropout": 0.5},
+        "learning_rate": 0.002,
+    },
+    "most steps": {"max_steps": 3},
     "moments kept, weight decay": {"reset_moments": False, "weight_decay": 0.1, "max_grad_norm": 0.02},
 }
 
@@ -464,7 +495,8 @@ def test_devices_side_by_side_are_trained_as_one_by_one(folder, monkeypatch, set
             expected = alone[number]
             np.testing.assert_allclose(update.params, expected.params, rtol=0, atol=tolerance)
             assert update.loss == pytest.approx(expected.loss, rel=tolerance)
-            assert update.num_steps == expected.num_steps == 2 * -(-len(SHARDS[number]) // 2)
+            steps = 2 * -(-len(SHARDS[number]) // 2)
+            assert update.num_steps == expected.num_steps == min(steps, options.get("max_steps", steps))
 
 
 def test_a_device_that_is_done_makes_room_for_the_next(folder, backbone):
