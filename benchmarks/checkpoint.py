@@ -205,7 +205,7 @@ def measure_server(folder, seen):
     writer = CheckpointWriter(job, exchange, checkpoints, SimpleNamespace(check=lambda: None))
     writer.control.note_files(sums)
     writer._device_files = sums
-    method = make_method(job.config.server, Population(num_devices=seen, sample_rate=SAMPLED / seen, num_examples=seen))
+    method = make_method(job.config.server, Population(num_devices=seen, sample_rate=SAMPLED / seen, total_count=seen))
     params, local = job.tuning.split(job.tuning.initial(1), layers)
     state = RunState(server=method.init(params), layers=layers, unseen_local=local)
     rng, seconds, steps = np.random.default_rng(1), [], []
@@ -215,6 +215,7 @@ def measure_server(folder, seen):
         uploads = RoundUploads(
             device_ids=devices,
             num_examples=np.full(SAMPLED, EXAMPLES),
+            counts=np.full(SAMPLED, EXAMPLES),
             num_steps=np.full(SAMPLED, STEPS),
             params=np.stack([state.server.params + np.float32(1e-4)] * SAMPLED),
             device_learning_rate=5e-3,

@@ -263,6 +263,9 @@ class MethodConfig(Section):
     max_rejected: Probability = 0.2
     """The run ends when a larger share of a round's uploads is NaN, infinite or larger than any local update can be."""
 
+    weights: Literal["examples", "tokens", "uniform"] = "examples"
+    """What an upload counts in a round's mean: the device's training examples, their trained tokens (one an example
+    where texts are classified), or as much as any other."""
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, values: Any) -> Any:

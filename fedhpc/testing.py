@@ -123,7 +123,7 @@ def _name(registry: Registry, part: type) -> str:
 
 def _method(part: type[Method], keys: Mapping[str, Any]) -> Method:
     config = section_of(METHODS, method=_name(METHODS, part), **keys)
-    method = part.make(config, Population(num_devices=NUM_DEVICES, sample_rate=SAMPLED / NUM_DEVICES, num_examples=70))
+    method = part.make(config, Population(num_devices=NUM_DEVICES, sample_rate=SAMPLED / NUM_DEVICES, total_count=70))
     method.layout = Layout({"tensor": (SIZE,)})
     return method
 
@@ -137,7 +137,8 @@ def _uploads(method: Method, state: ServerState, round_index: int) -> RoundUploa
     params = [state.params + _vector(10 * round_index + i) / np.float32(100) for i in range(SAMPLED)]
     return RoundUploads(
         device_ids=rng.permutation(NUM_DEVICES)[:SAMPLED],
-        num_examples=rng.integers(1, 20, SAMPLED),
+        num_examples=(num_examples := rng.integers(1, 20, SAMPLED)),
+        counts=num_examples,
         num_steps=rng.integers(1, 9, SAMPLED),
         params=params,
         device_learning_rate=0.01,

@@ -39,11 +39,13 @@ def test_defaults_follow_the_method_and_variant(write):
         "learning_rate": 1.5,
         "momentum": 0.5,
         "control_variates": True,
+        "weights": "examples",
         "max_rejected": 0.2,
     }
     released = load_config(path, ["server.variant=released"]).server
     assert (released.learning_rate, released.momentum) == (0.05, 0.9)
-    assert load_config(path, ["server.method=fedavg"]).server.model_dump() == {"method": "fedavg", "max_rejected": 0.2}
+    plain = {"method": "fedavg", "weights": "examples", "max_rejected": 0.2}
+    assert load_config(path, ["server.method=fedavg"]).server.model_dump() == plain
     assert load_config(path, ["server.variant=released", "server.momentum=0.3"]).server.momentum == 0.3
 
 
@@ -120,6 +122,11 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
         (["tuning.kind=attempt"], "attempt needs tuning.sources"),
         (["tuning.kind=full", "device.pack=2"], "full changes the weights for one device at a time"),
         (["tuning.kind=bitfit", "model.gradient_checkpointing=true"], "bitfit needs false"),
+        (
+            ["tuning.kind=full", "model.quantization=int8"],
+            "model.quantization: int8 holds the frozen weights in few bits",
+        ),
+        (["tuning.kind=bitfit", "model.quantization=nf4"], "bitfit, which changes them, needs null"),
         (["tuning.kind=full", "model.device_map=auto"], "full needs model.device_map: single"),
         (
             ["selection.ratio=auto", "model.dtype=bfloat16", "model.attention=flash_attention_2"],

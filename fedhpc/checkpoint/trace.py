@@ -20,6 +20,7 @@ def write_trace(
         file.attrs["device_learning_rate"] = uploads.device_learning_rate
         file["device_ids"] = uploads.device_ids.astype(np.int64)
         file["num_examples"] = uploads.num_examples.astype(np.int64)
+        file["counts"] = uploads.counts.astype(np.int64)
         file["num_steps"] = uploads.num_steps.astype(np.int64)
         write_vector(file, "broadcast", broadcast, layout)
         write_vector(file, "uploads", np.stack(uploads.params), layout)

@@ -13,7 +13,7 @@ from fedhpc.evaluate.predictions import device_batches, evaluation_examples
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import UPLOAD_HEADER
 from fedhpc.federation.packing import largest_pack
-from fedhpc.federation.sampling import count_packs, population
+from fedhpc.federation.sampling import count_packs, population, upload_counts
 from fedhpc.job.progress import human_bytes
 from fedhpc.methods import Method, make_method
 from fedhpc.model.numbers import no_surprise
@@ -216,7 +216,8 @@ def has_control(job: Job) -> bool:
 
 def method_of(job: Job) -> Method:
     """The server's."""
-    return make_method(job.config.server, population(job.config, job.partition))
+    counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
+    return make_method(job.config.server, population(job.config, counts))
 
 
 def upload_of(job: Job) -> Upload:

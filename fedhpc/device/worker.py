@@ -31,6 +31,7 @@ from fedhpc.federation.sampling import (
     population,
     sample_devices,
     training_devices,
+    upload_counts,
 )
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
@@ -73,7 +74,8 @@ class Worker:
         self.evaluation = Evaluation(config, data, partition, backbone, tuning, exchange)
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
-        self.method = make_method(config.server, population(config, partition))
+        self.counts = upload_counts(config, partition, self.train.num_terms)
+        self.method = make_method(config.server, population(config, self.counts))
         self.encoding = make_encoding(config, self.method)
         self.keeps = (
             bool(self.encoding.keeps or self.method.keeps)
@@ -128,6 +130,7 @@ class Worker:
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
             self.progress.finished[device] = rows[device]
+            messages.upload_headers(rows[device][None])["count"] = self.counts[device]  # earlier versions wrote none
         done = 0
         for pack in mine:
             self._train(pack, context, rows)
@@ -272,7 +275,7 @@ class Worker:
             self.touched.add(device)
         (header,) = messages.upload_headers(record[None])
         header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
-        header["num_examples"], header["fault"] = update.num_examples, fault
+        header["num_examples"], header["count"], header["fault"] = update.num_examples, self.counts[device], fault
         header["norm"] = 0.0 if fault == Fault.NONE else distance(update.params, start)
 
     def score(self, command: Command) -> np.ndarray:

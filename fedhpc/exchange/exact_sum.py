@@ -57,7 +57,7 @@ class Terms:
 
     @classmethod
     def of_uploads(cls, records: np.ndarray, of: SumSize, here: NDArray[np.bool_] | Literal[True] = True) -> "Terms":
-        """What the sound ones of upload records [any, ...] add: n_i times their payloads, or also once.
+        """What the sound ones of upload records [any, ...] add: their counts times their payloads, or also once.
 
         Args:
             records: the uploads.
@@ -66,9 +66,9 @@ class Terms:
         """
         headers, payloads = upload_headers(records), upload_payloads(records, of.size)
         rows = np.flatnonzero(here & (headers["fault"] == Fault.NONE))
-        num_examples = headers["num_examples"][rows]
+        counts = headers["count"][rows]
         return cls(
-            coefficients=np.stack([num_examples, np.ones_like(num_examples)][: of.num_sums], axis=1),
+            coefficients=np.stack([counts, np.ones_like(counts)][: of.num_sums], axis=1),
             vectors=[payloads[row] for row in rows],
             of=of,
         )

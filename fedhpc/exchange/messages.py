@@ -151,11 +151,11 @@ UPLOAD_HEADER = np.dtype(
         ("seconds", "<f8"),
         ("fault", "<i8"),
         ("norm", "<f8"),
-        ("unused", "<i8"),
+        ("count", "<i8"),
     ]
 )
 """The fixed part of an upload, 64 bytes. `fault`: what the device's rank found (see `updates.fault_of`); `norm`: how
-far a bad upload is from P^t."""
+far a bad upload is from P^t; `count`: what it counts in sums, by `server.weights`."""
 FLOAT = np.dtype("<f4")
 UPLOAD_HEADER_FLOATS = UPLOAD_HEADER.itemsize // FLOAT.itemsize
 

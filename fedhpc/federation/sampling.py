@@ -54,13 +54,25 @@ def round_steps(config: Config, partition: Partition, round_index: int) -> list[
     return [local_steps(config, len(examples), round_index) for examples in partition.train]
 
 
-def population(config: Config, partition: Partition) -> Population:
-    """What the server method may know of the devices, of those that can train."""
+def upload_counts(config: Config, partition: Partition, num_terms: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What every device's upload counts in a round's mean [N], by `server.weights`.
+
+    Args:
+        config: the run's configuration.
+        partition: who has which examples.
+        num_terms: terms of the loss in each training example; see `fedhpc.data.prepared.Split.num_terms`.
+    """
+    of_device = {"examples": len, "tokens": lambda examples: num_terms[examples].sum(), "uniform": lambda _: 1}
+    return np.array([of_device[config.server.weights](examples) for examples in partition.train], np.int64)
+
+
+def population(config: Config, counts: NDArray[np.int64]) -> Population:
+    """What the server method may know of the devices, from their `upload_counts`."""
     devices = training_devices(config)
     return Population(
         num_devices=len(devices),
         sample_rate=config.federation.sample_rate,
-        num_examples=sum(len(partition.train[device]) for device in devices),
+        total_count=int(counts[devices].sum()),
     )
 
 

@@ -30,8 +30,8 @@ class Population:
     num_devices: int
     """That can train."""
     sample_rate: float
-    num_examples: int
-    """On all of them."""
+    total_count: int
+    """What all their uploads count together (`server.weights`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Method(Part, ABC):
     def __init__(self, config: Any, population: Population) -> None:
         self.config = config
         self.num_devices, self.sample_rate = population.num_devices, population.sample_rate
-        self.num_examples = population.num_examples
+        self.total_count = population.total_count
         self._control_memory, self._other_memory = ReusedMemory(), ReusedMemory()
 
     @classmethod

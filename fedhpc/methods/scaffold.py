@@ -3,10 +3,11 @@
 SCAFFOLD: Stochastic Controlled Averaging for Federated Learning. Karimireddy, Kale, Mohri, Reddi, Stich, Suresh. ICML
 2020. https://arxiv.org/abs/1910.06378, algorithm 1 with option II.
 
-Where the paper averages over devices, this averages over their examples, as all methods here do: 1/|S| becomes w_i,
-1/N becomes n_i over all examples; c then is the mean of the c_i by examples. The paper's devices upload c_i's change
-beside their model; it follows from the model and the steps taken, so that the server computes it. With AdamW on the
-devices c_i is their mean direction, and corrects AdamW's.
+Where the paper averages over devices, this averages by what their uploads count (`server.weights`), as all methods here
+do: 1/|S| becomes w_i, 1/N becomes a device's count over those of all devices; c then is the mean of the c_i by counts.
+With `uniform` weights both are the paper's. The paper's devices upload c_i's change beside their model; it follows from
+the model and the steps taken, so that the server computes it. With AdamW on the devices c_i is their mean direction,
+and corrects AdamW's.
 """
 
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ class Scaffold(Method):
             own = uploads.params[i] - params
             change += weight * own
             control_change += weight * (-own / (uploads.num_steps[i] * uploads.device_learning_rate) - c)
-        share = uploads.num_examples.sum() / self.num_examples
+        share = uploads.counts.sum() / self.total_count
         return ServerState(
             round=state.round + 1,
             params=f32(params + self.config.learning_rate * change),

@@ -93,11 +93,13 @@ class RoundUploads:
     sums: Sums | None = None
     control_memory: Sequence[Vector] = ()
     """Where the devices' new c_i may be written, m vectors [n] by ascending device id; none: new memory."""
+    counts: NDArray[np.int64]
+    """What each upload counts, by `server.weights`: n_i, the trained tokens in the n_i examples, or 1; shape [m]."""
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """w_i = n_i / sum of n_j over the round's devices, shape [m]."""
-        return self.num_examples / self.num_examples.sum()
+        """w_i, what an upload counts of what the round's uploads count together, shape [m]."""
+        return self.counts / self.counts.sum()
 
     def block(self, elements: slice) -> "RoundUploads":
         """The same uploads, but only these elements of the vectors."""
@@ -116,6 +118,7 @@ class RoundUploads:
             self,
             device_ids=self.device_ids[order],
             num_examples=self.num_examples[order],
+            counts=self.counts[order],
             num_steps=self.num_steps[order],
             params=[self.params[place] for place in order],
             gradients=[self.gradients[place] for place in order] if self.gradients else (),

@@ -23,7 +23,7 @@ from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
 from fedhpc.exchange.simulation import Load, round_seconds
 from fedhpc.federation.packing import choose_pack, largest_pack
-from fedhpc.federation.sampling import Placement, population, sample_devices, training_devices
+from fedhpc.federation.sampling import Placement, population, sample_devices, training_devices, upload_counts
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
@@ -57,7 +57,8 @@ class Server:
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
         self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
-        self.method = make_method(job.config.server, population(job.config, job.partition))
+        self.counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
+        self.method = make_method(job.config.server, population(job.config, self.counts))
         self.encoding = make_encoding(job.config, self.method)
         self.strategy = make_strategy(job.config.selection)
         self.trackers = Trackers(job.config)
@@ -290,6 +291,7 @@ class Server:
         uploads = RoundUploads(
             device_ids=headers["device"],
             num_examples=headers["num_examples"],
+            counts=self.counts[headers["device"]],
             num_steps=headers["num_steps"],
             params=[] if encoding.num_sums else [encoding.decode(upload.payloads(records)[i], start) for i in order],
             gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
@@ -326,7 +328,7 @@ class Server:
     def _sums(self, headers: np.ndarray) -> Sums:
         """What came with the headers of the uploads in use."""
         weighted, *total = self.exchange.sums
-        return Sums(mean=weighted / headers["num_examples"].sum(), total=total[0] if total else None)
+        return Sums(mean=weighted / self.counts[headers["device"]].sum(), total=total[0] if total else None)
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
         """The method's server step, watched for growth without bound; with `trace` also what it came from."""

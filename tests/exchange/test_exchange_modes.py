@@ -79,7 +79,7 @@ def test_sums_of_extreme_numbers(value):
 def encoding(dtype):
     config = make_config("unused", exchange={"dtype": dtype})
     return make_encoding(
-        config, make_method(config.server, Population(num_devices=10, sample_rate=1.0, num_examples=100))
+        config, make_method(config.server, Population(num_devices=10, sample_rate=1.0, total_count=100))
     )
 
 
@@ -110,10 +110,12 @@ def test_sixteen_bits_never_overflow():
     np.testing.assert_array_equal(kept["residual"], [1e6 - 65504, 65504 - 1e6])
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedpeptao"])
-def test_sums_give_the_results_of_the_uploads(run_config, fedhpc, method):
-    gathered = run_config("gathered", server__method=method, trace=False, federation__rounds=5)
-    summed = run_config("summed", server__method=method, trace=False, federation__rounds=5, exchange__mode="reduce")
+@pytest.mark.parametrize(
+    ("method", "weights"), [("fedavg", "examples"), ("fedavg", "uniform"), ("fedpeptao", "uniform")]
+)
+def test_sums_give_the_results_of_the_uploads(run_config, fedhpc, method, weights):
+    changes = {"server__method": method, "server__weights": weights, "trace": False, "federation__rounds": 5}
+    gathered, summed = run_config("gathered", **changes), run_config("summed", **changes, exchange__mode="reduce")
     for config in (gathered, summed):
         assert fedhpc("run", config)[0] == 0
     ours, theirs = (np.frombuffer(final_prompts(config), np.float32) for config in (summed, gathered))

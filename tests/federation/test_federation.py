@@ -16,6 +16,7 @@ from fedhpc.federation.sampling import (
     population,
     sample_devices,
     training_devices,
+    upload_counts,
 )
 from fedhpc.registry import PARTITIONS
 
@@ -35,7 +36,6 @@ def test_steps_count_short_batches_and_epochs():
     assert [local_steps(config(batch_size=8, epochs=3), n, 0) for n in (1, 8, 9)] == [3, 3, 6]
 
 
-def test_a_curriculum_begins_with_a_share_of_the_batches_and_ends_with_all():
 def test_no_more_steps_than_are_allowed_whatever_the_epochs():
     chosen = config(batch_size=8, epochs=3, max_steps=4)
     assert [local_steps(chosen, n, 0) for n in (1, 8, 9, 800)] == [3, 3, 4, 4]
@@ -48,6 +48,7 @@ def test_an_upload_counts_examples_their_trained_tokens_or_one(weights, counts):
     assert upload_counts(chosen, partition, np.array([2, 5, 100, 7])).tolist() == counts
 
 
+def test_a_curriculum_begins_with_a_share_of_the_batches_and_ends_with_all():
     chosen = config(batch_size=8, epochs=2, curriculum={"order": "fisher", "start": 0.5, "end": 0.5}, rounds=10)
     # 10 batches; 0.5 + 0.5 t / 5 of them, all from round 5 on
     steps = [local_steps(chosen, 80, t) for t in range(10)]

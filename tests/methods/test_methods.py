@@ -21,15 +21,16 @@ P0 = np.array([1.0, -2.0], np.float32)
 GRADIENTS = [np.array([2, 0], np.float32), np.array([0, 4], np.float32)]
 
 
-def method(num_devices=4, sample_rate=0.5, num_examples=8, **config):
-    population = Population(num_devices=num_devices, sample_rate=sample_rate, num_examples=num_examples)
+def method(num_devices=4, sample_rate=0.5, total_count=8, **config):
+    population = Population(num_devices=num_devices, sample_rate=sample_rate, total_count=total_count)
     return make_method(section_of(METHODS, **config), population)
 
 
-def uploads(params, ids=(2, 0), examples=(1, 3), steps=(2, 4), eta=0.5, gradients=()):
+def uploads(params, ids=(2, 0), examples=(1, 3), steps=(2, 4), eta=0.5, gradients=(), counts=None):
     return RoundUploads(
         device_ids=np.array(ids),
         num_examples=np.array(examples),
+        counts=np.array(counts or examples),
         num_steps=np.array(steps),
         params=np.array(params, np.float32),
         device_learning_rate=eta,
@@ -43,6 +44,20 @@ def test_fedavg_is_the_mean_weighted_by_examples():
     # 1/4 [0, 4] + 3/4 [8, 0]
     assert state.params.tolist() == [6.0, 1.0]
     assert (state.round, state.params.dtype) == (1, np.float32)
+
+
+def test_the_mean_is_weighted_by_what_uploads_count():
+    fedavg = method(method="fedavg")
+    state = fedavg.update(fedavg.init(P0), uploads([[0, 4], [8, 0]], examples=(1, 3), counts=(6, 2)))
+    assert state.params.tolist() == [2.0, 3.0]
+
+
+def test_scaffold_with_uniform_weights_is_the_papers():
+    chosen = method(method="scaffold", learning_rate=0.5, num_devices=4, total_count=4)
+    first = chosen.update(chosen.init(P0), uploads([[0, -2], [3, -2]], examples=(1, 3), counts=(1, 1)))
+    # algorithm 1: P + eta_s / |S| sum (P_i - P); c + 1/N sum (c_i+ - c_i), with c_2+ = [1, 0] and c_0+ = [-1, 0]
+    assert first.params == pytest.approx([1.25, -2])
+    assert first.vectors["control_global"] == pytest.approx([0, 0])
 
 
 def test_drift_corrected_with_nothing_to_correct_is_plain_averaging():
@@ -194,7 +209,7 @@ def test_adaptive_servers_follow_reddis_algorithm_2(name, first_v, second_v):
 
 
 def test_scaffold_by_hand():
-    chosen = method(method="scaffold", learning_rate=0.5, num_examples=8)
+    chosen = method(method="scaffold", learning_rate=0.5, total_count=8)
     first = chosen.update(chosen.init(P0), uploads([[0, -2], [3, -2]]))
     # changes [-1, 0] and [2, 0]; mean 1/4 [-1, 0] + 3/4 [2, 0] = [1.25, 0]; P = [1, -2] + 0.5 [1.25, 0]
     assert first.params == pytest.approx([1.625, -2])
@@ -283,6 +298,7 @@ def test_vectors_of_an_independent_implementation(name):
             given = RoundUploads(
                 device_ids=entry["device_ids"][()],
                 num_examples=entry["num_examples"][()],
+                counts=entry["num_examples"][()],
                 num_steps=entry["num_steps"][()],
                 params=entry["uploads"][()].reshape(len(entry["uploads"]), -1),
                 device_learning_rate=float(file.attrs["device_learning_rate"]),
@@ -342,6 +358,6 @@ class WrongShape(FedAvg):
     ],
 )
 def test_a_step_that_makes_something_else_is_refused(part, words):
-    wrong = part(section_of(METHODS, method="fedavg"), Population(num_devices=5, sample_rate=0.4, num_examples=8))
+    wrong = part(section_of(METHODS, method="fedavg"), Population(num_devices=5, sample_rate=0.4, total_count=8))
     with pytest.raises(ConfigError, match=words):
         wrong.update(wrong.init(P0), uploads([[0, 4], [8, 0]]))
