@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +43,19 @@ class Structure:
             f"{wanted_by}: model.name: {self.name} has none of the modules it needs; its layers have "
             f"{', '.join(self.linears)}; choose another tuning.kind"
         )
+
+    def matching(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """The dense modules of a layer that `tuning.targets` match, in their order; ModelError if one matches none."""
+        for pattern in patterns:
+            if not any(fnmatchcase(module, pattern) for module in self.linears):
+                last = {module.rpartition(".")[2]: module for module in self.linears}
+                near = get_close_matches(pattern, [*self.linears, *last], n=1, cutoff=0.5)
+                hint = f"; did you mean {last.get(near[0], near[0])}?" if near else ""
+                raise ModelError(
+                    f"tuning.targets: {pattern} matches no linear module of model.name: {self.name}; its layers have "
+                    f"{', '.join(self.linears)}{hint}"
+                )
+        return tuple(module for module in self.linears if any(fnmatchcase(module, pattern) for pattern in patterns))
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,8 @@
-"""LoRA: a change of low rank of the query and value projections.
+"""LoRA: a change of low rank of the query and value projections, or of other linear modules of the layers.
 
 LoRA: Low-Rank Adaptation of Large Language Models. Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen. ICLR 2022.
-https://arxiv.org/abs/2106.09685.
+https://arxiv.org/abs/2106.09685. A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. Kalajdzievski. 2023.
+https://arxiv.org/abs/2312.03732 (rsLoRA).
 
 Shapes: b examples, s positions, L layers, r rank.
 """
@@ -9,18 +10,23 @@ Shapes: b examples, s positions, L layers, r rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedhpc.config import Positive, PositiveFloat, TuningConfig
+from fedhpc.config import Positive, PositiveFloat, Probability, TuningConfig
 from fedhpc.job.deferred import Tensor, functional
-from fedhpc.model.overlay import Edit, each_device
+from fedhpc.model.overlay import Edit, Overlay, each_device
 from fedhpc.registry import TUNINGS
-from fedhpc.tuning.base import ModuleTuning, Rows
+from fedhpc.seeding import derive_seed
+from fedhpc.tuning.base import ModuleTuning, Params, Rows, dropout
 from fedhpc.tuning.peft_form import PeftForm
 
 if TYPE_CHECKING:
+    from fedhpc.data.prepared import Batch
+    from fedhpc.model.backbone import Backbone
     from fedhpc.model.pretrained import BackboneShape
 
 PROJECTIONS = (
@@ -34,6 +40,7 @@ PROJECTIONS = (
     ("self_attn.qkv_proj",),
 )
 """Query and value projections of a layer, or all three in one, in the architectures that have such names."""
+Targets = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
 @TUNINGS.register("lora")
@@ -47,6 +54,18 @@ class LoRA(ModuleTuning):
         """Rank of the change, r."""
         alpha: PositiveFloat = 16.0
         """The change of a weight is alpha / r B A."""
+        rslora: bool = False
+        """alpha / sqrt(r) in place of alpha / r (rsLoRA)."""
+        targets: Targets | Literal["all-linear"] | None = None
+        """Linear modules of the layers that are changed: all, or those whose path within a layer one of these patterns
+        matches, as `self_attn.*_proj`; query and value projections unless given."""
+        dropout: Probability = 0.0
+        """Dropout on what enters A during training."""
+
+        @property
+        def draws(self) -> bool:
+            """See `fedhpc.config.TuningConfig`."""
+            return self.dropout > 0
 
     peft_type = "LORA"
 
@@ -55,8 +74,11 @@ class LoRA(ModuleTuning):
 
         super().__init__(config, shape, num_classes=num_classes)
         structure = read_structure(shape.name)
-        self.modules = structure.first_match(PROJECTIONS, "tuning.kind: lora")
-        self.scaling = config.alpha / config.rank
+        if config.targets is None:
+            self.modules = structure.first_match(PROJECTIONS, "tuning.kind: lora")
+        else:
+            self.modules = structure.matching(["*"] if config.targets == "all-linear" else config.targets)
+        self.scaling = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
         for module in self.modules:
             inputs, outputs = structure.linears[module]
             self.per_layer[f"lora_A.{module}"] = (shape.num_layers, config.rank, inputs)
@@ -69,6 +91,31 @@ class LoRA(ModuleTuning):
         if name.startswith("lora_A"):
             return float((3 * self.per_layer[name][2]) ** -0.5)
         return super().initial_scale(name)
+
+    def overlay(
+        self,
+        backbone: Backbone,
+        params: Sequence[Params],
+        batch: Batch,
+        dropout_seeds: Sequence[int] | None,
+    ) -> Overlay:
+        """See `Tuning`."""
+        overlay = super().overlay(backbone, params, batch, dropout_seeds)
+        if not self.config.dropout or dropout_seeds is None:
+            return overlay
+        edits = {module: self._dropping(module, edit, dropout_seeds) for module, edit in overlay.edits.items()}
+        return replace(overlay, edits=edits)
+
+    def _dropping(self, module: str, edit: Edit, seeds: Sequence[int]) -> Edit:
+        """The edit, with dropout on its input: in every layer and module other elements."""
+
+        def dropped(layer: int, inputs: Tensor, output: Tensor, sizes: Sequence[int]) -> Tensor:
+            def of_device(place: int, x: Tensor) -> Tensor:
+                return dropout(x, self.config.dropout, derive_seed(seeds[place], purpose=f"{layer} {module}"))
+
+            return edit(layer, each_device(of_device, inputs, sizes), output, sizes)
+
+        return dropped
 
     def edit(self, module: str, rows: Sequence[Rows]) -> Edit:
         """See `ModuleTuning`."""
@@ -95,7 +142,8 @@ class LoRA(ModuleTuning):
                 "peft_type": self.peft_type,
                 "r": self.config.rank,
                 "lora_alpha": self.config.alpha,
-                "lora_dropout": 0.0,
+                "use_rslora": self.config.rslora,
+                "lora_dropout": self.config.dropout,
                 "bias": "none",
                 "target_modules": [f"{layer}.{module}" for layer in layers for module in self.modules],
                 "fan_in_fan_out": isinstance(model.get_submodule(f"{layers[0]}.{self.modules[0]}"), Conv1D),

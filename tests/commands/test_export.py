@@ -82,10 +82,11 @@ TUNINGS = [
     {"kind": "lora", "rank": 3, "alpha": 12.0},
     {"kind": "prompt", "position_offset": False},
 ]
+    {"kind": "lora", "rank": 4, "targets": "all-linear", "rslora": True, "dropout": 0.5},
 KINDS = [tuning["kind"] for tuning in TUNINGS[:3]]
 
 
-@pytest.mark.parametrize("tuning", TUNINGS, ids=[*KINDS, "no offset"])
+@pytest.mark.parametrize("tuning", TUNINGS, ids=[*KINDS, "no offset", "all-linear"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama-gqa", "qwen3"])
 def test_peft_gives_the_same_logits(tmp_path, name, tuning):
     path = backbones.save_backbone(tmp_path, name)
@@ -93,6 +94,9 @@ def test_peft_gives_the_same_logits(tmp_path, name, tuning):
     form = peft_form(trained)
     model = load_with_peft(form, path, tmp_path / "adapter", PLAIN[backbones.kind_of(name)])
     logits = plain_output(model, form, batch).logits[range(3), batch.slots + form.output_offset]
+    if tuning["kind"] == "lora":
+        assert form.config["use_rslora"] == tuning.get("rslora", False)
+        assert form.config["lora_dropout"] == tuning.get("dropout", 0.0)
     ours = expected_scores(trained, batch)
     assert torch.allclose(logits[:, [word for (word,) in backbones.WORDS]], ours, rtol=0, atol=1e-4)
     assert ours.std() > 0.3

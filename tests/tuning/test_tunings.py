@@ -108,12 +108,34 @@ def pick(batch, rows, sizes):
     return type(batch)(**tensors, sizes=sizes)
 
 
+PATTERNS = {
+    "bert": (["attention.self.key", "*output.dense"], ["attention.self.key", "attention.output.dense", "output.dense"]),
+    "gpt2": (["*.c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+    "llama-gqa": (["mlp.up_proj", "self_attn.[ko]_proj"], ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"]),
+}
+"""Of `tuning.targets`, and what they match."""
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_say_which_modules_lora_changes(world, name):
+    patterns, modules = PATTERNS[name]
+    assert read_tuning(world / name, kind="lora", targets=patterns).modules == tuple(modules)
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_what_there_is(world):
+    there = "its layers have self_attn.q_proj, .*, mlp.down_proj; did you mean self_attn.q_proj?"
+    with pytest.raises(ModelError, match=f"tuning.targets: q_prj matches no linear module of model.name: .*; {there}"):
+        read_tuning(world / "llama-gqa", kind="lora", targets=["*.v_proj", "q_prj"])
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_lora_is_pefts(world, name):
-    backbone, tuning, params = tuned(world, name, "lora")
-    targets = [module.rpartition(".")[2] for module in tuning.modules]
+@pytest.mark.parametrize("options", [{}, {"targets": "all-linear", "dropout": 0.3}, {"rslora": True}], ids=str)
+def test_lora_is_pefts(world, name, options):
+    backbone, tuning, params = tuned(world, name, "lora", **options)
+    targets = [f"{layer}.{module}" for layer in range(NUM_LAYERS) for module in tuning.modules]
     plain = load_plain(world / name, name)
-    model = get_peft_model(plain, LoraConfig(r=3, lora_alpha=4, target_modules=targets))
+    rslora = options.get("rslora", False)
+    model = get_peft_model(plain, LoraConfig(r=3, lora_alpha=4, target_modules=targets, use_rslora=rslora))
     state = model.state_dict()
     for key, tensor in params.items():
         part, _, module = key.partition(".")
@@ -123,6 +145,27 @@ def test_lora_is_pefts(world, name):
     batch = make_batch(name)
     theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert_same(tuning.forward(backbone, [params], batch), at_slots(theirs, batch))
+
+
+def test_lora_drops_what_enters_each_module_by_the_devices_seed(world):
+    """Dropout 0.5 doubles or drops: with A and B one, and a module's input one, the change is twice what is left."""
+    _, tuning, params = tuned(world, "llama-gqa", "lora", targets="all-linear", dropout=0.5)
+    backbone, batch = load_backbone(world / "llama-gqa", "llama-gqa"), make_batch("llama-gqa")
+    params = {key: tensor.detach().float() for key, tensor in params.items()}
+    edits = tuning.overlay(backbone, [params, params], batch, [3, 4]).edits
+    rows = torch.ones(6, HIDDEN_SIZE)
+
+    def changes(module, layer):
+        out = torch.zeros(6, tuning.per_layer[f"lora_B.{module}"][1])
+        return edits[module](layer, rows, out, [3, 3])
+
+    found = changes("self_attn.q_proj", 0)
+    assert torch.equal(found, changes("self_attn.q_proj", 0))
+    assert len({tuple(row.tolist()) for row in found}) == 6  # every row of both devices drops other elements
+    kept = [changes(module, layer) for layer in (0, 1) for module in ("self_attn.q_proj", "self_attn.o_proj")]
+    plain = tuning.overlay(backbone, [params, params], batch, None).edits["self_attn.q_proj"]
+    assert len({tuple(row.tolist()) for row in plain(0, rows, torch.zeros(6, 32), [3, 3])}) == 1
+    assert len({tuple(each[0].tolist()) for each in kept}) == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
