@@ -79,6 +79,9 @@ class ModelConfig(Section):
     """`auto` spreads one rank's backbone over all GPUs that the rank sees; needs the extra `multi-gpu`."""
     backbone_dropout: bool = False
     """Train with the backbone's own dropout on, as the released code does."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """The frozen weights of the backbone's linear modules in four bits (QLoRA) or eight (LLM.int8), by the extra
+    `quantization`; what is tuned stays as it is."""
 
 
 class DataConfig(Section):
@@ -222,12 +225,12 @@ class DeviceConfig(Section):
 
     epochs: Positive = 2
     """Passes over the device's examples in a round, E."""
-    batch_size: Positive = 8
-    """Examples in a training step."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
     max_steps: Positive | None = None
     """If given, a device takes no more steps than this in a round; which of its batches they are is drawn anew in each
     round."""
+    batch_size: Positive = 8
+    """Examples in a training step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     """Weight decay is decoupled in both; `sgd` has no momentum of its own."""
     learning_rate: PositiveFloat = 5e-3
     """eta; the default suits deep prompts under AdamW, other tunings want their own, see below."""
@@ -260,12 +263,12 @@ class MethodConfig(Section):
 
     method: str = METHODS.default
     """How uploads become the next global parameters; see below."""
-    max_rejected: Probability = 0.2
-    """The run ends when a larger share of a round's uploads is NaN, infinite or larger than any local update can be."""
-
     weights: Literal["examples", "tokens", "uniform"] = "examples"
     """What an upload counts in a round's mean: the device's training examples, their trained tokens (one an example
     where texts are classified), or as much as any other."""
+    max_rejected: Probability = 0.2
+    """The run ends when a larger share of a round's uploads is NaN, infinite or larger than any local update can be."""
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, values: Any) -> Any:
@@ -437,15 +440,15 @@ class Config(Section):
             raise ValueError(f"tuning.loss: vocabulary needs tuning.head: verbalizer; {reason}")
         if self.device.pack != 1 and self.model.backbone_dropout:
             raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
+        if self.device.warmup >= self.federation.rounds:
+            raise ValueError(
+                f"device.warmup: {self.device.warmup} must be fewer than federation.rounds: {self.federation.rounds}"
+            )
         if self.exchange.mode == "reduce" and self.trace:
             raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
         if self.selection.local_layers == "frozen" and self.sparse.fraction < 1:
             raise ValueError(
                 "selection.local_layers: frozen leaves nothing to train in them; sparse.fraction below 1 needs trained"
-            )
-        if self.device.warmup >= self.federation.rounds:
-            raise ValueError(
-                f"device.warmup: {self.device.warmup} must be fewer than federation.rounds: {self.federation.rounds}"
             )
         if self.selection.is_automatic and self.model.attention != "sdpa":
             raise ValueError(

@@ -134,7 +134,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         "program": PROGRAM_BYTES,
         "model's code, kernels and their buffers": code,
         STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
-        f"backbone, {config.model.dtype}": work.weights,
+        f"backbone, {config.model.quantization or config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         f"{first}: tensors at once (at other times: {then})": phases[first],

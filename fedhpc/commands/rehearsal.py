@@ -28,6 +28,7 @@ from fedhpc.model.backbone import NOT_TAKEN, Backbone
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.overlay import Overlay
 from fedhpc.model.pretrained import auto_class, run_config
+from fedhpc.model.quantization import saved_bytes
 from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import BatchLoss
 from fedhpc.server.job import Job
@@ -109,8 +110,10 @@ class Rehearsal:
         self._train, self._validation = job.data.split("train"), job.data.split("validation")
         self.loading = self._backbone.loaded_bytes
         """Bytes of the weights with the whole language-model head, in the type of a run."""
-        self.weights = live.now
+        self.weights: float = live.now
         """Bytes of the weights that stay."""
+        if (kind := job.config.model.quantization) is not None:
+            self.weights -= saved_bytes(self._backbone, kind)
 
     def training(self, pack: int, waiting: int) -> int:
         """A step of so many devices, when others wait for their place in the pack, prompts and moments ready."""

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from fedhpc.config import ModelConfig
 from fedhpc.data.tokenizer_files import tokenizer_advice
 from fedhpc.errors import ModelError, first_line
+from fedhpc.model.quantization import keep_layout, quantization_arguments
 from fedhpc.model.weight_files import mapped_weights
 
 POSITIONS_COUNT_TOKENS = (
@@ -147,11 +148,11 @@ def load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torc
     """
     model_config, loader = run_config(config), auto_class(head=head, kind=kind)
     _check_kernel(config, model_config, loader)
-    extra: dict[str, Any] = {}
+    extra = quantization_arguments(config, torch_device)
     if config.device_map == "auto":
         if find_spec("accelerate") is None:
             raise ModelError("model.device_map: auto needs the package accelerate: pip install accelerate")
-        extra = {"device_map": "auto"}
+        extra["device_map"] = "auto"
     model, info = load_pretrained(
         partial(_with_weights, loader, mapped=not extra),
         config.name,
@@ -166,7 +167,8 @@ def load_frozen(config: ModelConfig, *, head: str, kind: str, torch_device: torc
         raise ModelError(f"model.name: {config.name} does not fit on the GPUs that this rank sees; use more of them")
     model.requires_grad_(False)
     model.eval()
-    return model if config.device_map == "auto" else model.to(torch_device)
+    keep_layout(model)
+    return model if extra else model.to(torch_device)
 
 
 def _check_kernel(config: ModelConfig, model_config: Any, loader: Any) -> None:

@@ -110,6 +110,11 @@ class Tuning(Part, ABC):
                 "model.gradient_checkpointing: true computes layers again with the frozen weights; tuning.kind: "
                 f"{kind} needs false"
             )
+        if cls.changes_weights and config.model.quantization is not None:
+            raise ConfigError(
+                f"model.quantization: {config.model.quantization} holds the frozen weights in few bits; tuning.kind: "
+                f"{kind}, which changes them, needs null"
+            )
         if cls.changes_weights and config.model.device_map == "auto":
             raise ConfigError(f"tuning.kind: {kind} needs model.device_map: single")
 

@@ -31,9 +31,10 @@ from fedhpc.tuning.base import as_parameters
 PLAIN = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM}
 
 
-def make_trained(path, description, dtype="float32", **tuning):
+def make_trained(path, description, dtype="float32", quantization=None, **tuning):
     """A run of a backbone whose every tuned parameter is random, and large enough to matter."""
-    config = backbones.make_config(path, model={"dtype": dtype}, tuning={"head": description.head, **tuning})
+    model = {"dtype": dtype, "quantization": quantization}
+    config = backbones.make_config(path, model=model, tuning={"head": description.head, **tuning})
     shape = read_shape(str(path))
     tuning = make_tuning(config.tuning, shape, num_classes=len(description.class_names))
     rng = torch.Generator().manual_seed(5)
@@ -81,8 +82,8 @@ TUNINGS = [
     {"kind": "prompt_tuning"},
     {"kind": "lora", "rank": 3, "alpha": 12.0},
     {"kind": "prompt", "position_offset": False},
-]
     {"kind": "lora", "rank": 4, "targets": "all-linear", "rslora": True, "dropout": 0.5},
+]
 KINDS = [tuning["kind"] for tuning in TUNINGS[:3]]
 
 
@@ -93,10 +94,10 @@ def test_peft_gives_the_same_logits(tmp_path, name, tuning):
     trained, batch = make_trained(path, backbones.describe(name), **tuning), backbones.make_batch(name)
     form = peft_form(trained)
     model = load_with_peft(form, path, tmp_path / "adapter", PLAIN[backbones.kind_of(name)])
-    logits = plain_output(model, form, batch).logits[range(3), batch.slots + form.output_offset]
     if tuning["kind"] == "lora":
         assert form.config["use_rslora"] == tuning.get("rslora", False)
         assert form.config["lora_dropout"] == tuning.get("dropout", 0.0)
+    logits = plain_output(model, form, batch).logits[range(3), batch.slots + form.output_offset]
     ours = expected_scores(trained, batch)
     assert torch.allclose(logits[:, [word for (word,) in backbones.WORDS]], ours, rtol=0, atol=1e-4)
     assert ours.std() > 0.3

@@ -81,7 +81,7 @@ def test_workers_that_share_memory_write_the_sums_of_their_sound_uploads(server)
     records, sums = layout.write_command(Command(op=Op.TRAIN), upload_record(size), counts, of)
     upload_payloads(records, size)[:] = [[1], [2], [4], [8], [16], [np.nan]]
     headers = upload_headers(records)
-    headers["num_examples"], headers["fault"] = 3, [0, 0, 0, 0, 0, Fault.NAN]
+    headers["count"], headers["fault"] = 3, [0, 0, 0, 0, 0, Fault.NAN]
     sums[...] = -1
     exponent = 6
     for worker in np.flatnonzero(near):

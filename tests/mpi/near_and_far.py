@@ -44,7 +44,7 @@ for turn, size in enumerate(SIZES):
         # Ranks of both kinds with memory of their own.
         rows = exchange.rows(record, count) if exchange.rank < 3 else record.zeros(count)
         upload_headers(rows)["device"] = np.arange(place, place + count)
-        upload_headers(rows)["num_examples"], upload_headers(rows)["fault"] = 1, Fault.NONE
+        upload_headers(rows)["count"], upload_headers(rows)["fault"] = 1, Fault.NONE
         upload_payloads(rows, size)[:] = mine
         if of:
             exchange.add_up(of)

@@ -9,6 +9,7 @@ from fedhpc.data.prepared import Description
 from fedhpc.data.tasks import template_fields
 from fedhpc.data.tokens import TextEncoder
 from fedhpc.model.pretrained import auto_class
+from fedhpc.model.quantization import options_of
 from fedhpc.tuning.peft_form import PeftForm
 
 EXAMPLE = "an example"
@@ -57,19 +58,24 @@ def readme(trained: Trained, form: PeftForm, encoder: TextEncoder) -> str:
 
 
 def _snippet(trained: Trained, form: PeftForm, encoder: TextEncoder) -> Iterator[str]:
-    description, dtype = trained.job.data.description, trained.job.config.model.dtype
+    description, config = trained.job.data.description, trained.job.config.model
     loader = auto_class(head=description.head, kind=description.kind).__name__
     fields = template_fields(description.template)
     yield "import torch"
     yield "from peft import PeftModel"
     if description.head == "linear":
         yield "from safetensors.torch import load_file"
-    yield f"from transformers import {loader}, AutoTokenizer"
+    names, quantization = f"{loader}, AutoTokenizer", ""
+    if config.quantization is not None:
+        options = ", ".join(f"{key}={value!r}" for key, value in options_of(config).items())
+        names, quantization = f"{names}, BitsAndBytesConfig", f", quantization_config=BitsAndBytesConfig({options})"
+    yield f"from transformers import {names}"
     yield ""
     yield f"base = {_quoted(form.config['base_model_name_or_path'])}"
     yield "tokenizer = AutoTokenizer.from_pretrained(base)"
-    yield f"model = {loader}.from_pretrained(base, dtype=torch.{dtype})"
-    same_type = "" if dtype == "float32" else ", autocast_adapter_dtype=False"  # PEFT computes in float32 with it
+    yield f"model = {loader}.from_pretrained(base, dtype=torch.{config.dtype}{quantization})"
+    # Without it, PEFT computes in float32.
+    same_type = "" if config.dtype == "float32" else ", autocast_adapter_dtype=False"
     yield f'model = PeftModel.from_pretrained(model, "."{same_type}).eval()'
     yield f"text = {{{', '.join(f'{_quoted(field)}: {_quoted(EXAMPLE)}' for field in fields)}}}"
     whole = encoder.text({field: FIELD.format(field) for field in fields})
