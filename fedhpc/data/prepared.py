@@ -140,11 +140,20 @@ class Batch:
     """Tokens of each example [b], where the host can read them."""
     targets: Targets | None = None
     """Of texts to be generated."""
+    openings: torch.Tensor | None = None
+    """int64 ``[b]``: tokens of each text before what is to be generated; None: all of them."""
 
     @property
     def terms(self) -> tuple[int, ...]:
         """Terms of each device's mean loss: its examples, or its trained tokens."""
         return self.sizes if self.targets is None else self.targets.counts
+
+    @property
+    def given(self) -> torch.Tensor:
+        """bool ``[b, s]``: the tokens that are known before any is predicted."""
+        if self.openings is None:
+            return self.attention_mask
+        return torch.arange(self.input_ids.shape[1], device=self.openings.device) < self.openings[:, None]
 
     @property
     def is_padded(self) -> bool:
@@ -213,6 +222,15 @@ class Split:
         before = np.concatenate([[0], np.cumsum(self.spans[1::2] - self.spans[::2])])
         return np.diff(before[np.searchsorted(self.spans[::2], self.offsets)])
 
+    @cached_property
+    def openings(self) -> np.ndarray:
+        """Tokens of each example before its first trained one [n]; all of them where nothing is trained."""
+        if self.spans is None:
+            return self.lengths
+        begins = np.append(self.spans[::2], self.offsets[-1])
+        firsts = begins[np.searchsorted(self.spans[::2], self.offsets[:-1])]
+        return np.minimum(firsts, self.offsets[1:]) - self.offsets[:-1]
+
     def spans_of(self, example: int) -> np.ndarray:
         """Begin and end [k, 2] of an example's trained tokens, from its first token on."""
         assert self.spans is not None
@@ -236,11 +254,13 @@ class Split:
             sizes=sizes,
             lengths=lengths,
             targets=None if self.spans is None else self._targets(chosen, sizes),
+            openings=None if self.spans is None else torch.from_numpy(self.openings[chosen]),
         )
 
     def _targets(self, chosen: np.ndarray, sizes: Sequence[int]) -> Targets:
         places = [
-            np.concatenate([np.arange(begin, end) for begin, end in self.spans_of(example)]) for example in chosen
+            np.concatenate([np.arange(0), *(np.arange(begin, end) for begin, end in self.spans_of(example))])
+            for example in chosen
         ]
         tokens = [self.tokens[self.offsets[example] + own] for example, own in zip(chosen, places, strict=True)]
         texts = np.repeat(np.arange(len(chosen)), [len(own) for own in places])

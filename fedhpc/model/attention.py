@@ -61,7 +61,7 @@ def prompted(attention: Callable[..., Any]) -> Callable[..., Any]:
             num_tokens = 0 if prefix is None else prefix.shape[3]
             if prefix is not None:
                 key, value = (_put_first(prefix[:, i], own, sizes) for i, own in enumerate((key, value)))
-            attention_mask = _widen(attention_mask, query, num_tokens, causal=causal)
+            attention_mask = _widen(attention_mask, query, key, num_tokens, causal=causal)
             if memory is not None:
                 memory.keep(key, value, attention_mask)
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
@@ -101,17 +101,19 @@ def _put_first(prefix: Tensor, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([rows_of_devices(prefix, sizes), tensor], dim=2)
 
 
-def _widen(mask: Tensor | None, query: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:
-    """The mask [b, s] or [b, 1, s, s] with T visible columns in front."""
+def _widen(mask: Tensor | None, query: Tensor, key: Tensor, num_tokens: int, *, causal: bool) -> Tensor | None:
+    """The mask [b, k] or [b, 1, s, k] with T visible columns in front; where there is none, that of all keys."""
     if mask is not None:
         return functional.pad(mask, (num_tokens, 0), value=0.0 if mask.is_floating_point() else True)
+    if not causal or query.shape[2] == 1:  # the last token sees everything
+        return None
     # SDPA's causal flag would align causality to the first key; FlashAttention aligns it to the last.
-    return _causal_mask(query.shape[2], num_tokens, query.device) if causal else None
+    return _causal_mask(query.shape[2], key.shape[2], query.device)
 
 
 @lru_cache(maxsize=64)
-def _causal_mask(length: int, num_tokens: int, device: torch.device) -> Tensor:
-    return torch.ones(length, num_tokens + length, dtype=torch.bool, device=device).tril(num_tokens)[None, None]
+def _causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
+    return torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(num_keys - length)[None, None]
 
 
 def forget_masks() -> None:

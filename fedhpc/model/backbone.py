@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedhpc.config import ModelConfig, TuningConfig
@@ -56,13 +57,14 @@ class Backbone(nn.Module):
         self.answers = Answers(data.word_ids, full_vocabulary=self.generates or tuning.loss == "vocabulary")
         self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
         self.model = self._load(config, data, torch_device)
+        self.model.generation_config = GenerationConfig()  # a model's own may ask for more than greedy decoding
         # Spread over several GPUs, the model takes its input where its embeddings are.
         self.torch_device = self.model.device if config.device_map == "auto" else torch_device
         has_head = data.head != "linear"
         self.base: Any = self.model.base_model if has_head else self.model
         self._head = WordHead(self.model) if has_head else None
         self._layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
-        self._hooks = Hooks(self._layers)
+        self.hooks = Hooks(self._layers)
         self._modes = LayerModes(self._layers)
         if config.gradient_checkpointing:
             self._recompute_layers(config.name)
@@ -80,8 +82,8 @@ class Backbone(nn.Module):
         return self._run(batch.input_ids, self._mask(batch), positions, overlay, batch)
 
     def pooled(self, batch: Batch, overlay: Overlay = NO_OVERLAY) -> Tensor:
-        """The mean of the last layer's hidden states over each text [b, H], for a trained head."""
-        return mean_over_text(self.hidden(batch, overlay), batch.attention_mask.unsqueeze(-1))
+        """The mean of the last layer's hidden states over each text [b, H]; of one to be generated, over its prompt."""
+        return mean_over_text(self.hidden(batch, overlay), batch.given.unsqueeze(-1))
 
     def word_scores(self, batch: Batch, overlay: Overlay = NO_OVERLAY) -> Tensor:
         """Class scores [b, C] in float32: how well each class word fits the answer slot.
@@ -237,7 +239,7 @@ class Backbone(nn.Module):
                 enter = layer, lambda hidden: rows.pack(put_first(rows.unpack(hidden)))
         if self.kind == "decoder":
             inputs["use_cache"] = False
-        self._hooks.set(overlay.edits, rows.of_devices if rows else partial(_of_devices, batch.sizes), enter)
+        self.hooks.set(overlay.edits, rows.of_devices if rows else partial(of_devices, batch.sizes), enter)
         output = (
             functional_call(self.base, dict(overlay.weights), (), inputs) if overlay.weights else self.base(**inputs)
         )
@@ -281,7 +283,7 @@ class Backbone(nn.Module):
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         words, causal = self.base.get_input_embeddings()(ids), self.kind == "decoder"
         num_answer_tokens = ids.shape[1] - batch.input_ids.shape[1]
-        in_text = functional.pad(batch.attention_mask, (0, num_answer_tokens)).unsqueeze(-1)
+        in_text = functional.pad(batch.given, (0, num_answer_tokens)).unsqueeze(-1)
         first = ids.new_ones(len(ids), count)
         no_words = torch.full_like(first, -1)
         inputs["position_ids"] = torch.cat([self._positions(no_words, first, 0), inputs["position_ids"]], dim=1)
@@ -460,7 +462,7 @@ def _one_behind_the_other(rows: Rows, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**others, **texts, "attention_mask": no_mask, "rows": rows}
 
 
-def _of_devices(sizes: Sequence[int], count: int) -> list[int]:
+def of_devices(sizes: Sequence[int], count: int) -> list[int]:
     """How many of so many rows belong to each device, where every text has equally many."""
     return [count // sum(sizes) * size for size in sizes]
 

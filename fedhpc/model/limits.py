@@ -46,6 +46,25 @@ def check_lengths(config: Config, data: Description, shape: BackboneShape) -> No
         )
 
 
+def check_answers(what: str, prompt: int, new: int, config: Config, data: Description, shape: BackboneShape) -> None:
+    """ConfigError where a prompt and its answer together are longer than backbone and tuning take.
+
+    Args:
+        what: names the answer's length.
+        prompt: tokens of the prompt.
+        new: of the answer, at most.
+    """
+    for bound in _bounds(config, data, shape):
+        room = bound.places - bound.before - prompt
+        if new > room:
+            before = f" behind {bound.before} prompt tokens" if bound.before else ""
+            remedy = f"at most {room} can follow" if room > 0 else "nothing can follow"
+            raise ConfigError(
+                f"{what}: {new}: {config.model.name} {bound.has}, and a text to answer has {prompt} tokens{before}: "
+                + remedy
+            )
+
+
 def _behind(data: Description) -> int:
     """Tokens of a class word that a decoder is given behind the text: all but its last."""
     return max((len(ids[:-1]) for ids in data.word_ids), default=0)

@@ -25,7 +25,8 @@ class SoftTokens:
     layer: int
     """0: before the word embeddings; positions and normalisation are then added as to words."""
     make: Callable[[Tensor, Tensor], Tensor]
-    """Tokens [b, T, H] from the texts' hidden states there [b, s, H] and their mask [b, s, 1]."""
+    """Tokens [b, T, H] from the texts' hidden states there [b, s, H] and which of these it may read [b, s, 1]: those
+    of the text, or of one that is to be generated those of its prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
