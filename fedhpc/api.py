@@ -59,16 +59,27 @@ class RunResult:
         return digest.hexdigest()
 
     def predict(
-        self, texts: Sequence[str | Mapping[str, str] | Sequence[str]], *, device: int | None = None
+        self,
+        texts: Sequence[str | Mapping[str, Any] | Sequence[Any]],
+        *,
+        device: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Class and probability of new texts.
+        """Class and probability of new texts, or answers to them.
 
         Args:
-            texts: a text each; for a task of several fields a sequence in their order, or a mapping by name.
+            texts: a text each; for a task of several fields a sequence in their order, or a mapping by name. For a run
+                on conversations the user's message, or a list of messages, each with `role` and `content`.
             device: whose personal parameters are used; None: the global ones.
+            max_new_tokens: of an answer, at most; None, as for the next two, what the run's `evaluate` says.
+            temperature: 0 takes the likeliest token each time.
+            top_p: see docs/configuration.md.
 
         Returns:
-            For each text its `text`, `label`, `probability` and `probabilities` by class.
+            For each text its `text`, `label`, `probability` and `probabilities` by class; of a run that generates text
+            its `text` or `messages`, and `answer`.
 
         Raises:
             UserError: the run or a text cannot be used.
@@ -79,7 +90,9 @@ class RunResult:
         """
         from fedhpc.commands.predict import predict_records
 
-        return predict_records(str(self.run_dir), texts, device=device)
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        given = {key: value for key, value in options.items() if value is not None}
+        return predict_records(str(self.run_dir), texts, device=device, options=given)
 
     def export(self, out: str | Path, *, device: int | None = None) -> None:
         """Write the tuned tensors as an adapter that Hugging Face PEFT loads, into a new or empty folder.

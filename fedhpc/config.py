@@ -346,6 +346,21 @@ class EvaluateConfig(Section):
     on all."""
     batch_size: Positive = 32
     """Examples in an evaluation step; devices that have fewer share one."""
+    generate: Annotated[int, Field(ge=0)] = 0
+    """Of texts to be generated: answer so many prompts of the evaluation split at each evaluation, the same each time,
+    of each category its share; the answers go to generations/, the scores that the task names into the metrics."""
+    max_new_tokens: Annotated[int, Field(gt=0, le=1 << 16)] = 64
+    """Tokens of an answer, at most."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0: the likeliest token each time; else tokens are drawn, as a function of seed and example alone."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the likeliest ones that have this probability together."""
+
+    @model_validator(mode="after")
+    def _there_are_draws(self) -> "EvaluateConfig":
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError("evaluate.top_p below 1 needs evaluate.temperature above 0: nothing is drawn")
+        return self
 
 
 class Config(Section):

@@ -14,6 +14,8 @@ EPILOG = (
     "exit status: 0 done; 2 the command line, configuration, data or checkpoint is at fault, or the run diverged; 75 "
     "stopped on request, run again to go on; anything else is a failure"
 )
+ANSWERING = ("max_new_tokens", "temperature", "top_p")
+"""Options of `fedhpc predict` for runs that generate text."""
 SWEEP_EPILOG = (
     "exit status: 0 no cell failed; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
     "75 stopped on request, run again to go on"
@@ -176,7 +178,10 @@ def _export(commands: Any) -> None:
 
 def _predict(commands: Any) -> None:
     command = commands.add_parser(
-        "predict", help="class and probability for new text", description="Writes one JSON object a text."
+        "predict",
+        help="class and probability for new text, or an answer to it",
+        description="Writes one JSON object a text; of a run that generates text, a terminal gets the answers alone, "
+        "as they come.",
     )
     _add_trained(command)
     source = command.add_mutually_exclusive_group(required=True)
@@ -185,14 +190,21 @@ def _predict(commands: Any) -> None:
         action="append",
         nargs="+",
         metavar="T",
-        help="a text; for a task of several fields one for each, in the order of its template; repeatable",
+        help="a text, or the user's message; for a task of several fields one for each, in the order of its template; "
+        "repeatable",
     )
     source.add_argument(
         "--file",
         metavar="F",
-        help="TSV with a header line (.tsv), JSON lines (.jsonl, .json, .ndjson), or one text a line",
+        help="TSV with a header line (.tsv), JSON lines (.jsonl, .json, .ndjson), or one text a line; of conversations "
+        "JSON lines with `messages`, or one list of messages",
     )
     command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
+    command.add_argument(
+        "--max-new-tokens", type=positive_number, metavar="N", help="of an answer (default: evaluate.max_new_tokens)"
+    )
+    command.add_argument("--temperature", type=float, metavar="X", help="of draws (default: evaluate.temperature)")
+    command.add_argument("--top-p", type=float, metavar="X", help="of draws (default: evaluate.top_p)")
     command.add_argument("--out", metavar="FILE", help="write there, not to standard output")
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from fedhpc.commands.arguments import make_parser
+from fedhpc.commands.arguments import ANSWERING, make_parser
 from fedhpc.config import Config
 from fedhpc.config_file import load_config, read_clock
 from fedhpc.errors import (
@@ -229,7 +229,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """`fedhpc predict`: class and probability for new text."""
+    """`fedhpc predict`: class and probability for new text, or an answer."""
     if arguments.out is not None:
         check_out(arguments.out)
     with quick_start():
@@ -241,10 +241,12 @@ def predict(arguments: argparse.Namespace) -> int:
         file=arguments.file,
         device=arguments.device,
         all_classes=arguments.all_classes,
+        options={key: value for key in ANSWERING if (value := getattr(arguments, key)) is not None},
+        streamed=arguments.out is None and sys.stdout.isatty(),
     )
     if arguments.out is not None:
         write_target(Path(arguments.out), text.encode())
-    else:
+    elif text:
         show(text.removesuffix("\n"))
     return 0
 

@@ -1,20 +1,21 @@
-"""`fedhpc predict`: class and probability for new text."""
+"""`fedhpc predict`: class and probability for new text, or an answer."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.commands.answering import Answerer, Asked, Asker, answer_records, answer_text
 from fedhpc.commands.trained import Trained, load_trained
 from fedhpc.data.prepared import Description, Split
 from fedhpc.data.readers import TABLES, Record, read_lines, read_table
 from fedhpc.data.tasks import TASKS, Task, template_fields
 from fedhpc.data.texts import Row, Texts, encode, text_fields
 from fedhpc.device.processor import choose_torch_device
-from fedhpc.errors import DataError
+from fedhpc.errors import ConfigError, DataError
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.model.backbone import Backbone
@@ -31,20 +32,28 @@ def predict_text(
     file: str | None = None,
     device: int | None = None,
     all_classes: bool = False,
+    options: Mapping[str, Any] | None = None,
+    streamed: bool = False,
 ) -> str:
-    """A line for each text, a JSON object: `text`, `label`, `probability`.
+    """A line for each text, a JSON object: `text`, `label`, `probability`; see `fedhpc.commands.answering` for others.
 
     Args:
         texts: each a text for every field of the task's template.
         file: or a file of them: TSV with a header line, JSON lines, or one text a line.
         device: whose personal parameters to use; None: the global ones.
         all_classes: also `probabilities`, by label.
+        options: of runs that generate text: `max_new_tokens`, `temperature`, `top_p`, where they are not the run's.
+        streamed: whether answers are printed as they come, and not returned.
 
     Raises:
         UserError: the run, a text or the file cannot be used.
     """
-    trained = load_trained(run_dir, device)
+    trained, options = load_trained(run_dir, device), options or {}
     description = trained.job.data.description
+    if _generates(trained, options):
+        if all_classes:
+            raise ConfigError("--all-classes: this run generates text, and has no classes")
+        return answer_text(trained, texts=texts, file=file, options=options, streamed=streamed)
     fields = template_fields(description.template)
     given = _given(texts, fields) if file is None else _read(Path(file), description, fields)
     if not given.rows:
@@ -55,15 +64,29 @@ def predict_text(
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def _generates(trained: Trained, options: Mapping[str, Any]) -> bool:
+    """Whether a run generates text; ConfigError for options of those that do, where it does not."""
+    generates = trained.job.data.description.head == "language_model"
+    if options and not generates:
+        raise ConfigError(f"{', '.join(options)}: this run classifies, and generates no text; leave it out")
+    return generates
+
+
 def predict_records(
-    run_dir: str, texts: Sequence[str | Mapping[str, str] | Sequence[str]], *, device: int | None = None
+    run_dir: str,
+    texts: Sequence[str | Mapping[str, Any] | Sequence[Any]],
+    *,
+    device: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The same for texts in memory, as dictionaries with the probability of every class.
 
     Args:
         run_dir: the run's folder.
-        texts: a text each; for a task of several fields a sequence in their order, or a mapping by name.
+        texts: a text each; for a task of several fields a sequence in their order, or a mapping by name; a
+            conversation is a sequence of messages.
         device: whose personal parameters to use; None: the global ones.
+        options: see `predict_text`.
 
     Raises:
         UserError: the run or a text cannot be used.
@@ -73,6 +96,9 @@ def predict_records(
         if not isinstance(text, str | Mapping | Sequence):
             raise DataError(f"predict takes texts, not {type(text).__name__}")
     trained = load_trained(run_dir, device)
+    if _generates(trained, options or {}):
+        answerer = Answerer(trained, options or {})
+        return answer_records(answerer, list(_asked(texts, answerer.asker)))
     description = trained.job.data.description
     fields = template_fields(description.template)
     each = [[text] if isinstance(text, str) else _in_order(text, fields) for text in texts]
@@ -82,6 +108,16 @@ def predict_records(
         return []
     probabilities = class_probabilities(trained, given.rows, given.place)
     return [_record(*pair, description, True) for pair in zip(given.rows, probabilities, strict=True)]
+
+
+def _asked(texts: Sequence[str | Mapping[str, Any] | Sequence[Any]], asker: Asker) -> Iterator[Asked]:
+    for number, text in enumerate(texts, 1):
+        place = f"text {number}"
+        if not isinstance(text, str | Mapping) and text and isinstance(text[0], Mapping):
+            yield asker.conversation(list(text), place)
+        else:
+            needed = [field for field in asker.fields if field not in asker.optional or field in text]
+            yield asker.text([text] if isinstance(text, str) else _in_order(text, needed), place)
 
 
 def _in_order(text: Mapping[str, str] | Sequence[str], fields: Sequence[str]) -> Sequence[str]:

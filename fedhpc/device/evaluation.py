@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
+from fedhpc.device.loans import lend
 from fedhpc.device.round_context import RoundContext
 from fedhpc.evaluate.outcomes import ELSEWHERE, Outcome, make_outcomes
 from fedhpc.evaluate.predictions import DeviceBatch, device_batches, evaluation_batches, evaluation_examples, results
 from fedhpc.exchange import Exchange
 from fedhpc.federation.partition import Partition
-from fedhpc.federation.sampling import Homes, sample_devices, spread
+from fedhpc.federation.sampling import Homes, sampled_before, spread
 from fedhpc.methods.updates import Vector
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning import Tuning
@@ -66,7 +67,7 @@ class Evaluation:
         chosen = self.evaluated[evaluation_examples(labels, count, self.config.seed)]
         sampled: set[int] = set()
         if states is not None:
-            sampled = {device for t in range(context.round) for device in sample_devices(self.config, t)}
+            sampled = sampled_before(self.config, context.round)
             shares = {device: np.intersect1d(self.of_device[device], chosen) for device in sorted(sampled)}
             batches = device_batches(self.split, shares, size, side_by_side=self.tuning.packable)
             # Before all work: a stop may end that on one worker earlier than on another.
@@ -95,14 +96,8 @@ class Evaluation:
         costs = [float(sum(self.split.lengths[examples].sum() for _, examples in batch)) for batch in batches]
         workers = spread([[device for device, _ in batch] for batch in batches], costs, homes)
         placed = list(zip(batches, workers, strict=True))
-        needed = sorted({(device, at) for batch, at in placed for device, _ in batch})
-        loans = [(device, homes[device], at) for device, at in needed if homes[device] != at]
-        own = {device: state.local for device, state in states.items()}
-        outgoing = [(at, own[d].tobytes() if d in own else b"") for d, home, at in loans if home == worker]
-        incoming = [(device, home) for device, home, at in loans if at == worker]
-        received = self.exchange.move_states(outgoing, [home for _, home in incoming])
-        lent = {d: np.frombuffer(data, np.float32) for (d, _), data in zip(incoming, received, strict=True) if data}
-        return [batch for batch, at in placed if at == worker], own | lent
+        own = lend(placed, states, homes, worker, self.exchange)
+        return [batch for batch, at in placed if at == worker], own
 
     def _found(self, batches: list[DeviceBatch], params_of: Callable[[int], Params]) -> Outcome:
         """The outcomes of the batches' examples, with each device's tensors."""

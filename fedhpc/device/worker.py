@@ -13,6 +13,7 @@ from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_f
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
+from fedhpc.device.answering import Answering
 from fedhpc.device.curriculum import Batches, easy_first, some_of
 from fedhpc.device.evaluation import Evaluation
 from fedhpc.device.local_update import Assignment, DeviceUpdate, epoch_batches, local_updates
@@ -72,6 +73,8 @@ class Worker:
         self.exchange = exchange
         self.measurements = Measurements(config, self.train, partition, backbone, tuning, exchange.beat)
         self.evaluation = Evaluation(config, data, partition, backbone, tuning, exchange)
+        parts = (config, data, partition, backbone, tuning, exchange)
+        self.answering = Answering(*parts) if config.evaluate.generate else None
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
         self.counts = upload_counts(config, partition, self.train.num_terms)
@@ -109,6 +112,7 @@ class Worker:
             Op.TRAIN: self.train_devices,
             Op.RATIO: self.ratio,
             Op.EVALUATE: self.evaluate,
+            Op.GENERATE: self.generate,
             Op.SAVE: self.save,
         }
         if command.op not in actions:
@@ -307,6 +311,12 @@ class Worker:
         """Right and wrong with the devices' own local tensors, and with the server's."""
         own = self.states if self.trains_local else None
         return self.evaluation.record(self._context(command), self.unseen, own, self.homes, self.index)
+
+    def generate(self, command: Command) -> np.ndarray:
+        """Answers with the server's tensors, and with the devices' own."""
+        assert self.answering is not None
+        own = self.states if self.trains_local else None
+        return self.answering.records(self._context(command), self.unseen, own, self.homes, self.index)
 
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""

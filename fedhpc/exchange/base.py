@@ -14,7 +14,7 @@ from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Note, NoteKind, Op, RecordType
 from fedhpc.job.stopping import StopRequest
 
-INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE)
+INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE, Op.GENERATE)
 DEFAULT_TIMEOUT_S = ExchangeConfig().timeout_s
 LONGEST_GAP_S = 1.0
 """At most this counts as silence of others between two calls of `progress`: a suspended job finds no rank late."""

@@ -35,6 +35,8 @@ class Op(IntEnum):
     """End: the run was stopped on request, and goes on when it is started again."""
     PROBE = 9
     """Time a step of 1, 2, 4 ... up to `pack` devices side by side; reply `probe_record`."""
+    GENERATE = 10
+    """Answer prompts with the payload P^t; reply answers as `fedhpc.evaluate.questions` has them."""
 
 
 HEADER = np.dtype(

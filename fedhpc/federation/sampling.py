@@ -34,6 +34,11 @@ def sample_devices(config: Config, round_index: int) -> list[int]:
     return rng.choice(training_devices(config), size=config.federation.devices_per_round, replace=False).tolist()
 
 
+def sampled_before(config: Config, round_index: int) -> set[int]:
+    """The devices that were sampled in any round before this one."""
+    return {device for t in range(round_index) for device in sample_devices(config, t)}
+
+
 def local_steps(config: Config, num_examples: int, round_index: int) -> int:
     """K_i of a device with so many training examples."""
     steps = config.device.epochs * batches_per_epoch(config, num_examples, round_index)

@@ -19,14 +19,18 @@ class RunFiles:
         self.config = self.run_dir / "config.yaml"
         self.metrics = self.run_dir / "metrics.jsonl"
         self.log = self.run_dir / "log.txt"
+        self.generations = self.run_dir / "generations"
 
     def begin_anew(self) -> Path | None:
-        """Put the lines of rounds aside that nobody goes on from; where they are now."""
-        if not self.metrics.exists():
-            return None
-        names = (self.metrics.with_suffix(f".{number}.jsonl") for number in count(1))
-        aside = next(name for name in names if not name.exists())
-        return self.metrics.rename(aside)
+        """Put the lines and answers of rounds aside that nobody goes on from; where the lines are now."""
+        for number in count(1):
+            aside = self.metrics.with_suffix(f".{number}.jsonl"), self.generations.with_suffix(f".{number}")
+            if not any(path.exists() for path in aside):
+                break
+        for path, other in zip((self.metrics, self.generations), aside, strict=True):
+            if path.exists():
+                path.rename(other)
+        return aside[0] if aside[0].exists() else None
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, also behind one that an interruption cut short; not yet forced to disk."""

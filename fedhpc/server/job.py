@@ -24,13 +24,14 @@ from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
 from fedhpc.data.tokens import check_known
 from fedhpc.errors import CheckpointError, ConfigError, DataError
+from fedhpc.evaluate.questions import Questions, check_task
 from fedhpc.federation.partition import Partition, divide
 from fedhpc.federation.sampling import count_packs, held_out_devices
 from fedhpc.files import check_folder, names_in
 from fedhpc.job.log import log
 from fedhpc.methods.fedpeptao import OLD_RELEASED, RELEASED_STEPS, is_old_released
 from fedhpc.model.backbone import OTHER_WORDS
-from fedhpc.model.limits import check_lengths
+from fedhpc.model.limits import check_answers, check_lengths
 from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.model.weight_files import model_sha256, weights_sha256
 from fedhpc.model.word_embeddings import WordEmbeddings
@@ -39,7 +40,8 @@ from fedhpc.selection import make_strategy
 from fedhpc.server.notices import notices
 from fedhpc.tuning import Tuning, make_tuning
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "traces")
+FOLDERS = ("checkpoints", "traces", "generations")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", *FOLDERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,12 @@ class Job:
         settings = {**self.config.identity(), "sha256": self.config.sha256, **self.tuning.files}
         return {key: value for key, value in settings.items() if key not in ("model.name", "tuning.sources")}
 
+    @cached_property
+    def questions(self) -> Questions:
+        """The prompts that are answered at every evaluation."""
+        split, count = self.data.split("validation"), self.config.evaluate.generate
+        return Questions(split, self.partition.validation, count=count, seed=self.config.seed)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the configuration and data that this rank has read, as far as they determine the run's numbers."""
@@ -110,11 +118,13 @@ def load_job(config: Config) -> Job:
 
 
 def check_data(job: Job) -> None:
-    """The dearer checks, for one rank: the data's checksums and the tokenizer.
+    """The dearer checks, for one rank: the data's checksums, the tokenizer, and prompts that are to be answered.
 
     Raises:
         DataError: the data were altered, prepared with another tokenizer, or have tokens that the model does not know.
+        ConfigError: the prompts cannot be answered, with this task, backbone and tuning.
     """
+    _check_questions(job)
     data = PreparedData.open(job.config.data.path, verify=True)
     tokenizer, found, model = checked_tokenizer(job), job.data.description, job.config.model.name
     tokens = {"padding": [found.pad_id]}
@@ -122,6 +132,20 @@ def check_data(job: Job) -> None:
     tokens |= {f"split {name}": [int(data.split(name).tokens.max())] for name in found.splits}
     for what, ids in tokens.items():
         check_known(f"model.name: {model}: {what} of {data.path}", ids, tokenizer, job.shape.vocabulary_size)
+
+
+def _check_questions(job: Job) -> None:
+    if not (evaluate := job.config.evaluate).generate:
+        return
+    check_task(job.data.description)
+    if not any(map(len, job.partition.validation)):
+        raise ConfigError(
+            "evaluate.generate: no device has an example of the evaluation split; set evaluate.generate: 0"
+        )
+    longest = int(job.questions.prompts.lengths.max())
+    check_answers(
+        "evaluate.max_new_tokens", longest, evaluate.max_new_tokens, job.config, job.data.description, job.shape
+    )
 
 
 def checked_tokenizer(job: Job) -> Any:
@@ -154,7 +178,7 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} is not writable: {error.strerror}") from None
     for name in filter(RUN_FILES.__contains__, names_in(run_dir)):
-        path, is_folder = run_dir / name, name in ("checkpoints", "traces")
+        path, is_folder = run_dir / name, name in FOLDERS
         if not (path.is_dir() if is_folder else path.is_file()):
             raise ConfigError(f"run_dir: {path} is in the way: it is not a {'folder' if is_folder else 'plain file'}")
         try:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoding")
-    for name in (*NAMES, "mistral"):
+    for name in NAMES:
         save_backbone(folder, name)
     return folder
 
@@ -129,16 +129,10 @@ def taught(split, found):
     )
 
 
-EVERY_KIND = ["prompt", "lora", "adapter", "prompt_tuning", "late_prompt", "instance_prompt", "bitfit", "full"]
-
-
-@pytest.mark.parametrize("kind", EVERY_KIND)
-@pytest.mark.parametrize("name", ["gpt2", "mistral"])
-def test_every_token_of_an_answer_is_the_likeliest_as_in_training(folder, name, kind):
-    if (name, kind) == ("mistral", "bitfit"):
-        pytest.skip("no biases")
-    tuning = read_tuning(folder / name, kind=kind, head="language_model")
-    backbone = load_backbone(folder / name, name, kind=kind, head="language_model", dtype="float32", longest=24)
+def check_as_in_training(path, name, kind):
+    """Every token of the answers is what the forward pass of training finds likeliest behind all before it."""
+    tuning = read_tuning(path, kind=kind, head="language_model")
+    backbone = load_backbone(path, name, kind=kind, head="language_model", dtype="float32", longest=24)
     tensors = [random_tensors(tuning, seed, 0.2) for seed in range(2 if tuning.packable else 1)]
     split, everything = prompts(openings=(5, 4, 12, 3)), range(len(LENGTHS))
     sizes = (1, 3) if tuning.packable else (4,)
@@ -147,12 +141,22 @@ def test_every_token_of_an_answer_is_the_likeliest_as_in_training(folder, name, 
     with torch.no_grad():
         overlay = tuning.overlay(backbone, [as_parameters(own, CPU) for own in tensors], batch, None)
         _, right = backbone.token_scores(batch, overlay)
-    in_answer = (batch.targets.columns + 1)[:, None] >= torch.tensor(LENGTHS)[batch.targets.texts][:, None]
-    assert right[in_answer[:, 0]].all()
-    plain = answers(
-        backbone, tuning, [random_tensors(tuning, scale=0.0)] * len(tensors), split, everything, sizes=sizes
-    )
-    assert plain != found
+    assert right[batch.targets.columns + 1 >= torch.tensor(LENGTHS)[batch.targets.texts]].all()
+    zeros = [random_tensors(tuning, scale=0.0)] * len(tensors)
+    assert answers(backbone, tuning, zeros, split, everything, sizes=sizes) != found
+
+
+@pytest.mark.parametrize(
+    "kind", ["prompt", "lora", "adapter", "prompt_tuning", "late_prompt", "instance_prompt", "bitfit", "full"]
+)
+def test_answers_are_decoded_as_it_was_trained(folder, kind):
+    check_as_in_training(folder / "gpt2", "gpt2", kind)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prompt_tuning", "lora"])
+def test_a_sliding_window_never_hides_deep_prompts(folder, kind):
+    path = save_backbone(folder / f"narrow-{kind}", "mistral", sliding_window=8)
+    check_as_in_training(path, "mistral", kind)
 
 
 def test_what_is_drawn_depends_on_seed_and_example_alone(folder):

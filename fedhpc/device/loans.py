@@ -1,0 +1,36 @@
+"""Layers of devices' own, lent to the workers that evaluate with them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedhpc.checkpoint.device_state import DeviceState
+from fedhpc.evaluate.predictions import DeviceBatch
+from fedhpc.exchange import Exchange
+from fedhpc.federation.sampling import Homes
+from fedhpc.methods.updates import Vector
+
+
+def lend(
+    placed: Sequence[tuple[DeviceBatch, int]],
+    states: Mapping[int, DeviceState],
+    homes: Homes,
+    worker: int,
+    exchange: Exchange,
+) -> dict[int, Vector]:
+    """The own layers of devices that live here or are lent here; those that have none yet are left out.
+
+    Args:
+        placed: all workers' batches, and where each is computed; devices below 0 have no home.
+        states: of the devices that live here.
+        homes: where each device lives.
+        worker: this one.
+    """
+    needed = sorted({(device, at) for batch, at in placed for device, _ in batch if device >= 0})
+    loans = [(device, homes[device], at) for device, at in needed if homes[device] != at]
+    own = {device: state.local for device, state in states.items()}
+    outgoing = [(at, own[d].tobytes() if d in own else b"") for d, home, at in loans if home == worker]
+    incoming = [(device, home) for device, home, at in loans if at == worker]
+    received = exchange.move_states(outgoing, [home for _, home in incoming])
+    lent = {d: np.frombuffer(data, np.float32) for (d, _), data in zip(incoming, received, strict=True) if data}
+    return own | lent
