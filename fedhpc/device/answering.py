@@ -1,6 +1,6 @@
 """Answers in writing on the devices' side: the server's, and those of devices that have layers of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,8 +10,8 @@ from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, PreparedData
 from fedhpc.device.loans import lend
 from fedhpc.device.round_context import RoundContext
-from fedhpc.evaluate.predictions import DeviceBatch, results
-from fedhpc.evaluate.questions import SERVER, Questions, answer_dtype, make_decoding
+from fedhpc.evaluate.predictions import SERVER, DeviceBatch, results
+from fedhpc.evaluate.questions import Questions, answer_dtype, make_decoding
 from fedhpc.exchange import Exchange
 from fedhpc.federation.partition import Partition
 from fedhpc.federation.sampling import Homes, sampled_before
@@ -38,6 +38,7 @@ class Answering:
         split, evaluate = data.split("validation"), config.evaluate
         self.questions = Questions(split, partition.validation, count=evaluate.generate, seed=config.seed)
         self.decoding = make_decoding(evaluate, split, load_tokenizer(config.model.name), config.seed)
+        self.dtype = answer_dtype(evaluate.max_new_tokens)
 
     def records(
         self,
@@ -49,38 +50,27 @@ class Answering:
     ) -> np.ndarray:
         """This worker's answers, each an `answer_dtype`; arguments as those of `Evaluation.record`."""
         sampled = set() if states is None else sampled_before(self.config, context.round)
-        of_worker: list[list[DeviceBatch]] = [
-            self.questions.batches(
-                self.config.evaluate.batch_size,
-                each,
-                homes.num_workers,
-                sampled,
-                side_by_side=self.tuning.packable,
-            )
-            for each in range(homes.num_workers)
-        ]
-        placed = [(batch, each) for each, batches in enumerate(of_worker) for batch in batches]
+        size = self.config.evaluate.batch_size
+        batches = self.questions.batches(size, sampled, side_by_side=self.tuning.packable)
+        placed = [(batch, place % homes.num_workers) for place, batch in enumerate(batches)]
         own = {} if states is None else lend(placed, states, homes, worker, self.exchange)
 
         def params_of(device: int) -> Params:
             local = unseen.local if device == SERVER else own.get(device, unseen.local)
             return as_parameters(self.tuning.merge(context.params, local, context.layers), self.backbone.torch_device)
 
-        mine = of_worker[worker]
-        records = np.zeros(
-            sum(len(part) for batch in mine for _, part in batch), answer_dtype(self.decoding.max_new_tokens)
-        )
-        place = 0
-        for batch in mine:
-            pairs = [(params_of(device), part) for device, part in batch]
-            asked = np.concatenate([part for _, part in batch])
-            answer = partial(self._answers, examples=self.questions.examples[asked].tolist())
-            for _, answers in results(answer, self.backbone, self.questions.prompts, [pairs]):
-                for question, tokens in zip(asked, answers, strict=True):
-                    record = records[place]
-                    record["question"], record["personal"] = question, batch[0][0] != SERVER
-                    record["length"], record["tokens"][: len(tokens)] = len(tokens), tokens
-                    place += 1
+        parts = [self._records(batch, params_of) for batch, at in placed if at == worker]
+        return np.concatenate([np.zeros(0, self.dtype), *parts])
+
+    def _records(self, batch: DeviceBatch, params_of: Callable[[int], Params]) -> np.ndarray:
+        asked = np.concatenate([part for _, part in batch])
+        answer = partial(self._answers, examples=self.questions.examples[asked].tolist())
+        pairs = [(params_of(device), part) for device, part in batch]
+        records = np.zeros(len(asked), self.dtype)
+        ((_, answers),) = results(answer, self.backbone, self.questions.prompts, [pairs])
+        for record, question, tokens in zip(records, asked, answers, strict=True):
+            record["question"], record["personal"] = question, batch[0][0] != SERVER
+            record["length"], record["tokens"][: len(tokens)] = len(tokens), tokens
         return records
 
     def _answers(self, params: Sequence[Params], batch: Batch, examples: Sequence[int]) -> list[list[int]]:

@@ -13,7 +13,14 @@ from fedhpc.data.prepared import PreparedData
 from fedhpc.device.loans import lend
 from fedhpc.device.round_context import RoundContext
 from fedhpc.evaluate.outcomes import ELSEWHERE, Outcome, make_outcomes
-from fedhpc.evaluate.predictions import DeviceBatch, device_batches, evaluation_batches, evaluation_examples, results
+from fedhpc.evaluate.predictions import (
+    SERVER,
+    DeviceBatch,
+    device_batches,
+    evaluation_batches,
+    evaluation_examples,
+    results,
+)
 from fedhpc.exchange import Exchange
 from fedhpc.federation.partition import Partition
 from fedhpc.federation.sampling import Homes, sampled_before, spread
@@ -21,9 +28,6 @@ from fedhpc.methods.updates import Vector
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params, as_parameters
-
-SERVER = -1
-"""Stands in place of a device."""
 
 
 class Evaluation:

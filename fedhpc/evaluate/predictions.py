@@ -16,6 +16,8 @@ from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params
 
 Result = TypeVar("Result")
+SERVER = -1
+"""Stands in place of a device."""
 DeviceBatch = list[tuple[int, NDArray[np.int64]]]
 """Devices, and the examples of each."""
 

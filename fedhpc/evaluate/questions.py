@@ -9,12 +9,9 @@ from numpy.typing import NDArray
 from fedhpc.config import EvaluateConfig
 from fedhpc.data.prepared import Description, Split
 from fedhpc.errors import ConfigError
-from fedhpc.evaluate.predictions import DeviceBatch, device_batches, evaluation_batches, evaluation_examples
+from fedhpc.evaluate.predictions import SERVER, DeviceBatch, device_batches, evaluation_batches, evaluation_examples
 from fedhpc.model.decoding import Decoding
 from fedhpc.registry import GENERATION_METRICS
-
-SERVER = -1
-"""In place of a device: the server's own tensors."""
 
 
 class Questions:
@@ -54,10 +51,8 @@ class Questions:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def batches(
-        self, batch_size: int, worker: int, num_workers: int, sampled: Collection[int], *, side_by_side: bool
-    ) -> list[DeviceBatch]:
-        """A worker's share; what is computed together does not depend on the number of workers.
+    def batches(self, batch_size: int, sampled: Collection[int], *, side_by_side: bool) -> list[DeviceBatch]:
+        """What is answered together: everything by the server, then each device's own; in turn on each worker.
 
         Args:
             sampled: devices that have layers of their own, and answer their prompts once more.
@@ -68,8 +63,7 @@ class Questions:
         batches: list[DeviceBatch] = [
             [(SERVER, part)] for part in evaluation_batches(self.prompts, everything, batch_size)
         ]
-        batches += device_batches(self.prompts, shares, batch_size, side_by_side=side_by_side)
-        return batches[worker::num_workers]
+        return batches + device_batches(self.prompts, shares, batch_size, side_by_side=side_by_side)
 
 
 def prompt_of(split: Split, example: int) -> NDArray[np.int32]:

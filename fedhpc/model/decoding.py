@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedhpc.data.prepared import Batch
 from fedhpc.model.backbone import Backbone, of_devices
-from fedhpc.model.overlay import Overlay, with_tokens
+from fedhpc.model.overlay import Overlay
 from fedhpc.seeding import generator
 
 
@@ -87,31 +87,45 @@ def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
 class _Overlaid:
     """What `generate` is given, and what every pass of it carries beside that.
 
-    Prompts are padded on the left, so that all answers begin in one column; soft tokens stand before the padding. The
-    cache holds the texts' and the soft tokens' keys and values. Those of deep prompts are put before them anew at every
-    step: a cache would count them into a model's sliding window.
+    Prompts are padded on the left, so that all answers begin in one column; soft tokens stand between padding and text,
+    where a sliding window finds them. The cache holds the texts' and the soft tokens' keys and values. Those of deep
+    prompts are put before them anew at every step: a cache would count them into the window.
     """
 
     def __init__(self, backbone: Backbone, overlay: Overlay, batch: Batch) -> None:
         self._backbone, self._overlay, self._batch = backbone, overlay, batch
         self._step = 0
-        ids, in_text = (_on_the_left(each, batch) for each in (batch.input_ids, batch.attention_mask))
         tokens = overlay.tokens
+        count = 0 if tokens is None else tokens.count
+        size = count + batch.input_ids.shape[1]
+        columns = torch.arange(size, device=batch.input_ids.device)
+        lengths = torch.from_numpy(batch.lengths).to(columns.device)[:, None] + count
+        self._from_right = (columns + lengths) % size
+        """Of each column [b, T + s] of what is padded on the left, that of the same padded on the right."""
+        self._mask = columns >= size - lengths
+        self._is_token = self._mask & (columns < size - lengths + count)
         if tokens is None:
-            self._mask = in_text
-            self.inputs: dict[str, Tensor] = {"input_ids": ids}
+            self.inputs = {"input_ids": batch.input_ids.gather(1, self._from_right)}
         else:
-            self._mask = functional.pad(in_text, (tokens.count, 0), value=True)
-            words = backbone.base.get_input_embeddings()(ids)
-            reserved = functional.pad(words, (0, 0, tokens.count, 0))
-            self.inputs = {"inputs_embeds": self._put_first(words) if tokens.layer == 0 else reserved}
+            words = backbone.base.get_input_embeddings()(batch.input_ids)
+            whole = self._with_tokens(words) if tokens.layer == 0 else functional.pad(words, (0, 0, count, 0))
+            self.inputs = {"inputs_embeds": self._on_the_left(whole)}
         self.inputs["attention_mask"] = self._mask.long()
 
-    def _put_first(self, text: Tensor) -> Tensor:
-        """[b, T + s, H] with soft tokens before the text's hidden states [b, s, H]."""
+    def _with_tokens(self, text: Tensor) -> Tensor:
+        """[b, T + s, H] with soft tokens before the texts' hidden states [b, s, H], both padded on the right."""
         assert self._overlay.tokens is not None
-        given = _on_the_left(self._batch.given, self._batch).unsqueeze(-1)
-        return torch.cat([self._overlay.tokens.make(text, given).to(text), text], dim=1)
+        return torch.cat([self._overlay.tokens.make(text, self._batch.given.unsqueeze(-1)).to(text), text], dim=1)
+
+    def _on_the_left(self, padded: Tensor) -> Tensor:
+        """[b, T + s, H] padded on the left."""
+        return padded.take_along_dim(self._from_right.unsqueeze(-1), dim=1)
+
+    def _enter(self, hidden: Tensor) -> Tensor:
+        """Hidden states [b, T + s, H], padded on the left, with late tokens in the places that were kept for them."""
+        assert self._overlay.tokens is not None
+        on_the_right = torch.empty_like(hidden).scatter(1, self._from_right.unsqueeze(-1).expand_as(hidden), hidden)
+        return self._on_the_left(self._with_tokens(on_the_right[:, self._overlay.tokens.count :]))
 
     @contextmanager
     def laid(self) -> Iterator[None]:
@@ -133,30 +147,24 @@ class _Overlaid:
         if tokens is not None and tokens.layer > 0:
             seen, unseen = (self._mask_of_tokens(visible=visible) for visible in (True, False))
             kwargs |= {"attention_mask": unseen, "later": (tokens.layer, seen)}
-            if self._step == 0:
-                enter = tokens.layer, lambda hidden: self._put_first(hidden[:, tokens.count :])
+            enter = (tokens.layer, self._enter) if self._step == 0 else None
         self._backbone.hooks.set(overlay.edits, partial(of_devices, sizes), enter)
         self._step += 1
         return args, kwargs
 
     def _mask_of_tokens(self, *, visible: bool) -> Tensor:
-        """Of late tokens: what this step's positions see [b, 1, q, T + k]; padding sees itself, not nothing."""
-        assert self._overlay.tokens is not None
-        count = self._overlay.tokens.count
-        in_text = functional.pad(self._mask[:, count:], (0, self._step), value=True)
-        size = in_text.shape[1]
-        diagonal = torch.eye(size, dtype=torch.bool, device=in_text.device)
-        mask = (in_text[:, None, None, :] | diagonal) & torch.ones_like(diagonal).tril()
-        whole = with_tokens(mask, count, visible=visible, causal=True)
-        return whole if self._step == 0 else whole[:, :, -1:]
+        """Of late tokens, what this step's positions see [b, 1, q, T + k]: the text sees them if they are visible.
 
-
-def _on_the_left(padded: Tensor, batch: Batch) -> Tensor:
-    """[b, s] padded on the left, from what is padded on the right."""
-    size = padded.shape[1]
-    lengths = torch.from_numpy(batch.lengths).to(padded.device)
-    columns = (torch.arange(size, device=padded.device) + lengths[:, None]) % size
-    return padded.gather(1, columns)
+        Padding sees itself, not nothing.
+        """
+        in_text = functional.pad(self._mask, (0, self._step), value=True)
+        is_token = functional.pad(self._is_token, (0, self._step), value=False)
+        columns = torch.arange(in_text.shape[1], device=in_text.device)
+        rows = columns if self._step == 0 else columns[-1:]
+        sees = in_text[:, None, :] & (columns <= rows[:, None])
+        if not visible:
+            sees = sees & (is_token[:, rows, None] | ~is_token[:, None, :])
+        return (sees | (columns == rows[:, None]))[:, None]
 
 
 class _With(nn.Module):

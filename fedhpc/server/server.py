@@ -35,7 +35,7 @@ from fedhpc.methods.updates import RoundUploads, Sums, distance
 from fedhpc.selection import make_strategy
 from fedhpc.selection.ratio import describe_ratio, describe_spread, global_ratio
 from fedhpc.selection.strategy import global_scores
-from fedhpc.server.answers import Answers
+from fedhpc.server.generations import Generations
 from fedhpc.server.job import Job
 from fedhpc.server.saving import CheckpointWriter
 from fedhpc.server.soundness import check_finite, sift, warn_of_growth
@@ -58,7 +58,7 @@ class Server:
         self.files = RunFiles(job.config.run_dir)
         self.checkpoints = Checkpoints(job.config.run_dir)
         self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
-        self.answers = Answers(job, exchange, self.files, lock) if job.config.evaluate.generate else None
+        self.generations = Generations(job, exchange, self.files, lock) if job.config.evaluate.generate else None
         self.counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
         self.method = make_method(job.config.server, population(job.config, self.counts))
         self.encoding = make_encoding(job.config, self.method)
@@ -394,9 +394,9 @@ class Server:
         command = Command(op=Op.EVALUATE, round=state.server.round, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record, [1] * self.num_workers)
         scores = self.outcomes.scores(records)
-        if self.answers is not None:
+        if self.generations is not None:
             personal = bool(state.unseen_local.size) and self.config.selection.local_layers != "frozen"
-            scores |= self.answers.ask(state, state.server.round - 1, personal=personal)
+            scores |= self.generations.ask(state, personal=personal)
         seconds["evaluate"] = time.perf_counter() - start
         return scores
 

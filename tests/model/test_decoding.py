@@ -2,6 +2,7 @@
 
 import json
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -130,7 +131,10 @@ def taught(split, found):
 
 
 def check_as_in_training(path, name, kind):
-    """Every token of the answers is what the forward pass of training finds likeliest behind all before it."""
+    """Every token of the answers is what the forward pass of training finds likeliest behind all before it.
+
+    Whether the tuning makes a difference to the answers.
+    """
     tuning = read_tuning(path, kind=kind, head="language_model")
     backbone = load_backbone(path, name, kind=kind, head="language_model", dtype="float32", longest=24)
     tensors = [random_tensors(tuning, seed, 0.2) for seed in range(2 if tuning.packable else 1)]
@@ -143,20 +147,21 @@ def check_as_in_training(path, name, kind):
         _, right = backbone.token_scores(batch, overlay)
     assert right[batch.targets.columns + 1 >= torch.tensor(LENGTHS)[batch.targets.texts]].all()
     zeros = [random_tensors(tuning, scale=0.0)] * len(tensors)
-    assert answers(backbone, tuning, zeros, split, everything, sizes=sizes) != found
+    return answers(backbone, tuning, zeros, split, everything, sizes=sizes) != found
 
 
 @pytest.mark.parametrize(
     "kind", ["prompt", "lora", "adapter", "prompt_tuning", "late_prompt", "instance_prompt", "bitfit", "full"]
 )
 def test_answers_are_decoded_as_it_was_trained(folder, kind):
-    check_as_in_training(folder / "gpt2", "gpt2", kind)
+    assert check_as_in_training(folder / "gpt2", "gpt2", kind)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prompt_tuning", "lora"])
-def test_a_sliding_window_never_hides_deep_prompts(folder, kind):
-    path = save_backbone(folder / f"narrow-{kind}", "mistral", sliding_window=8)
-    check_as_in_training(path, "mistral", kind)
+@pytest.mark.parametrize("kind", ["prompt", "prompt_tuning"])
+@pytest.mark.parametrize("name", architectures.DECODERS)
+def test_every_architecture_decodes_as_it_was_trained(tmp_path, name, kind):
+    """Sliding windows, shorter than text and answer together, among them."""
+    check_as_in_training(architectures.save_architecture(tmp_path / "model", name, VOCABULARY), name, kind)
 
 
 def test_what_is_drawn_depends_on_seed_and_example_alone(folder):

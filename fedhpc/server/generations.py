@@ -1,6 +1,7 @@
 """Answers in writing on the server's side: asked for, decoded, compared with the references, written down."""
 
 import json
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from fedhpc.registry import GENERATION_METRICS
 from fedhpc.server.job import Job
 
 
-class Answers:
+class Generations:
     """The written answers of a run's evaluations."""
 
     def __init__(self, job: Job, exchange: Exchange, files: RunFiles, lock: RunLock) -> None:
@@ -42,60 +43,50 @@ class Answers:
             for ids in np.split(self.questions.prompts.tokens, self.questions.prompts.offsets[1:-1])
         ]
 
-    def ask(self, state: RunState, round_index: int, *, personal: bool) -> dict[str, float]:
-        """Have the prompts answered, write the answers of a round down; their scores, by name.
+    def ask(self, state: RunState, *, personal: bool) -> dict[str, float]:
+        """Have the prompts answered, write the answers down; their scores, by name.
 
         Args:
-            round_index: of the round that was the last.
             personal: whether devices have layers of their own.
         """
         answers = self._gathered(state, personal=personal)
         lines = [
             {
-                "example": int(self.questions.examples[question]),
+                "example": int(example),
                 "device": int(self.questions.devices[question]),
                 "prompt": self.prompts[question],
                 "references": self.references[question],
                 "answer": answers[question, 0],
                 "answer_personal": answers.get((question, 1), answers[question, 0]),
             }
-            for question in range(len(self.questions))
+            for question, example in enumerate(self.questions.examples)
         ]
-        self.lock.check()
-        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self.files.generations.mkdir(exist_ok=True)
-        write_whole(
-            self.files.generations / f"round_{round_index:06d}.jsonl", content.encode(errors="backslashreplace")
-        )
+        self._write(state.server.round - 1, lines)
         scores = {}
         for name in self.metrics:
             for key, behind in (("answer_personal", ""), ("answer", "_global")):
-                scores[f"{name}{behind}"] = GENERATION_METRICS[name]().score(
-                    [line[key] for line in lines], self.references
-                )
+                texts = [line[key] for line in lines]
+                scores[f"{name}{behind}"] = GENERATION_METRICS[name]().score(texts, self.references)
         return scores
+
+    def _write(self, round_index: int, lines: list[dict[str, Any]]) -> None:
+        """The file of a round, counted from 0."""
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.lock.check()
+        self.files.generations.mkdir(exist_ok=True)
+        path = self.files.generations / f"round_{round_index:06d}.jsonl"
+        write_whole(path, content.encode(errors="backslashreplace"))
 
     def _gathered(self, state: RunState, *, personal: bool) -> dict[tuple[int, int], str]:
         """Text by question and whether it is of the device's own layers."""
         sampled = sampled_before(self.config, state.server.round) if personal else set()
-        counts = [
-            sum(
-                len(part)
-                for batch in self.questions.batches(
-                    self.config.evaluate.batch_size,
-                    worker,
-                    self.exchange.num_workers,
-                    sampled,
-                    side_by_side=self.tuning.packable,
-                )
-                for _, part in batch
-            )
-            for worker in range(self.exchange.num_workers)
-        ]
+        counts = [0] * self.exchange.num_workers
+        size = self.config.evaluate.batch_size
+        for place, batch in enumerate(self.questions.batches(size, sampled, side_by_side=self.tuning.packable)):
+            counts[place % len(counts)] += sum(len(part) for _, part in batch)
         command = Command(op=Op.GENERATE, round=state.server.round, layers=state.layers, payload=state.server.params)
         record = messages.RecordType(answer_dtype(self.config.evaluate.max_new_tokens))
-        records = self.exchange.request(command, record, counts)
         return {
             (int(each["question"]), int(each["personal"])): self._text(each["tokens"][: each["length"]])
-            for each in records
+            for each in self.exchange.request(command, record, counts)
         }
