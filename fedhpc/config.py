@@ -352,7 +352,7 @@ class EvaluateConfig(Section):
     max_new_tokens: Annotated[int, Field(gt=0, le=1 << 16)] = 64
     """Tokens of an answer, at most."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """0: the likeliest token each time; else tokens are drawn, as a function of seed and example alone."""
+    """Tokens are drawn at this temperature, as a function of seed and example alone; 0: the likeliest each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Tokens are drawn from the likeliest ones that have this probability together."""
 
