@@ -110,9 +110,10 @@ class Asker:
         lines = read_lines(file)
         if file.suffix.lower() in JSON_LINES and self.is_chat and lines[0].lstrip().startswith("["):
             try:
-                return [self.conversation(json.loads("\n".join(lines)), str(file))]
-            except ValueError as error:
-                raise DataError(f"{file}: no conversation in JSON: {error}") from None
+                turns = json.loads("\n".join(lines))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}: no list of messages in JSON: {error}") from None
+            return [self.conversation(turns, str(file))]
         if file.suffix.lower() not in TABLES:
             if len(self.fields) > 1:
                 raise DataError(
@@ -124,9 +125,9 @@ class Asker:
         try:
             for number, record in zip(count(first), records, strict=False):
                 asked.append(self._of_record(record, f"{file} line {number}"))
+        except DataError:
+            raise
         except ValueError as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{file} line {first + len(asked)}: {error}") from None
         return asked
 
@@ -138,7 +139,9 @@ class Asker:
         for field, name in columns.items():
             if name not in record and field not in self.optional:
                 wanted = f"{name!r} or {column!r}" if self.is_chat else repr(name)
-                raise ValueError(f"no column {wanted}, where this task has its prompt; there are {', '.join(record)}")
+                raise DataError(
+                    f"{place}: no column {wanted}, where this task has its prompt; there are {', '.join(record)}"
+                )
         return self.row({field: record[name] for field, name in columns.items() if record.get(name) is not None}, place)
 
 

@@ -149,6 +149,9 @@ def test_what_cannot_be_asked_is_refused(plain, chat, fedhpc, tmp_path):
     talk = tmp_path / "talk.jsonl"
     talk.write_text('{"messages": [{"role": "user"}]}\n')
     assert "talk.jsonl line 1: column 'messages" in refusal(run_dir(chat), "--file", talk)
+    for content, words in (("[{", "no list of messages in JSON"), ('[{"role": "assistant"}]', "does not speak last")):
+        (tmp_path / "list.json").write_text(content)
+        assert words in refusal(run_dir(chat), "--file", tmp_path / "list.json")
     with pytest.raises(DataError, match="text 1: a conversation, but"):
         RunResult(run_dir(plain)).predict([[{"role": "user", "content": "dull"}]])
 
