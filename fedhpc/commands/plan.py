@@ -21,7 +21,7 @@ from fedhpc.commands.plan_memory import (
 from fedhpc.config import Config
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
-from fedhpc.federation.sampling import Homes, count_packs, local_steps, population
+from fedhpc.federation.sampling import Homes, count_packs, local_steps, training_devices
 from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
 from fedhpc.server.job import Job, check_data, check_run_dir, job_notices, load_job
@@ -139,5 +139,5 @@ def _passes(job: Job) -> float:
 
 def _examples_each(job: Job) -> float:
     """Training examples of a device that can train, as a mean."""
-    known = population(job.config, job.partition)
-    return known.num_examples / known.num_devices
+    devices = training_devices(job.config)
+    return sum(len(job.partition.train[device]) for device in devices) / len(devices)

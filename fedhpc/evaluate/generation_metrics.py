@@ -90,7 +90,7 @@ class Bleu(GenerationMetric):
         from sacrebleu import corpus_bleu
 
         most = max(map(len, references))
-        columns = [[own[place] if place < len(own) else None for own in references] for place in range(most)]
+        columns = [[own[place] if place < len(own) else "" for own in references] for place in range(most)]
         return float(corpus_bleu(list(answers), columns).score) / 100
 
     @classmethod

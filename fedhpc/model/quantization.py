@@ -77,6 +77,7 @@ def keep_layout(model: nn.Module) -> None:
     """Have quantized weights lie as they were loaded: on some CPUs those of `nf4` would be laid out anew by the first
     evaluation, and give no gradients any more.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
