@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from fedhpc.config import Config, section_of
+from fedhpc.data.prepared import Split
 from fedhpc.device.worker import Worker, serve
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
@@ -88,8 +89,10 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examp
         max_positions=512,
     )
     tuning = make_tuning(section_of(TUNINGS, num_tokens=20), shape, num_classes=2)
-    description = SimpleNamespace(task="stand-in", max_length=128, class_names=["no", "yes"], metric="accuracy")
-    data = SimpleNamespace(description=description, split=lambda name: [])
+    facts = {"task": "stand-in", "head": "verbalizer", "max_length": 128, "metric": "accuracy"}
+    description = SimpleNamespace(**facts, class_names=["no", "yes"])
+    none = Split(tokens=np.empty(0), offsets=np.zeros(1), labels=np.empty(0), slots=np.empty(0), pad_id=0)
+    data = SimpleNamespace(description=description, split=lambda name: none)
     train = [np.arange(count) for count in examples or [EXAMPLES] * num_devices]
     partition = SimpleNamespace(train=train, validation=[np.arange(1)] * num_devices)
     identity = {**config.identity(), "sha256": config.sha256}

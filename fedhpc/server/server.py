@@ -59,8 +59,8 @@ class Server:
         self.checkpoints = Checkpoints(job.config.run_dir)
         self.saving = CheckpointWriter(job, exchange, self.checkpoints, lock)
         self.generations = Generations(job, exchange, self.files, lock) if job.config.evaluate.generate else None
-        self.counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
-        self.method = make_method(job.config.server, population(job.config, self.counts))
+        counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
+        self.method = make_method(job.config.server, population(job.config, counts))
         self.encoding = make_encoding(job.config, self.method)
         self.strategy = make_strategy(job.config.selection)
         self.trackers = Trackers(job.config)
@@ -293,7 +293,7 @@ class Server:
         uploads = RoundUploads(
             device_ids=headers["device"],
             num_examples=headers["num_examples"],
-            counts=self.counts[headers["device"]],
+            counts=headers["count"],
             num_steps=headers["num_steps"],
             params=[] if encoding.num_sums else [encoding.decode(upload.payloads(records)[i], start) for i in order],
             gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
@@ -330,7 +330,7 @@ class Server:
     def _sums(self, headers: np.ndarray) -> Sums:
         """What came with the headers of the uploads in use."""
         weighted, *total = self.exchange.sums
-        return Sums(mean=weighted / self.counts[headers["device"]].sum(), total=total[0] if total else None)
+        return Sums(mean=weighted / headers["count"].sum(), total=total[0] if total else None)
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
         """The method's server step, watched for growth without bound; with `trace` also what it came from."""
