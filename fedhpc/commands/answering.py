@@ -61,7 +61,7 @@ class Asker:
         self.is_chat = task.chat or task.format == "messages"
         self.fields = [name for name in task.column_of if name not in (TRAINED.get(task.format), MESSAGES)] or ["text"]
         """What a text is given for; of a conversation the user's message."""
-        self.optional = {"input"} if task.format == "alpaca" else set()
+        self.optional = {"input"} & set(self.fields) if task.format == "alpaca" else set()
         """Fields that need not be given."""
 
     def texts(self, texts: Sequence[Sequence[str]], unit: str) -> list[Asked]:
@@ -229,7 +229,7 @@ class Answerer:
 
     @cached_property
     def _conversations(self) -> Renderer:
-        return Renderer(replace(self.task, format="messages", columns={}), self.tokenizer)
+        return Renderer(replace(self.task, format="messages", columns={}, template=None), self.tokenizer)
 
     def answers(self, prompts: Split) -> list[str]:
         """The answer to each prompt."""
@@ -283,6 +283,8 @@ def answer_text(
     """
     answerer = Answerer(trained, options)
     asked = answerer.asker.texts(texts, "--text") if file is None else answerer.asker.file(Path(file))
+    if not asked:
+        raise DataError(f"{file}: holds no text")
     if streamed:
         answerer.stream(answerer.prompts(asked))
         return ""

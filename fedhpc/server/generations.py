@@ -1,7 +1,8 @@
 """Answers in writing on the server's side: asked for, decoded, compared with the references, written down."""
 
 import json
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,21 @@ from fedhpc.job.run_files import RunFiles
 from fedhpc.model.pretrained import load_tokenizer
 from fedhpc.registry import GENERATION_METRICS
 from fedhpc.server.job import Job
+
+
+class Line(NamedTuple):
+    """A line of a file of answers."""
+
+    example: int
+    """Its place in the split; of several with the prompt, the first one's."""
+    device: int
+    """That has it."""
+    prompt: str
+    references: list[str]
+    answer: str
+    """Of the server's tensors."""
+    answer_personal: str
+    """Of the device's own; the same where it has none."""
 
 
 class Generations:
@@ -51,27 +67,27 @@ class Generations:
         """
         answers = self._gathered(state, personal=personal)
         lines = [
-            {
-                "example": int(example),
-                "device": int(self.questions.devices[question]),
-                "prompt": self.prompts[question],
-                "references": self.references[question],
-                "answer": answers[question, 0],
-                "answer_personal": answers.get((question, 1), answers[question, 0]),
-            }
+            Line(
+                example=int(example),
+                device=int(self.questions.devices[question]),
+                prompt=self.prompts[question],
+                references=self.references[question],
+                answer=answers[question, 0],
+                answer_personal=answers.get((question, 1), answers[question, 0]),
+            )
             for question, example in enumerate(self.questions.examples)
         ]
         self._write(state.server.round - 1, lines)
         scores = {}
         for name in self.metrics:
-            for key, behind in (("answer_personal", ""), ("answer", "_global")):
-                texts = [line[key] for line in lines]
-                scores[f"{name}{behind}"] = GENERATION_METRICS[name]().score(texts, self.references)
+            score = partial(GENERATION_METRICS[name]().score, references=self.references)
+            scores[name] = score([line.answer_personal for line in lines])
+            scores[f"{name}_global"] = score([line.answer for line in lines])
         return scores
 
-    def _write(self, round_index: int, lines: list[dict[str, Any]]) -> None:
+    def _write(self, round_index: int, lines: list[Line]) -> None:
         """The file of a round, counted from 0."""
-        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        content = "".join(json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in lines)
         self.lock.check()
         self.files.generations.mkdir(exist_ok=True)
         path = self.files.generations / f"round_{round_index:06d}.jsonl"

@@ -9,9 +9,10 @@ from tiny import run_dir
 
 from fedhpc.api import RunResult
 from fedhpc.commands import cli
-from fedhpc.commands.answering import Answerer
+from fedhpc.commands.answering import Answerer, Asker
 from fedhpc.commands.trained import load_trained
 from fedhpc.config_file import load_config
+from fedhpc.data.generation import GenerationTask
 from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import EXIT_USER_ERROR, ConfigError, DataError
 from fedhpc.evaluate.questions import prompt_of
@@ -146,6 +147,8 @@ def test_what_cannot_be_asked_is_refused(plain, chat, fedhpc, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "dull"}\n{"text": "dull"}\n')
     assert "rows.jsonl line 2: no column 'prompt'" in refusal(run_dir(plain), "--file", rows)
+    (tmp_path / "none.tsv").write_text("prompt\n")
+    assert "none.tsv: holds no text" in refusal(run_dir(plain), "--file", tmp_path / "none.tsv")
     talk = tmp_path / "talk.jsonl"
     talk.write_text('{"messages": [{"role": "user"}]}\n')
     assert "talk.jsonl line 1: column 'messages" in refusal(run_dir(chat), "--file", talk)
@@ -161,3 +164,13 @@ def test_options_of_answers_are_refused_for_classes(world, tmp_path):
     assert cli.main(["run", str(config)]) == 0
     with pytest.raises(ConfigError, match="temperature: this run classifies"):
         RunResult(run_dir(config)).predict(["the place was dull"], temperature=1.0)
+
+
+def test_an_instruction_needs_no_input():
+    asker = Asker(GenerationTask(name="orders", format="alpaca", columns={"input": "context"}, splits={}))
+    assert asker.text(["sum up"], "here").record == {"instruction": "sum up"}
+    both = asker.text(["sum up", "the place was dull"], "here")
+    assert both.record == {"instruction": "sum up", "context": "the place was dull"}
+    assert both.shown == {"text": {"instruction": "sum up", "input": "the place was dull"}}
+    with pytest.raises(DataError, match="here: 3 texts given, this task takes 2: instruction, input"):
+        asker.text(["a", "b", "c"], "here")
