@@ -61,7 +61,7 @@ def _init(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="a folder with train.tsv and dev.tsv, or both files; JSON lines (.jsonl) do as well",
+        help="a folder with train.tsv and dev.tsv, or both files; .csv, .jsonl and .parquet do as well",
     )
     command.add_argument("--model", required=True, help="folder or hub name of the backbone")
     command.add_argument("--text", nargs="+", default=[], metavar="COLUMN", help="columns of text; found out")
@@ -80,22 +80,27 @@ def _prepare(commands: Any) -> None:
     command.add_argument(
         "--source",
         required=True,
-        help="folder with TSV or JSON lines or from datasets.save_to_disk, or a data set of the Hugging Face hub",
+        help="folder with TSV, CSV, JSON lines or Parquet or from datasets.save_to_disk, or a data set of the Hugging "
+        "Face hub",
     )
     command.add_argument("--model", required=True, help="folder or hub name of the backbone")
     command.add_argument("--out", required=True, help="directory to write; an earlier prepared one is replaced")
-    command.add_argument("--head", choices=("verbalizer", "linear"), default="verbalizer")
+    command.add_argument("--head", choices=("verbalizer", "linear"), help="of a classification (verbalizer)")
     command.add_argument(
         "--max-length", type=positive_number, default=128, help="longest example in tokens (%(default)s)"
     )
     command.add_argument(
         "--overlong",
         choices=("drop", "cut-prompt", "cut-response"),
-        default="cut-prompt",
-        help="what becomes of longer texts to be generated (%(default)s: the prompt loses its beginning)",
+        help="what becomes of longer texts to be generated (cut-prompt: the prompt loses its beginning)",
     )
     command.add_argument("--limit-train", type=positive_number, help="take so many random training examples")
-    command.add_argument("--seed", type=int, default=42, help="for --limit-train (%(default)s)")
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="for --limit-train and held-back examples (%(default)s)",
+    )
     command.add_argument(
         "--validation",
         metavar="SPLIT",
@@ -196,8 +201,8 @@ def _predict(commands: Any) -> None:
     source.add_argument(
         "--file",
         metavar="F",
-        help="TSV with a header line (.tsv), JSON lines (.jsonl, .json, .ndjson), or one text a line; of conversations "
-        "JSON lines with `messages`, or one list of messages",
+        help="a table (.tsv or .csv with a header line; .jsonl, .json, .ndjson; .parquet), or one text a line; of "
+        "conversations a table with `messages`, or one list of messages (.json)",
     )
     command.add_argument("--all-classes", action="store_true", help="also the probability of every class")
     command.add_argument(

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from fedhpc.config import Config
+from fedhpc.data.generation import COLUMNS
 from fedhpc.data.prepared import Description
-from fedhpc.data.preparing_classes import Examples, description_of, read_source
+from fedhpc.data.preparing_classes import Examples, describe, read_source
 from fedhpc.data.readers import Record, read_table
 from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
 from fedhpc.data.sources import find_source
-from fedhpc.data.tasks import SPLITS, TASKS, Head, Task
+from fedhpc.data.tasks import GENERATION_TASKS, SPLITS, TASKS, Head, Task
 from fedhpc.data.texts import encode
 from fedhpc.data.tokens import TextEncoder
 from fedhpc.errors import ConfigError, DataError, UserError
@@ -24,6 +25,8 @@ from fedhpc.model.limits import most_tokens
 from fedhpc.model.pretrained import read_shape
 from fedhpc.yaml_files import write
 
+GENERATED = [own for form, own in COLUMNS.items() if form != "text"]
+"""Columns of texts to be generated."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LABELS = ("label", "labels", "class", "category", "target")
 """Columns that are taken for the label's, in any case."""
@@ -124,8 +127,9 @@ def new_files(name: str) -> list[Path]:
     Raises:
         ConfigError: one is, or they cannot be called so.
     """
-    if not NAME.fullmatch(name) or name in TASKS:
-        taken = f"is a built-in task (fedhpc prepare --task {name})" if name in TASKS else "is no name for files"
+    is_built_in = name in TASKS or name in GENERATION_TASKS
+    if not NAME.fullmatch(name) or is_built_in:
+        taken = f"is a built-in task (fedhpc prepare --task {name})" if is_built_in else "is no name for files"
         raise ConfigError(f"{name!r} {taken}; give one of letters, digits, '.', '_' and '-'")
     targets = [Path(f"{name}{end}") for end in (".task.yaml", ".yaml", ".slurm")]
     for target in targets:
@@ -140,7 +144,7 @@ def find_files(data: Sequence[str]) -> Source:
     Raises:
         DataError: there are none, or they are in two folders.
     """
-    two = "give a folder with train.tsv and dev.tsv (or .jsonl), or two files of one folder: training, validation"
+    two = "give a folder with train.tsv and dev.tsv (or .csv, .jsonl, .parquet), or two such files of one folder"
     paths = [Path(name).expanduser() for name in data]
     for path in paths:
         if not path.exists():
@@ -161,13 +165,13 @@ def read_records(file: Path) -> list[Record]:
     Raises:
         DataError: one is malformed, or there are none.
     """
-    records, first_line = read_table(file)
+    records = read_table(file)
     read: list[Record] = []
     try:
-        for record in records:
+        for record in records.each:
             read.append(record)
     except ValueError as error:
-        raise DataError(f"{file} line {first_line + len(read)}: {error}") from None
+        raise DataError(f"{records.place(len(read))}: {error}") from None
     if not read:
         raise DataError(f"{file} holds no examples")
     return read
@@ -205,6 +209,11 @@ def make_task(name: str, source: Source, records: Sequence[Record], texts: Seque
 def _label_column(file: Path, columns: Sequence[str]) -> str:
     named = [column for column in columns if column.lower() in LABELS]
     if len(named) != 1:
+        if not named and any(set(own.values()) - {"input"} <= set(columns) for own in GENERATED):
+            raise DataError(
+                f"{file}: {', '.join(columns)} look like texts to be generated, for which init writes nothing: write a "
+                "task file of kind: generation, or name the label's column: --label COLUMN"
+            )
         which = f"{' and '.join(named)} may both be" if named else "none is called label, so none is known to be"
         raise DataError(f"{file}: {which} the label's column; name it: --label COLUMN, of {', '.join(columns)}")
     return named[0]
@@ -254,7 +263,7 @@ def fit_to_model(task: Task, rows: Examples, recipe: Recipe, backbone: TargetMod
     why = "" if all(re.search(r"[^\W\d_]", word) for word in task.classes.values()) else "the labels are no words"
     try:
         if not why:
-            description_of(recipe, task, backbone)
+            describe(recipe, task, backbone)
     except UserError as error:
         why = str(error).partition(";")[0]
     if why:
@@ -272,7 +281,7 @@ def fit_to_model(task: Task, rows: Examples, recipe: Recipe, backbone: TargetMod
 def longest_text(recipe: Recipe, task: Task, backbone: TargetModel, head: Head) -> int:
     """Tokens that the model has places for, beside the prompts."""
     asked = Recipe(**{**vars(recipe), "head": head, "max_length": 1 << 30})
-    description = Description(**description_of(asked, task, backbone), splits={}, files={})
+    description = Description(**describe(asked, task, backbone), splits={}, files={})
     return most_tokens(run_config(task.name, recipe.model, head, 1), description, read_shape(recipe.model))
 
 

@@ -1,7 +1,7 @@
 """`fedhpc predict`: class and probability for new text, or an answer."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedhpc.commands.answering import Answerer, Asked, Asker, answer_records, answer_text
 from fedhpc.commands.trained import Trained, load_trained
 from fedhpc.data.prepared import Description, Split
-from fedhpc.data.readers import TABLES, Record, read_lines, read_table
+from fedhpc.data.readers import TABLES, Record, Records, read_lines, read_table
 from fedhpc.data.tasks import TASKS, Task, template_fields
 from fedhpc.data.texts import Row, Texts, encode, text_fields
 from fedhpc.device.processor import choose_torch_device
@@ -39,7 +39,7 @@ def predict_text(
 
     Args:
         texts: each a text for every field of the task's template.
-        file: or a file of them: TSV with a header line, JSON lines, or one text a line.
+        file: or a file of them: of a form of `fedhpc.data.readers`, or with one text a line.
         device: whose personal parameters to use; None: the global ones.
         all_classes: also `probabilities`, by label.
         options: of runs that generate text: `max_new_tokens`, `temperature`, `top_p`, where they are not the run's.
@@ -171,32 +171,33 @@ def _given(texts: Sequence[Sequence[str]], fields: Sequence[str]) -> Texts:
                 "write --text " + " ".join(field.upper() for field in fields)
             )
         rows.append(dict(zip(fields, values, strict=True)))
-    return _texts("--text", rows, {field: [field] for field in fields})
+    return _texts(Records("--text", range(1, 1 + len(rows)), rows), {field: [field] for field in fields})
 
 
 def _read(file: Path, description: Description, fields: Sequence[str]) -> Texts:
     if file.suffix.lower() in TABLES:
         task = _built_in(description)
         columns = {field: _column_names(field, fields, task) for field in fields}
-        records, first = read_table(file, headerless=task.headerless, labels=task.classes) if task else read_table(file)
-        return _texts(f"{file} line", records, columns, first=first)
+        table = read_table(file, headerless=task.headerless, labels=task.classes) if task else read_table(file)
+        return _texts(table, columns)
     lines = read_lines(file)
     if len(fields) > 1:
         raise DataError(f"{file}: this task takes {', '.join(fields)}; give a file {' or '.join(TABLES)} of them")
-    return _texts(f"{file} line", ({fields[0]: line} for line in lines), {fields[0]: fields})
+    records = ({fields[0]: line} for line in lines)
+    return _texts(Records(f"{file} line", range(1, 1 + len(lines)), records), {fields[0]: fields})
 
 
-def _texts(unit: str, records: Iterable[Record], names: Mapping[str, Sequence[str]], *, first: int = 1) -> Texts:
+def _texts(records: Records, names: Mapping[str, Sequence[str]]) -> Texts:
     """The texts of records, each field's in the first of the columns that may have it."""
     rows: list[Row] = []
     columns: dict[str, str] = {}
     try:
-        for record in records:
+        for record in records.each:
             columns = columns or {field: _column(names[field], record) for field in names}
             rows.append(text_fields(record, columns))
     except ValueError as error:
-        raise DataError(f"{unit} {first + len(rows)}: {error}") from None
-    return Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows)
+        raise DataError(f"{records.place(len(rows))}: {error}") from None
+    return Texts(unit=records.unit, numbers=records.numbers, rows=rows)
 
 
 def _built_in(description: Description) -> Task | None:

@@ -5,7 +5,7 @@ its response. The characters of the response, in a conversation of every assista
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -41,7 +41,10 @@ ALPACA_WITHOUT = ALPACA.format(also="", input="")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 """Names of roles, ShareGPT's among them."""
 FIELD = re.compile(r"\{(\w+)\}")
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+CONTENT = "\ue000{}\ue001"
+"""Stands for the content of a message: private characters, with the message's number between them."""
+CONTENTS = re.compile(CONTENT.format(r"(\d+)"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class GenerationTask:
     columns: dict[str, str] = field(default_factory=dict)
     """Field -> column, where it is not that of `COLUMNS`."""
     template: str | None = None
-    """What stands before the response; with ``chat``, the user's turn."""
+    """What stands before the response, or with ``chat`` the user's turn: plain text, with ``{field}`` for a field."""
     chat: bool = False
     """Whether the tokenizer's chat template makes the text."""
     system: str | None = None
@@ -67,12 +70,15 @@ class GenerationTask:
     splits: dict[str, tuple[str, ...]]
     """Split -> file names to look for, the first found is taken."""
     held_back: float | None = None
-    """Share of the training examples that is the validation split, where the source has none."""
+    """Share of the training examples that is the validation split, where `splits` has none."""
 
     @cached_property
     def column_of(self) -> dict[str, str]:
-        """Field -> column."""
-        return COLUMNS[self.format] | self.columns
+        """Field -> column, of the fields that are used."""
+        known = COLUMNS[self.format] | self.columns
+        if self.template is None or self.format == "messages":
+            return known
+        return {name: known[name] for name in (*dict.fromkeys(FIELD.findall(self.template)), TRAINED[self.format])}
 
     @property
     def needed_columns(self) -> list[str]:
@@ -80,19 +86,6 @@ class GenerationTask:
         optional = {"input"} if self.format == "alpaca" else set()
         own = [column for name, column in self.column_of.items() if name not in optional]
         return [*own, *(column for column in (self.device, self.category) if column is not None)]
-
-    def turns(self, record: Record) -> list[Turn]:
-        """A record's conversation, the last turn an assistant's; ValueError for what is none."""
-        if self.format == "messages":
-            turns = conversation(record.get(self.column_of["messages"]), self.column_of["messages"])
-        else:
-            fields = self.fields(record)
-            prompt = "".join(part for part, _ in self.parts(fields))
-            turns = [{"role": "user", "content": prompt}]
-            turns.append({"role": "assistant", "content": fields[TRAINED[self.format]]})
-        if self.system is not None and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": self.system}, *turns]
-        return turns
 
     def fields(self, record: Record) -> dict[str, str]:
         """The text of each field; ValueError for what is no text, or a response without any."""
@@ -107,10 +100,15 @@ class GenerationTask:
             raise ValueError(f"column {self.column_of[trained]!r} holds no text: there is no token to train")
         return fields
 
-    def parts(self, fields: Mapping[str, str]) -> list[tuple[str, bool]]:
-        """The pieces of the text before the response, and whether each comes from a field."""
-        pieces = re.split(r"(\{\w+\})", self._template(fields))
-        return [(fields[piece[1:-1]], True) if FIELD.fullmatch(piece) else (piece, False) for piece in pieces]
+    def prompt(self, fields: Mapping[str, str]) -> tuple[str, list[Span]]:
+        """What stands before the response, or the user's turn; and the characters of it that come from fields."""
+        text, spans = "", []
+        for number, piece in enumerate(re.split(r"\{(\w+)\}", self._template(fields))):
+            start = len(text)
+            text += fields[piece] if number % 2 else piece
+            if number % 2:
+                spans.append((start, len(text)))
+        return text, spans
 
     def _template(self, fields: Mapping[str, str]) -> str:
         if self.template is not None:
@@ -131,15 +129,8 @@ def conversation(value: Any, column: str) -> list[Turn]:
     """
     where = f"column {column!r}"
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where} holds {_kind(value)}, expected a list of messages")
-    turns = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"{where}, message {number}: {_kind(message)}, expected role and content")
-        role, content = (message.get(new, message.get(old)) for new, old in (("role", "from"), ("content", "value")))
-        if role not in ROLES:
-            raise ValueError(f"{where}, message {number}: role {role!r} is none of {', '.join(ROLES)}")
-        turns.append({"role": ROLES[role], "content": text_value(content, f"{column}, message {number}")})
+        raise ValueError(f"{where} holds {_kind(value) if value != [] else 'an empty list'}, expected messages")
+    turns = [_turn(message, f"{column}, message {number}") for number, message in enumerate(value, 1)]
     first = int(turns[0]["role"] == "system")
     for number, turn in enumerate(turns[first:]):
         expected = ("user", "assistant")[number % 2]
@@ -155,6 +146,21 @@ def conversation(value: Any, column: str) -> list[Turn]:
     return turns
 
 
+def _turn(message: Any, where: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"column {where}: {_kind(message)}, expected role and content")
+    # A table may have columns for both ways to say it.
+    role, content = (
+        next((message[key] for key in keys if message.get(key) is not None), None)
+        for keys in (("role", "from"), ("content", "value"))
+    )
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(
+            f"column {where}: role {role if isinstance(role, str) else _kind(role)} is none of {', '.join(ROLES)}"
+        )
+    return {"role": ROLES[role], "content": text_value(content, where)}
+
+
 class Rendered(NamedTuple):
     """An example as text."""
 
@@ -162,7 +168,7 @@ class Rendered(NamedTuple):
     trained: Sequence[Span]
     """Characters of the responses, ascending."""
     cuttable: Sequence[Span]
-    """Characters before the last response that may be left out, ascending."""
+    """Characters that come from the prompt's fields or the user's messages, ascending."""
 
 
 class Renderer:
@@ -179,68 +185,110 @@ class Renderer:
     def __init__(self, task: GenerationTask, tokenizer: Any) -> None:
         self.task, self._tokenizer = task, tokenizer
         self.is_chat = task.chat or task.format == "messages"
-        if self.is_chat and not tokenizer.chat_template:
-            raise DataError(
-                f"task {task.name} needs a chat template, and the tokenizer has none: use the family's chat model, or "
-                "give the task a template of its own and no `chat: true`"
-            )
+        self.template = ""
+        """The tokenizer's chat template, of a task that needs it."""
+        self._skeletons: dict[tuple[str, ...], list[str]] = {}
+        if self.is_chat:
+            try:
+                self.template = tokenizer.get_chat_template()
+            except ValueError:
+                raise DataError(
+                    f"task {task.name} needs a chat template, and the tokenizer has none: use the family's chat model, "
+                    "or a task of another format without chat: true"
+                ) from None
 
     def __call__(self, record: Record) -> Rendered:
         """A record as text; ValueError for what cannot be put so."""
-        if self.is_chat:
-            return self._conversation(self.task.turns(record))
+        if self.task.format == "messages":
+            column = self.task.column_of["messages"]
+            turns = conversation(record.get(column), column)
+            return self._conversation(turns, [[(0, len(turn["content"]))] for turn in turns])
         fields = self.task.fields(record)
-        text, cuttable = "", []
-        for part, is_field in self.task.parts(fields):
-            if is_field and part:
-                cuttable.append((len(text), len(text) + len(part)))
-            text += part
         response = fields[TRAINED[self.task.format]]
-        return Rendered(text + response, [(len(text), len(text) + len(response))], cuttable)
+        prompt, spans = self.task.prompt(fields)
+        if self.is_chat:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return self._conversation(turns, [spans, []])
+        return Rendered(prompt + response, [(len(prompt), len(prompt) + len(response))], spans)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """What stands before the answer to a conversation whose last turn is the user's."""
         return self._render(turns, add_generation_prompt=True)
 
-    def _conversation(self, turns: list[Turn]) -> Rendered:
+    def _conversation(self, turns: list[Turn], fields: list[list[Span]]) -> Rendered:
+        """A conversation as text; `fields` are the characters of each message that come from the record."""
+        if self.task.system is not None and turns[0]["role"] != "system":
+            turns, fields = [{"role": "system", "content": self.task.system}, *turns], [[], *fields]
         text = self._render(turns)
-        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if GENERATION.search(self._tokenizer.chat_template):
-            trained = self._marked(turns)
-        else:
-            trained = [self._span(turns, place, text) for place in places]
-        cuttable, start, last = [], 0, trained[-1][0] if trained else 0
-        for turn in turns:
-            if turn["role"] != "user":
-                continue
-            content = turn["content"].strip()
-            found = text.find(content, start, last)
-            if content and found >= 0:
-                cuttable.append((found, found + len(content)))
-                start = found + len(content)
+        places = self._places(turns, text)
+        trained = self._marked(turns) if MARKS.search(self.template) else list(self._answers(turns, text))
+        cuttable = []
+        for number, (start, first, last) in sorted(places.items()):
+            if turns[number]["role"] == "user":
+                cuttable += [(max(start + begin, first), min(start + end, last)) for begin, end in fields[number]]
         return Rendered(text, trained, cuttable)
 
-    def _span(self, turns: list[Turn], place: int, text: str) -> Span:
-        """The characters of one assistant turn, its end token with them, white space behind that not."""
-        before, until = self.prompt(turns[:place]), self._render(turns[: place + 1])
-        if not (until.startswith(before) and text.startswith(until)):
-            raise ValueError(
-                f"the chat template does not put a conversation's beginning as it puts it whole (message {place + 1}): "
-                "what is trained cannot be told apart; a template with {% generation %} marks would say"
-            )
-        return len(before), len(until.rstrip())
+    def _answers(self, turns: list[Turn], text: str) -> Iterator[Span]:
+        """The characters of each assistant turn, its end token with them, white space behind that not."""
+        for number, turn in enumerate(turns, 1):
+            if turn["role"] != "assistant":
+                continue
+            before = self.prompt(turns[: number - 1])
+            until = text if number == len(turns) else self._render(turns[:number])
+            if not (until.startswith(before) and text.startswith(until)):
+                raise ValueError(
+                    "the chat template does not put a conversation's beginning as it puts it whole (message "
+                    f"{number}): what is trained cannot be told apart; a template with {{% generation %}} marks would "
+                    "say"
+                )
+            yield len(before), len(until.rstrip())
 
     def _marked(self, turns: list[Turn]) -> list[Span]:
         """The characters that the template itself marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[turns],
-            chat_template=self._tokenizer.chat_template,
+            chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
-        return [(begin, end) for begin, end in spans[0]]
+        found = [(begin, end) for begin, end in rendered[1][0] if begin < end]
+        if not found:
+            raise ValueError("the chat template marks nothing as generated: there is no token to train")
+        return found
+
+    def _places(self, turns: list[Turn], text: str) -> dict[int, tuple[int, int, int]]:
+        """Where the text has each message's content, which may lack the white space around it.
+
+        Of each message where the whole content would begin, and where what there is of it begins and ends; nothing if
+        the template makes something else of a content.
+        """
+        literals = self._skeleton(tuple(turn["role"] for turn in turns))
+        found, place = {}, 0
+        for number, piece in enumerate(literals):
+            forms = [piece]
+            if number % 2:
+                content = turns[int(piece)]["content"]
+                forms = [content, content.strip()]
+            part = next((form for form in forms if text.startswith(form, place)), None)
+            if part is None:
+                return {}
+            if number % 2:
+                found[int(piece)] = (place - content.index(part), place, place + len(part))
+            place += len(part)
+        return found if place == len(text) else {}
+
+    def _skeleton(self, roles: tuple[str, ...]) -> list[str]:
+        """The template's own words around the messages of a conversation, and between them each message's number."""
+        if roles not in self._skeletons:
+            turns = [{"role": role, "content": CONTENT.format(number)} for number, role in enumerate(roles)]
+            pieces = CONTENTS.split(self._render(turns))
+            for number, role in enumerate(roles):
+                if str(number) not in pieces[1::2]:
+                    raise ValueError(f"the chat template leaves out the {role}'s message ({number + 1})")
+            self._skeletons[roles] = pieces
+        return self._skeletons[roles]
 
     def _render(self, turns: Sequence[Turn], **options: Any) -> str:
         try:
@@ -250,4 +298,4 @@ class Renderer:
 
 
 def _kind(value: Any) -> str:
-    return repr(value) if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    return repr(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"

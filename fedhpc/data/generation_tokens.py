@@ -5,13 +5,15 @@ is given when it has to answer, whatever the answer begins with.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 from fedhpc.data.generation import Rendered, Span
+from fedhpc.data.tokens import tokenize
+from fedhpc.errors import ModelError
 
 Overlong = Literal["drop", "cut-prompt", "cut-response"]
-BATCH = 1000
 
 
 class Example(NamedTuple):
@@ -19,132 +21,175 @@ class Example(NamedTuple):
 
     ids: list[int]
     spans: list[Span]
-    """Trained tokens, ascending; never the first token, which nothing predicts."""
+    """Trained tokens, ascending; never the first token, which nothing predicts. None where the source has none."""
     cut: bool
     """Whether tokens were left out."""
 
 
-class _Piece(NamedTuple):
+class _Anchor(NamedTuple):
+    """What a piece of a text is tokenised behind, since it does not begin the text."""
+
+    text: str
+    ids: list[int]
+
+
+NOTHING = _Anchor("", [])
+
+
+@dataclass(kw_only=True)
+class _Piece:
+    """A piece of an example's text, and its tokens."""
+
     text: str
     start: int
     """Of its characters in the example's."""
     is_trained: bool
+    anchor: _Anchor = NOTHING
+    encoding: Any = None
+    """Of anchor and text, of the tokenizers library."""
+    ids: list[int] = field(default_factory=list)
+
+    def offsets(self) -> list[Span]:
+        """Characters of each token in the example's text."""
+        skipped, shift = len(self.anchor.ids), self.start - len(self.anchor.text)
+        own = self.encoding.offsets[skipped : skipped + len(self.ids)]
+        return [(max(self.start, begin + shift), end + shift) for begin, end in own]
 
 
 class GenerationEncoder:
-    """Tokenises rendered examples with a fast Hugging Face tokenizer.
+    """Tokenises rendered examples with a fast Hugging Face tokenizer; what stands behind the last response is left out.
 
     Args:
         tokenizer: the model's.
         chat: whether the text has the special tokens that it needs; else it begins as the tokenizer begins texts, and
             ends with the end token, which is trained.
         max_length: tokens of an example, at most.
-        overlong: what becomes of a longer one: it is left out, its prompt's fields lose their beginning, or its last
-            response its end. What is too long still is left out.
+        overlong: what becomes of a longer one: it is left out, its prompt's fields lose their beginning, or it loses
+            its end. What is too long still, or has lost all of its trained tokens, is left out.
+
+    Raises:
+        ModelError: the tokenizer knows no letter.
     """
 
     def __init__(self, tokenizer: Any, *, chat: bool, max_length: int, overlong: Overlong = "cut-prompt") -> None:
         self._tokenizer, self._chat, self._max_length, self._overlong = tokenizer, chat, max_length, overlong
-        special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        self._leading, self._trailing = special.index(0), special[::-1].index(0)
+        special = tokenize(tokenizer, "a", return_special_tokens_mask=True)["special_tokens_mask"]
+        if all(special):
+            raise ModelError("the tokenizer knows no letter: it makes no token of 'a'")
+        self._leading: int = 0 if chat else special.index(0)
+        self._trailing: int = 0 if chat else special[::-1].index(0)
         self._end = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        # Some tokenizers put a space before whatever a text begins with, and a piece does not begin the text.
-        line, word = (self._ids([text])[0] for text in ("\n", "a"))
-        self._before = [] if self._ids(["\na"])[0] == line + word else line
+        self._added: dict[str, int] = tokenizer.get_added_vocab()
+        self._added_sizes = sorted({len(token) for token in self._added}, reverse=True)
+        # Some tokenizers put a space before whatever a text begins with; behind a line end they do not.
+        line, word, both = (encoding.ids for encoding in self._encodings(["\n", "a", "\na"]))
+        self._line = NOTHING if both == line + word else _Anchor("\n", line)
 
     def __call__(self, rendered: Sequence[Rendered]) -> Iterator[Example | None]:
-        """Every example; None for one that is too long."""
-        pieces = [list(_pieces(example)) for example in rendered]
-        firsts = self._beginnings([own[0].text for own in pieces])
-        others = iter(self._continuations([piece.text for own in pieces for piece in own[1:]]))
-        for example, own, first in zip(rendered, pieces, firsts, strict=True):
-            ids = [first, *(next(others) for _ in own[1:])]
-            yield self._example(example, own, ids)
+        """Every example; None for one that is too long.
+
+        Raises:
+            DataError: the tokenizer cannot read one.
+        """
+        every = [list(_pieces(example)) for example in rendered]
+        firsts = [own[0] for own in every]
+        for piece, encoding in zip(firsts, self._encodings([piece.text for piece in firsts], begin=True), strict=True):
+            piece.encoding, piece.ids = encoding, encoding.ids[: len(encoding.ids) - self._trailing]
+        pairs = [pair for own in every for pair in pairwise(own)]
+        for before, piece in pairs:
+            piece.anchor = self._anchor(before.text)
+        texts = [piece.anchor.text + piece.text for _, piece in pairs]
+        for (_, piece), encoding in zip(pairs, self._encodings(texts), strict=True):
+            piece.encoding = encoding
+            if encoding.ids[: len(piece.anchor.ids)] != piece.anchor.ids:  # the anchor has become one with the piece
+                piece.anchor = NOTHING
+                (piece.encoding,) = self._encodings([piece.text])
+            piece.ids = piece.encoding.ids[len(piece.anchor.ids) :]
+        for example, own in zip(rendered, every, strict=True):
+            yield self._example(own, example.cuttable)
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens of what stands before an answer; its end if it is too long."""
-        pieces = list(_pieces(Rendered(text, [], [])))
-        return self._beginnings([pieces[0].text])[0]
+        """The tokens of what stands before an answer, however many."""
+        (encoding,) = self._encodings([text], begin=True)
+        return list(encoding.ids[: len(encoding.ids) - self._trailing])
 
-    def _example(self, rendered: Rendered, pieces: list[_Piece], ids: list[list[int]]) -> Example | None:
-        if pieces[-1].is_trained:
-            ids[-1] = ids[-1] + self._end
-        excess = sum(map(len, ids)) - self._max_length
-        if excess > 0:
-            if self._overlong == "drop":
-                return None
-            if self._overlong == "cut-prompt":
-                ids = self._without_beginnings(rendered, pieces, ids, excess)
-        spans = []
-        for piece, (begin, end) in zip(pieces, pairwise(accumulate(map(len, ids), initial=0)), strict=True):
-            span = max(begin, 1), min(end, self._max_length)
-            if piece.is_trained and span[0] < span[1]:
-                spans.append(span)
-        whole = [token for own in ids for token in own]
-        if not spans or (len(whole) > self._max_length and self._overlong != "cut-response"):
-            return None
-        return Example(whole[: self._max_length], spans, excess > 0)
+    def _anchor(self, before: str) -> _Anchor:
+        """Of a piece behind this text: the special token that ends it, or a line end."""
+        for size in self._added_sizes:
+            if (token := before[-size:]) in self._added:
+                return _Anchor(token, [self._added[token]])
+        return self._line
 
-    def _without_beginnings(
-        self, rendered: Rendered, pieces: list[_Piece], ids: list[list[int]], excess: int
-    ) -> list[list[int]]:
-        """The pieces' tokens without the first ``excess`` ones that are within what may be left out."""
-        kept = []
-        for number, (piece, own) in enumerate(zip(pieces, ids, strict=True)):
-            if piece.is_trained or excess == 0:
-                kept.append(own)
-                continue
-            inside = set()
-            for place, (start, end) in enumerate(self._offsets(piece.text, first=number == 0)):
-                begin, until = piece.start + start, piece.start + end
-                if any(first <= begin < until <= last for first, last in rendered.cuttable):
-                    inside.add(place)
-            dropped = set(sorted(inside)[:excess])
-            excess -= len(dropped)
-            kept.append([token for place, token in enumerate(own) if place not in dropped])
-        return kept
-
-    def _offsets(self, text: str, *, first: bool) -> list[Span]:
-        """Characters of each token of a piece."""
-        before = "" if first or not self._before else "\n"
-        encoding = self._tokenizer(
-            before + text, add_special_tokens=first and not self._chat, return_offsets_mapping=True, verbose=False
-        )
-        skipped = 0 if first else len(self._before)
-        offsets = encoding["offset_mapping"][skipped:]
-        return [(max(0, start - len(before)), end - len(before)) for start, end in offsets]
-
-    def _beginnings(self, texts: list[str]) -> list[list[int]]:
-        if self._chat:
-            return self._ids(texts)
-        each = self._ids(texts, add_special_tokens=True)
-        return [ids[: len(ids) - self._trailing] for ids in each]
-
-    def _continuations(self, texts: list[str]) -> list[list[int]]:
-        if not self._before:
-            return self._ids(texts)
-        return [ids[len(self._before) :] for ids in self._ids([f"\n{text}" for text in texts])]
-
-    def _ids(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+    def _encodings(self, texts: list[str], *, begin: bool = False) -> list[Any]:
+        """Of texts, with the special tokens that begin and end them if they are to `begin` an example."""
         if not texts:
             return []
-        found: list[list[int]] = self._tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        special = begin and not self._chat
+        found: list[Any] = tokenize(self._tokenizer, texts, add_special_tokens=special, **options).encodings
         return found
+
+    def _example(self, pieces: list[_Piece], cuttable: Sequence[Span]) -> Example | None:
+        pieces[-1].ids = pieces[-1].ids + self._end
+        excess = sum(len(piece.ids) for piece in pieces) - self._max_length
+        spans = self._spans(pieces)
+        if excess > 0 and spans:
+            if self._overlong == "cut-prompt":
+                _cut_beginning(pieces, cuttable, excess)
+            elif self._overlong == "cut-response":
+                _cut_end(pieces, excess)
+            spans = self._spans(pieces)
+            if not spans or sum(len(piece.ids) for piece in pieces) > self._max_length:
+                return None
+        return Example([token for piece in pieces for token in piece.ids], spans, excess > 0)
+
+    def _spans(self, pieces: list[_Piece]) -> list[Span]:
+        ends = accumulate((len(piece.ids) for piece in pieces), initial=0)
+        first = max(self._leading, 1)
+        spans = [(max(begin, first), end) for begin, end in pairwise(ends)]
+        return [span for piece, span in zip(pieces, spans, strict=True) if piece.is_trained and span[0] < span[1]]
 
 
 def _pieces(rendered: Rendered) -> Iterator[_Piece]:
     """An example's text, cut where something trained begins or ends."""
     place = 0
     for begin, end in rendered.trained:
-        if place < begin or not place:
-            yield _Piece(rendered.text[place:begin], place, False)
-        yield _Piece(rendered.text[begin:end], begin, True)
+        if place < begin:
+            yield _Piece(text=rendered.text[place:begin], start=place, is_trained=False)
+        yield _Piece(text=rendered.text[begin:end], start=begin, is_trained=True)
         place = end
-    if place < len(rendered.text):
-        yield _Piece(rendered.text[place:], place, False)
+
+
+def _cut_beginning(pieces: list[_Piece], cuttable: Sequence[Span], excess: int) -> None:
+    """Leave out the first ``excess`` tokens, or a few more lest a character be halved, that are within `cuttable`."""
+    for piece in pieces:
+        if piece.is_trained or excess <= 0:
+            continue
+        offsets = piece.offsets()
+        fields = [(first, last, _spaces_before(piece, first)) for first, last in cuttable]
+        # Some tokenizers give a lone space an empty place, as they do to the tokens around the text.
+        inside = [
+            number
+            for number, (start, end) in enumerate(offsets)
+            if any(first - spaces <= start < last and first < end <= last for first, last, spaces in fields)
+        ]
+        count = min(excess, len(inside))
+        while 0 < count < len(inside) and offsets[inside[count]][0] < offsets[inside[count - 1]][1]:
+            count += 1
+        dropped = set(inside[:count])
+        piece.ids = [token for number, token in enumerate(piece.ids) if number not in dropped]
+        excess -= count
+
+
+def _spaces_before(piece: _Piece, place: int) -> int:
+    """Spaces that stand before a character of the text, which may be one token with what begins there."""
+    before = piece.text[: max(0, place - piece.start)]
+    return len(before) - len(before.rstrip(" "))
+
+
+def _cut_end(pieces: list[_Piece], excess: int) -> None:
+    """Leave out the last ``excess`` tokens."""
+    for piece in reversed(pieces):
+        kept = max(0, len(piece.ids) - excess)
+        excess -= len(piece.ids) - kept
+        piece.ids = piece.ids[:kept]

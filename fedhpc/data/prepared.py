@@ -264,13 +264,10 @@ class Split:
         ]
         tokens = [self.tokens[self.offsets[example] + own] for example, own in zip(chosen, places, strict=True)]
         texts = np.repeat(np.arange(len(chosen)), [len(own) for own in places])
+        parts = (texts, np.concatenate(places) - 1, np.concatenate(tokens))
+        of_text, columns, wanted = (torch.from_numpy(part.astype(np.int64)) for part in parts)
         counts = (int(own.sum()) for own in np.split(self.num_terms[chosen], np.cumsum(sizes)[:-1]))
-
-        def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array.astype(np.int64))
-
-        columns = np.concatenate(places) - 1
-        return Targets(tensor(texts), tensor(columns), tensor(np.concatenate(tokens)), counts=tuple(counts))
+        return Targets(of_text, columns, wanted, tuple(counts))
 
 
 class PreparedData:

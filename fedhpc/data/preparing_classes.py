@@ -8,8 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fedhpc.data.prepared import Description, Split, tokenizer_fingerprint, write_prepared
+from fedhpc.data.readers import Records
 from fedhpc.data.recipe import Recipe, TargetModel, pad_id_of, setting
-from fedhpc.data.sources import Records, read_records
+from fedhpc.data.sources import read_records
 from fedhpc.data.tasks import Task, template_fields
 from fedhpc.data.texts import Texts, encode, text_fields
 from fedhpc.data.tokens import TextEncoder, check_known, find_word_ids
@@ -37,20 +38,19 @@ def read_source(task: Task, source: str, files: Mapping[str, Sequence[str]]) -> 
 
 def _rows(task: Task, records: Records) -> Examples:
     rows, labels = [], []
-    unit, first, each, features = records
     places = {value: place for place, value in enumerate(task.classes)}
     columns: dict[str, str] = {}
     try:
-        for record in each:
+        for record in records.each:
             columns = columns or {name: _resolve(task, name, list(record)) for name in task.columns}
             column = columns["label"]
-            labels.append(places[_label(task, record.get(column), column, features and features[column])])
+            labels.append(places[_label(task, record.get(column), column, records.class_names.get(column, ()))])
             rows.append(text_fields(record, {name: columns[name] for name in task.fields}))
     except ValueError as error:
-        raise DataError(f"{unit} {first + len(rows)}: {error}") from error
+        raise DataError(f"{records.place(len(rows))}: {error}") from error
     if not rows:
-        raise DataError(f"{unit.rpartition(' ')[0]} holds no examples")
-    return Examples(texts=Texts(unit=unit, numbers=range(first, first + len(rows)), rows=rows), labels=labels)
+        raise DataError(f"{records.source} holds no examples")
+    return Examples(texts=Texts(unit=records.unit, numbers=records.numbers, rows=rows), labels=labels)
 
 
 def _resolve(task: Task, field: str, available: list[str]) -> str:
@@ -61,11 +61,11 @@ def _resolve(task: Task, field: str, available: list[str]) -> str:
     raise ValueError(f"no column {wanted!r}, which task {task.name} needs; there are {', '.join(available)}")
 
 
-def _label(task: Task, value: Any, column: str, feature: Any) -> str:
+def _label(task: Task, value: Any, column: str, names: Sequence[str]) -> str:
     """A label as the task writes it; numbered classes that have names count by these. ValueError for any other."""
     if not isinstance(value, str | int | float | None):
         raise ValueError(f"column {column!r} holds a {type(value).__name__}, expected a label")
-    name, names = "" if value is None else str(value), getattr(feature, "names", ())
+    name = "" if value is None else str(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         # The author of a task file that knows none of the names has written numbers.
         by_number = not task.is_built_in and not any(task.label(other) or other.isdigit() for other in names)
@@ -102,7 +102,7 @@ def tokenise(given: Examples, encoder: TextEncoder, vocabulary_size: int, pad_id
 
 def prepare_classes(recipe: Recipe, task: Task, model: TargetModel) -> str:
     """Do all of it; returns the closing summary."""
-    facts = description_of(recipe, task, model)
+    facts = describe(recipe, task, model)
     template, tokenizer = facts["template"], model.tokenizer
     source = read_source(task, recipe.source, recipe.files(task))
     for given in source.values():
@@ -116,15 +116,16 @@ def prepare_classes(recipe: Recipe, task: Task, model: TargetModel) -> str:
     return summary(description, encoded, recipe.out)
 
 
-def description_of(recipe: Recipe, task: Task, model: TargetModel) -> dict[str, Any]:
+def describe(recipe: Recipe, task: Task, model: TargetModel) -> dict[str, Any]:
     """What the prepared data's description says that does not follow from the source.
 
     Raises:
         UserError: the task cannot be put to this model.
     """
-    template = task.template(kind=model.kind, head=recipe.head)
+    head = recipe.head or "verbalizer"
+    template = task.template(kind=model.kind, head=head)
     word_ids: list[list[int]] = [[] for _ in task.classes]
-    if recipe.head == "verbalizer":
+    if head == "verbalizer":
         if not model.can_score_words:
             raise ModelError(f"model {recipe.model!r} has no language-model head to score words; use --head linear")
         word_ids = find_word_ids(list(task.classes.values()), template, model.tokenizer, kind=model.kind)
@@ -132,7 +133,7 @@ def description_of(recipe: Recipe, task: Task, model: TargetModel) -> dict[str, 
             check_known(f"class word {word!r}", ids, model.tokenizer, model.vocabulary_size)
     return {
         "task": task.name,
-        "head": recipe.head,
+        "head": head,
         "kind": model.kind,
         "model": recipe.model,
         "tokenizer_sha256": tokenizer_fingerprint(model.tokenizer),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedhpc.data.generation import GenerationTask
 from fedhpc.data.generation_tokens import Overlong
-from fedhpc.data.tasks import Head, Kind, Task
+from fedhpc.data.tasks import ENDINGS, Head, Kind, Task
 from fedhpc.errors import ModelError
 from fedhpc.yaml_files import YAML_ERRORS, read_value
 
@@ -23,10 +23,10 @@ class Recipe:
     """Folder or hub name of the backbone."""
     out: str
     """The folder to write; an earlier prepared one is replaced."""
-    head: Head = "verbalizer"
-    """Of classification."""
-    overlong: Overlong = "cut-prompt"
-    """What becomes of texts to be generated that are too long."""
+    head: Head | None = None
+    """Of classification: verbalizer unless given."""
+    overlong: Overlong | None = None
+    """What becomes of texts to be generated that are too long: cut-prompt unless given."""
     max_length: int = 128
     """Tokens of the longest example."""
     limit_train: int | None = None
@@ -46,8 +46,8 @@ class Recipe:
         }
 
     def files(self, task: Task | GenerationTask) -> dict[str, tuple[str, ...]]:
-        """Split -> file names to look for."""
-        own = {"validation": tuple(f"{self.validation}{end}" for end in (".tsv", ".jsonl"))} if self.validation else {}
+        """Split -> file names to look for; without the validation split where the training examples give it."""
+        own = {"validation": tuple(f"{self.validation}{end}" for end in ENDINGS)} if self.validation else {}
         return task.splits | own
 
 

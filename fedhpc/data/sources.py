@@ -1,33 +1,20 @@
 """Sources of examples: files in a folder, a folder of the datasets library, or a data set of the Hugging Face hub.
 
-Files are TSV, unquoted, or JSON lines. On the hub a data set is ``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION``.
+Files are those of `fedhpc.data.readers`. On the hub a data set is ``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION``.
 """
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fedhpc.data.readers import Record, read_table
+from fedhpc.data.readers import Records, read_table
 from fedhpc.errors import DataError
 
 PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
 PICKLE_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-
-
-class Records(NamedTuple):
-    """The records of a split as they stand in a source."""
-
-    unit: str
-    """What the numbers count, as `train.tsv line`."""
-    first: int
-    """Number of the first record."""
-    each: Iterable[Record]
-    """A malformed one raises ValueError."""
-    features: Mapping[str, Any] | None = None
-    """Of the datasets library, by column."""
 
 
 def read_records(
@@ -42,11 +29,7 @@ def read_records(
     found = find_source(source, files)
     if found is None:
         return _read_datasets(source, _load_datasets(str(Path(source).expanduser())), files)
-    records = {}
-    for split, file in found.items():
-        each, first = read_table(file, headerless=headerless, labels=labels)
-        records[split] = Records(f"{file} line", first, each)
-    return records
+    return {split: read_table(file, headerless=headerless, labels=labels) for split, file in found.items()}
 
 
 def find_source(source: str, files: Mapping[str, Sequence[str]]) -> dict[str, Path] | None:
@@ -95,7 +78,7 @@ def refuse_pickle(file: Path) -> None:
     if file.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
         raise DataError(
             f"{file} may hold pickled objects, and reading those can run code hidden in them; "
-            "give the data as TSV, JSON lines, or a folder written by datasets.save_to_disk"
+            "give the data as TSV, CSV, JSON lines, Parquet, or a folder written by datasets.save_to_disk"
         )
 
 
@@ -124,10 +107,11 @@ def _read_datasets(source: str, dataset: Any, files: Mapping[str, Sequence[str]]
         raise DataError(f"{source} is a single split; save a DatasetDict with train and validation")
     rows = {}
     for split, own in files.items():
-        names = dict.fromkeys(name.split(".")[0] for name in own)
-        found = next((name for name in names if name in dataset), None)
+        wanted = dict.fromkeys(name.split(".")[0] for name in own)
+        found = next((name for name in wanted if name in dataset), None)
         if found is None:
-            raise DataError(f"{source} has no {split} split: looked for {', '.join(names)}, has {', '.join(dataset)}")
+            raise DataError(f"{source} has no {split} split: looked for {', '.join(wanted)}, has {', '.join(dataset)}")
         examples = dataset[found].with_format(None)
-        rows[split] = Records(f"{source} {found} row", 0, examples, examples.features)
+        names = {column: feature.names for column, feature in examples.features.items() if hasattr(feature, "names")}
+        rows[split] = Records(f"{source} {found} row", range(len(examples)), examples, names)
     return rows

@@ -2,11 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from fedhpc.data.generation import COLUMNS, TRAINED, Format, GenerationTask
+from fedhpc.data.generation import COLUMNS, FIELD, TRAINED, GenerationTask
 from fedhpc.data.tasks import GENERATION_TASKS, PLACEHOLDER, SPLITS, TASKS, Task
 from fedhpc.errors import ConfigError
 from fedhpc.registry import GENERATION_METRICS, METRICS, load_plugins
@@ -32,9 +32,10 @@ def load_task(name_or_path: str | Path) -> Task | GenerationTask:
         raise ConfigError(f"{path}: a task file is a mapping with the keys {', '.join(_KEYS)}")
     if _well_formed(content.get("plugins"), list):
         load_plugins(content["plugins"])
-    if content.get("kind", "classification") not in KINDS:
-        raise ConfigError(f"{path}: kind: {content['kind']!r} is none of {', '.join(KINDS)}")
-    generates = content.get("kind") == "generation"
+    kind = content.get("kind", "classification")
+    if kind not in KINDS:
+        raise ConfigError(f"{path}: kind: {kind!r} is none of {', '.join(KINDS)}{_nearest(str(kind), KINDS)}")
+    generates = kind == "generation"
     problems = list(_generation_problems(content) if generates else _problems(content))
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -48,14 +49,13 @@ def load_task(name_or_path: str | Path) -> Task | GenerationTask:
         encoder_template=template.get("encoder", ""),
         decoder_template=template.get("decoder", ""),
         metric=content.get("metric", "accuracy"),
-        splits=SPLITS | {split: (file,) for split, file in content.get("splits", {}).items()},
+        splits=SPLITS | _files(content),
     )
 
 
 def _generation_task(content: dict[str, Any]) -> GenerationTask:
-    splits = content.get("splits", {})
-    share = splits.get("validation")
-    is_share = isinstance(share, str) and _share(share) is not None
+    held_back = _number(content.get("splits", {}).get("validation", ""))
+    splits = SPLITS | _files(content)
     return GenerationTask(
         name=content["task"],
         format=content.get("format", "prompt-response"),
@@ -66,18 +66,21 @@ def _generation_task(content: dict[str, Any]) -> GenerationTask:
         device=content.get("device"),
         category=content.get("category"),
         metrics=tuple(content.get("metrics", ())),
-        splits=SPLITS | {split: (file,) for split, file in splits.items() if not (is_share and split == "validation")},
-        held_back=_share(share) if is_share else None,
+        splits=splits if held_back is None else {"train": splits["train"]},
+        held_back=held_back,
     )
 
 
-def _share(value: str) -> float | None:
-    """A number between 0 and 1; None for anything else, as a file's name."""
+def _files(content: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {split: (file,) for split, file in content.get("splits", {}).items()}
+
+
+def _number(value: str) -> float | None:
+    """A number; None for a file's name."""
     try:
-        share = float(value)
+        return float(value)
     except ValueError:
         return None
-    return share if 0 < share < 1 else None
 
 
 KINDS = ("classification", "generation")
@@ -144,42 +147,41 @@ def _generation_problems(content: dict[str, Any]) -> Iterable[str]:
     yield from _unknown("", content, _GENERATION_KEYS)
     if "task" not in content:
         yield "task: missing"
-    malformed = [
-        key for key, kind in _GENERATION_KEYS.items() if key in content and not _well_formed(content[key], kind)
-    ]
-    for key in malformed:
-        yield f"{key}: expected {_EXPECTED[_GENERATION_KEYS[key]]}, none of it empty"
-    sound = {key: value for key, value in content.items() if key in _GENERATION_KEYS and key not in malformed}
-    yield from (f"{key}: holds half a character" for key, value in sound.items() if not _is_unicode(value))
+    sound = yield from _sound(content, _GENERATION_KEYS)
     form = sound.get("format", "prompt-response")
     if form not in COLUMNS:
-        yield f"format: {form!r} is none of {', '.join(get_args(Format))}{_nearest(form, COLUMNS)}"
+        yield f"format: {form!r} is none of {', '.join(COLUMNS)}{_nearest(form, COLUMNS)}"
         return
     if sound.get("chat", "false") not in ("true", "false"):
         yield "chat: expected true or false"
-    trained = TRAINED.get(form)
+    columns, template = sound.get("columns", {}), sound.get("template")
     if form in ("messages", "text"):
-        yield from _unknown("columns.", sound.get("columns", {}), COLUMNS[form])
         yield from (f"{key}: not with format: {form}" for key in ("template", "chat") if key in sound)
+        template = None
+    if template is None:
+        yield from _unknown("columns.", columns, COLUMNS[form])
+    else:
+        yield from _shown_problems(template, COLUMNS[form] | columns, TRAINED[form])
     if "system" in sound and form != "messages" and sound.get("chat") != "true":
         yield "system: needs a chat template: chat: true"
-    if "template" in sound and form not in ("messages", "text"):
-        shown = [name for name in COLUMNS[form] | sound.get("columns", {}) if name != trained]
-        yield from _shown_problems(sound["template"], shown)
     for name in sound.get("metrics", ()):
         if name not in GENERATION_METRICS:
             yield f"metrics: {name!r} is none of {', '.join(GENERATION_METRICS)}{_nearest(name, GENERATION_METRICS)}"
-    yield from _unknown("splits.", sound.get("splits", {}), SPLITS)
+    splits = sound.get("splits", {})
+    yield from _unknown("splits.", splits, SPLITS)
+    share = _number(splits.get("validation", ""))
+    if share is not None and not 0 < share < 1:
+        yield f"splits.validation: {share:g} is no share of the training examples, which is above 0 and below 1"
 
 
-def _shown_problems(template: str, fields: Sequence[str]) -> Iterable[str]:
-    valid = [f"{{{name}}}" for name in fields]
-    found = [match.group() for match in PLACEHOLDER.finditer(template)]
-    for name in found:
+def _shown_problems(template: str, fields: Iterable[str], trained: str) -> Iterable[str]:
+    valid = [name for name in fields if name != trained]
+    shown = FIELD.findall(template)
+    for name in shown:
         if name not in valid:
-            yield f"template: {name} is none of {', '.join(valid)}{_nearest(name, valid)}"
-    if not set(found) & set(valid):
-        yield f"template: shows no field; the columns give {', '.join(valid)}"
+            yield f"template: {{{name}}} is none of {', '.join(valid)}{_nearest(name, valid)}"
+    if not shown:
+        yield f"template: shows no field; the columns give {', '.join(f'{{{name}}}' for name in valid)}"
 
 
 def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[str]:

@@ -14,10 +14,12 @@ from fedhpc.errors import ConfigError
 Kind = Literal["encoder", "decoder"]
 Head = Literal["verbalizer", "linear"]
 
+ENDINGS = (".tsv", ".jsonl", ".csv", ".parquet")
 SPLITS = {
-    "train": ("train.tsv", "train.jsonl"),
-    "validation": ("dev.tsv", "validation.tsv", "dev.jsonl", "val.jsonl", "validation.jsonl"),
+    split: tuple(f"{name}{end}" for end in ENDINGS for name in names)
+    for split, names in (("train", ("train",)), ("validation", ("dev", "validation", "val")))
 }
+"""Split -> file names to look for."""
 _COLUMN_ALIASES = {
     "sentence": ("text",),
     "#1 String": ("sentence1",),
@@ -162,13 +164,13 @@ TASKS: dict[str, Task] = {
 GENERATION_TASKS: dict[str, GenerationTask] = {
     task.name: task
     for task in (
-        GenerationTask(name="alpaca", format="alpaca", splits=SPLITS, held_back=0.02),
+        GenerationTask(name="alpaca", format="alpaca", splits={"train": SPLITS["train"]}, held_back=0.02),
         GenerationTask(
             name="dolly",
             format="alpaca",
             columns={"input": "context", "response": "response"},
             category="category",
-            splits=SPLITS,
+            splits={"train": SPLITS["train"]},
             held_back=0.05,
         ),
     )

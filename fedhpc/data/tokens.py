@@ -18,7 +18,8 @@ def check_known(what: str, ids: Iterable[int], tokenizer: Any, vocabulary_size: 
         )
 
 
-def _tokenize(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+def tokenize(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """What a Hugging Face tokenizer makes of a text, or of several; DataError for what it cannot read."""
     try:
         return tokenizer(text, **options)
     except Exception as error:
@@ -58,7 +59,7 @@ class TextEncoder:
         self._parts = re.split(f"({PLACEHOLDER.pattern})", template.split("{word}", maxsplit=1)[0].rstrip())
         added_for_one, added_for_two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
         self._separator = (tokenizer.sep_token or " ") * max(added_for_two - added_for_one, 1)
-        special = _tokenize(tokenizer, "a", return_special_tokens_mask=True)["special_tokens_mask"]
+        special = tokenize(tokenizer, "a", return_special_tokens_mask=True)["special_tokens_mask"]
         if all(special):
             raise ModelError("the tokenizer knows no letter: it makes no token of 'a'")
         self.num_trailing = special[::-1].index(0) if kind == "decoder" else 0
@@ -67,7 +68,7 @@ class TextEncoder:
     def __call__(self, rows: Sequence[Mapping[str, str]]) -> list[EncodedText]:
         """Encode a batch of examples, each a mapping of the template's fields to their text."""
         rendered = [self._render(row) for row in rows]
-        batch = _tokenize(
+        batch = tokenize(
             self.tokenizer,
             [item.text for item in rendered],
             truncation=False,
@@ -144,7 +145,7 @@ _OTHER_WORD = "choose another word in a task file (`fedhpc init` writes one), or
 
 
 def _encoder_word_ids(tokenizer: Any, word: str) -> list[int]:
-    ids = list(_tokenize(tokenizer, f" {word}", add_special_tokens=False)["input_ids"])
+    ids = list(tokenize(tokenizer, f" {word}", add_special_tokens=False)["input_ids"])
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
         raise DataError(f"class word {word!r} is not one token of this model but {tokens}; {_OTHER_WORD}")
@@ -153,7 +154,7 @@ def _encoder_word_ids(tokenizer: Any, word: str) -> list[int]:
 
 def _decoder_word_ids(tokenizer: Any, word: str, before: str) -> list[int]:
     without, with_word = (
-        list(_tokenize(tokenizer, text, add_special_tokens=False)["input_ids"])
+        list(tokenize(tokenizer, text, add_special_tokens=False)["input_ids"])
         for text in (before.rstrip(), before + word)
     )
     ids = with_word[len(without) :]

@@ -113,6 +113,16 @@ def test_labels_that_are_no_words_get_a_linear_head(fedhpc, here, world, backbon
     follow(out, fedhpc)
 
 
+def test_csv_can_be_prepared_and_run(fedhpc, source, backbone):
+    for split in ("train", "dev"):
+        table = source / f"{split}.tsv"
+        table.rename(table.with_suffix(".csv")).write_text(table.with_suffix(".csv").read_text().replace("\t", ","))
+    status, out, err = fedhpc("init", "moods", "--data", source, "--model", backbone)
+    assert (status, err) == (0, "")
+    assert "moods: 240 train and 48 validation examples" in out
+    follow(out, fedhpc)
+
+
 def test_words_that_the_model_does_not_know_get_a_linear_head(fedhpc, here, world, backbone):
     status, out, _ = fedhpc("init", "moods", "--data", world.parent / "source", "--model", backbone)
     assert status == 0
@@ -140,9 +150,9 @@ GOOD = [{"text": "the place was", "kind": kind} for kind in "abab"]
     ("files", "arguments", "message"),
     [
         ({}, ["--data", "nowhere"], "--data nowhere: there is no such file or folder; give a folder with train.tsv"),
-        ({"a.tsv": GOOD}, ["--data", "a.tsv"], "--data a.tsv: give a folder with train.tsv and dev.tsv (or .jsonl)"),
+        ({"a.tsv": GOOD}, ["--data", "a.tsv"], "--data a.tsv: give a folder with train.tsv and dev.tsv (or .csv"),
         ({"a.tsv": GOOD}, ["--data", "."], ". has no train split: looked for train.tsv, train.jsonl"),
-        ({"a.csv": GOOD, "b.csv": GOOD}, ["--data", "a.csv", "b.csv"], "a.csv: .csv is not read; give TSV with"),
+        ({"a.xls": GOOD, "b.xls": GOOD}, ["--data", "a.xls", "b.xls"], "a.xls: .xls is not read; give TSV or CSV with"),
         ({}, [], "train.tsv: none is called label, so none is known to be the label's column; name it: --label COLUMN"),
         ({}, ["--label", "mood"], "--label mood: train.tsv has no such column; there are text, kind"),
         ({}, ["--label", "kind", "--text", "kind"], "--text kind: that is the label's column; the others are text"),
@@ -166,6 +176,11 @@ GOOD = [{"text": "the place was", "kind": kind} for kind in "abab"]
             {"train.tsv": [{"a": "x", "b": "y", "kind": kind} for kind in "abab"]},
             ["--label", "kind"],
             "train.tsv: none of the columns a, b holds texts; name them: --text COLUMN",
+        ),
+        (
+            {"train.tsv": [{"prompt": "the place", "response": "was great"}]},
+            [],
+            "train.tsv: prompt, response look like texts to be generated, for which init writes nothing: write a task",
         ),
         ({}, ["--label", "kind", "--model", "nowhere/model"], "model 'nowhere/model' cannot be read"),
     ],

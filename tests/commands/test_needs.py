@@ -337,7 +337,7 @@ def test_data_of_an_older_version_are_taken(finished, fedhpc, tmp_path):
 PROBLEMS = {
     "an unknown key": (
         {"prepare": {"moods": {"path": "a", "source": "b", "sauce": "c"}}},
-        ["prepare.moods.sauce: unknown key; valid here: path, source, task, model, head, max_length"],
+        ["prepare.moods.sauce: unknown key; valid here: path, source, task, model, head, overlong, max_length"],
     ),
     "a name that no file can have": ({"reference": "a\0b"}, ["reference: string should match pattern"]),
     "an entry without keys": ({"prepare": {"moods": 1}}, ["prepare.moods: should hold keys and values, found 1"]),
@@ -518,3 +518,38 @@ def test_a_needed_cell_that_fails_stops_nobody_who_does_not_need_it(write):
     assert "FAILED: kind=prompt_tuning: failed with exit status 2, not begun" in out
     assert "FAILED: kind=attempt,seed=1: failed with exit status 2, not begun" in out
     assert [row["rounds"] for row in tables(path)["results"]] == ["2", "2", "0", "0"]
+
+
+def test_texts_to_be_generated_are_prepared_once(write, tmp_path, fedhpc):
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = "".join(json.dumps({"prompt": f"the place was{n * ' and'}", "response": "great"}) + "\n" for n in range(40))
+    (source / "train.jsonl").write_text(lines)
+    task = {"task": "says", "kind": "generation", "splits": {"validation": "0.25"}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    entry = {"path": str(tmp_path / "says"), "source": str(source), "task": str(tmp_path / "task.yaml")}
+    path = write(
+        needs=[],
+        reference=None,
+        grid={"seed": [1]},
+        prepare={"says": {**entry, "max_length": 20, "overlong": "drop"}},
+        set={"data.path": entry["path"], "tuning.head": "language_model"},
+    )
+    (part,) = find_work(load_experiment(path, []), None).parts
+    make(part)
+    make(part)
+    for option, words in (
+        ("overlong=cut-prompt", "overlong: drop there, cut-prompt now"),
+        ("seed=1", "seed: 42 there, 1 now"),
+        ("max_length=24", "max_length: 20 there, 24 now"),
+        ("head=linear", "prepare.says: head linear does not apply: task says is of texts to be generated"),
+    ):
+        status, _, err = fedhpc("sweep", path, "--dry-run", "--set", f"prepare.says.{option}")
+        assert (status, words in err) == (2, True), err
+    _, _, err = fedhpc("sweep", path, "--dry-run", "--set", "tuning.head=linear")
+    assert "makes data with language_model, but its cells have tuning.head: linear" in err
+    for key, value in (("template", "{prompt} so "), ("splits", {"validation": "0.5"}), ("device", "prompt")):
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**task, key: value}))
+        status, _, err = fedhpc("sweep", path, "--dry-run")
+        name = "held_back" if key == "splits" else key
+        assert (status, f"says was made otherwise: {name}: " in err) == (2, True), err

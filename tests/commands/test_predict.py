@@ -213,7 +213,8 @@ FILES = {
         '{"text": "a \\ud83d"}\n',
         "line 1: column 'text' is not Unicode text: 'utf-8' codec can't encode",
     ),
-    "table.CSV": ("text,label\nthe place,good\n", ".csv is not read; give TSV with a header line, or JSON lines"),
+    "table.CSV": ('text,label\n"the\nplace",good\n" ",good\n', "line 4: holds no text"),
+    "table.XLSX": ("", ".xlsx is not read; give TSV or CSV with a header line, JSON lines, or Parquet"),
     "twice.jsonl": ('{"text": "a", "text": "b"}\n', "line 1: key 'text' stands twice in an object"),
     "deep.jsonl": ('{"text": ' + 5000 * "[", "line 1: nested too deeply"),
     "blanks.tsv": ("text\n\n\nthe place\n\n", "line 2: holds no text, nor do 2 others"),
@@ -229,6 +230,17 @@ def test_a_bad_file_is_told_by_line(fedhpc, finished, tmp_path, name):
     assert (status, out) == (2, "")
     assert message in err
     assert str(tmp_path / name) in err
+
+
+def test_every_form_of_table_gives_the_same_answers(fedhpc, finished, tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "the place was calm"}, {"text": "dull"}]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "new.csv").write_text('text\n"the place was calm"\ndull\n')
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "new.parquet")
+    answers = {fedhpc("predict", finished, "--file", tmp_path / f"new{end}") for end in (".jsonl", ".csv", ".parquet")}
+    assert len(answers) == 1
+    assert answers.pop()[1].count("probability") == 2
 
 
 def test_the_original_files_of_a_task_are_read_as_in_preparation(tmp_path):

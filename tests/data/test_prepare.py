@@ -246,7 +246,10 @@ def test_missing_files(tmp_path, bert, capsys):
     message = fails(capsys, tmp_path, "sst-2", source, bert)
     assert "source has no validation split: looked for dev.tsv, validation.tsv" in message
     message = fails(capsys, tmp_path, "sst-2", str(Path(source) / "train.tsv"), bert)
-    assert "is a file; give the folder that holds train.tsv or train.jsonl and dev.tsv" in message
+    assert (
+        "is a file; give the folder that holds train.tsv or train.jsonl or train.csv or train.parquet and dev.tsv"
+        in message
+    )
     (Path(source) / "dev.tsv").write_bytes(b"sentence\tlabel\n\xff\t0\n")
     assert "dev.tsv: not UTF-8 text (byte 15)" in fails(capsys, tmp_path, "sst-2", source, bert)
     source = write(tmp_path / "source", train_tsv=SST2, dev_tsv=SST2)
@@ -270,7 +273,7 @@ def test_pickled_files_are_refused_and_never_loaded(tmp_path, bert, capsys, name
     for given in (source, source / name):
         message = fails(capsys, tmp_path, "sst-2", str(given), bert)
         assert f"{name} may hold pickled objects, and reading those can run code" in message
-        assert "give the data as TSV, JSON lines" in message
+        assert "give the data as TSV, CSV, JSON lines, Parquet" in message
     assert not (tmp_path / "exploded").exists()
 
 

@@ -136,8 +136,8 @@ def test_all_problems_of_a_task_file_are_told_at_once(tmp_path):
     lines = str(caught.value).split("\n")
     assert all(line.startswith(f"{file}: ") for line in lines)
     for problem in (
-        "colums: unknown; valid keys are task, kind, columns, classes, template, metric, splits, "
-        "plugins; did you mean columns?",
+        "colums: unknown; valid keys are task, kind, columns, classes, template, metric, splits, plugins; "
+        "did you mean columns?",
         "task: missing",
         "columns: expected a mapping of text to text, none of it empty",
         "classes: needs at least two label values, each with a class word of its own",

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from fedhpc.config import PathName, Positive, PositiveFloat, Probability, Section
 from fedhpc.config_file import apply_override, read_yaml
+from fedhpc.data.generation_tokens import Overlong
 from fedhpc.data.tasks import Head
 from fedhpc.errors import ConfigError
 
@@ -30,6 +31,8 @@ class Preparation(Section):
     model: PathName | None = None
     """What the cells have unless given, as `head`."""
     head: Head | None = None
+    overlong: Overlong | None = None
+    """What becomes of texts to be generated that are too long."""
     max_length: Positive = 128
     limit_train: Positive | None = None
     seed: int = 42

@@ -10,9 +10,9 @@ from fedhpc.checkpoint.identity import brief, differences
 from fedhpc.commands.sweep.experiment import Cell, Experiment, some_of
 from fedhpc.commands.sweep.experiment_file import PREPARE, Preparation, place, refusal
 from fedhpc.commands.sweep.standing import waiting
+from fedhpc.data.generation import GenerationTask
 from fedhpc.data.prepared import Description, PreparedData, check_writable
-from fedhpc.data.preparing import prepare
-from fedhpc.data.preparing_classes import description_of
+from fedhpc.data.preparing import description_of, prepare
 from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
 from fedhpc.data.sources import find_source
 from fedhpc.data.task_files import load_task
@@ -115,12 +115,15 @@ def _recipe(name: str, entry: Preparation, cells: Sequence[Cell], sources: str |
     """
     task = load_task(entry.task or name)
     model = entry.model or _common("model", "model.name", [cell.config.model.name for cell in cells])
-    head = entry.head or _common("head", "tuning.head", [cell.config.tuning.head for cell in cells])
+    if isinstance(task, GenerationTask):
+        head, needed = entry.head, "language_model"
+    else:
+        head = needed = entry.head or _common("head", "tuning.head", [cell.config.tuning.head for cell in cells])
     for cell in cells:
         for key, wanted, made in (
             ("data.task", cell.config.data.task, task.name),
             ("data.max_length", cell.config.data.max_length, entry.max_length),
-            ("tuning.head", cell.config.tuning.head, head),
+            ("tuning.head", cell.config.tuning.head, needed),
         ):
             if wanted not in (None, made):
                 raise ConfigError(f"makes data with {made}, but its cells have {key}: {wanted} (as {cell.name})")
@@ -130,6 +133,7 @@ def _recipe(name: str, entry: Preparation, cells: Sequence[Cell], sources: str |
         model=model,
         out=entry.path,
         head=head,
+        overlong=entry.overlong,
         max_length=entry.max_length,
         limit_train=entry.limit_train,
         seed=entry.seed,
@@ -183,10 +187,13 @@ def check_made(part: Part, model: TargetModel | None) -> None:
 
 def _differences(found: Description, wanted: dict[str, Any]) -> list[str]:
     """How prepared data differ from those that an entry asks for; an older description says less."""
-    there = asdict(found)
-    theirs, ours = ({key: brief(side[key]) for key in COMPARED} for side in (there, wanted))
+    generation = wanted.get("generation", {})
+    keys = [*(key for key in COMPARED if key in wanted), *generation]
+    theirs, ours = (
+        {key: brief(side.get(key)) for key in keys} for side in (asdict(found) | found.generation, wanted | generation)
+    )
     if found.tokenizer_sha256 != wanted["tokenizer_sha256"]:
-        theirs["tokenizer"], ours["tokenizer"] = (f"that of {side['model']}" for side in (there, wanted))
+        theirs["tokenizer"], ours["tokenizer"] = (f"that of {model}" for model in (found.model, wanted["model"]))
     asked = wanted["selected"]
     if found.selected:
         theirs, ours = theirs | found.selected, ours | asked
