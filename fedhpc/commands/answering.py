@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -107,28 +106,29 @@ class Asker:
 
     def file(self, file: Path) -> list[Asked]:
         """Of a file: a table with the task's columns or `messages`, one conversation, or a text a line."""
-        lines = read_lines(file)
-        if file.suffix.lower() in JSON_LINES and self.is_chat and lines[0].lstrip().startswith("["):
+        form = file.suffix.lower()
+        lines = read_lines(file) if form in JSON_LINES or form not in TABLES else []
+        if form in JSON_LINES and self.is_chat and lines[0].lstrip().startswith("["):
             try:
                 turns = json.loads("\n".join(lines))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}: no list of messages in JSON: {error}") from None
             return [self.conversation(turns, str(file))]
-        if file.suffix.lower() not in TABLES:
+        if form not in TABLES:
             if len(self.fields) > 1:
                 raise DataError(
                     f"{file}: this task takes {', '.join(self.fields)}; give a file {' or '.join(TABLES)} of them"
                 )
             return self.texts([[line] for line in lines], f"{file} line")
-        records, first = read_table(file)
+        records = read_table(file)
         asked: list[Asked] = []
         try:
-            for number, record in zip(count(first), records, strict=False):
-                asked.append(self._of_record(record, f"{file} line {number}"))
+            for record in records.each:
+                asked.append(self._of_record(record, records.place(len(asked))))
         except DataError:
             raise
         except ValueError as error:
-            raise DataError(f"{file} line {first + len(asked)}: {error}") from None
+            raise DataError(f"{records.place(len(asked))}: {error}") from None
         return asked
 
     def _of_record(self, record: Record, place: str) -> Asked:
