@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from fedhpc.config_file import load_config
     from fedhpc.errors import ConfigError, UserError
+    from fedhpc.evaluate.generation_metrics import GenerationMetric
     from fedhpc.evaluate.metrics import Metric
     from fedhpc.exchange.encoding import Encoding
     from fedhpc.federation.partition import Partitioner
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedhpc.methods.updates import Layout, RoundUploads, Sums
     from fedhpc.registry import (
         register_encoding,
+        register_generation_metric,
         register_method,
         register_metric,
         register_partition,
@@ -46,6 +48,7 @@ _HOMES = {
     ),
     "fedhpc.config_file": ("load_config",),
     "fedhpc.errors": ("ConfigError", "UserError"),
+    "fedhpc.evaluate.generation_metrics": ("GenerationMetric",),
     "fedhpc.evaluate.metrics": ("Metric",),
     "fedhpc.exchange.encoding": ("Encoding",),
     "fedhpc.federation.partition": ("Partitioner",),
@@ -53,8 +56,8 @@ _HOMES = {
     "fedhpc.methods": ("Method", "Population", "ServerState", "SummedMethod"),
     "fedhpc.methods.updates": ("Layout", "RoundUploads", "Sums"),
     "fedhpc.registry": (
-        *("register_encoding", "register_method", "register_metric", "register_partition"),
-        *("register_strategy", "register_tracker", "register_tuning"),
+        *("register_encoding", "register_generation_metric", "register_method", "register_metric"),
+        *("register_partition", "register_strategy", "register_tracker", "register_tuning"),
     ),
     "fedhpc.selection": ("Strategy",),
     "fedhpc.tuning": ("Tuning",),
@@ -67,6 +70,7 @@ __all__ = [
     "Encoding",
     "ExchangeConfig",
     "FederationConfig",
+    "GenerationMetric",
     "Layout",
     "Method",
     "MethodConfig",
@@ -88,6 +92,7 @@ __all__ = [
     "load_config",
     "methods",
     "register_encoding",
+    "register_generation_metric",
     "register_method",
     "register_metric",
     "register_partition",
