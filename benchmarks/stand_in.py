@@ -9,6 +9,7 @@ import numpy as np
 from fedhpc.config import Config, section_of
 from fedhpc.data.prepared import Split
 from fedhpc.device.worker import Worker, serve
+from fedhpc.federation.partition import Partition
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
 from fedhpc.model.pretrained import BackboneShape
@@ -94,6 +95,6 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examp
     none = Split(tokens=np.empty(0), offsets=np.zeros(1), labels=np.empty(0), slots=np.empty(0), pad_id=0)
     data = SimpleNamespace(description=description, split=lambda name: none)
     train = [np.arange(count) for count in examples or [EXAMPLES] * num_devices]
-    partition = SimpleNamespace(train=train, validation=[np.arange(1)] * num_devices)
+    partition = Partition(train, [np.arange(1)] * num_devices)
     identity = {**config.identity(), "sha256": config.sha256}
     return SimpleNamespace(config=config, data=data, shape=shape, tuning=tuning, partition=partition, identity=identity)

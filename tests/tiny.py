@@ -31,7 +31,7 @@ GENERATION_TASK = {
     "template": "{prompt} It was ",
     "device": "label",
     "category": "label",
-    "splits": {"train": "train.tsv", "validation": "dev.tsv"},
+    "splits": {"train": "train-answers.tsv", "validation": "dev-answers.tsv"},
 }
 WORDS = {
     "bad": ["dull", "slow", "noisy", "broken"],
@@ -83,16 +83,18 @@ def write_backbone(folder, seed=0, kind="decoder", num_layers=NUM_LAYERS):
 
 
 def write_source(folder, num_train=240, num_validation=48):
-    """Sentences whose words give the class away, and an answer to each."""
+    """Sentences whose words give the class away; in files of their own the same with an answer to each."""
     folder.mkdir()
     for split, count in (("train", num_train), ("dev", num_validation)):
         rng = generator(0, purpose=split)
-        lines = ["text\tlabel\tanswer"]
+        lines, answers = ["text\tlabel"], ["text\tlabel\tanswer"]
         for _ in range(count):
             label = str(rng.choice(list(WORDS)))
             said = " and ".join(rng.choice(WORDS[label], rng.integers(1, 5)))
-            lines.append(f"the place was {said}\t{label}\t{TASK['classes'][label]} and {said.split()[0]} .")
+            lines.append(f"the place was {said}\t{label}")
+            answers.append(f"{lines[-1]}\t{TASK['classes'][label]} and {said.split()[0]} .")
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        (folder / f"{split}-answers.tsv").write_text("\n".join(answers) + "\n")
     (folder / "task.yaml").write_text(yaml.safe_dump(TASK))
     (folder / "generation.yaml").write_text(yaml.safe_dump(GENERATION_TASK))
     return folder

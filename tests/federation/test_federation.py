@@ -174,9 +174,8 @@ def test_held_out_devices_are_never_sampled_and_not_counted():
     assert held_out_devices(config(sample_rate=0.5, held_out=0.1)) == apart
     assert len(held_out_devices(config(held_out=0.001))) == 1
     assert held_out_devices(config()) == []
-    examples = [np.arange(device) for device in range(40)]
-    known = population(chosen, Partition(examples, examples))
-    assert (known.num_devices, known.num_examples) == (36, sum(range(40)) - sum(apart))
+    known = population(chosen, np.arange(40))
+    assert (known.num_devices, known.total_count) == (36, sum(range(40)) - sum(apart))
 
 
 def test_somebody_has_to_train():

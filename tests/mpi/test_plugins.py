@@ -58,7 +58,7 @@ def test_a_run_with_parts_from_outside(on_three_ranks):
     assert lines[0] == "round,loss of median"
     assert [float(line.split(",")[1]) for line in lines[1:]] == [record["loss"] for record in metrics(on_three_ranks)]
     resolved = yaml.safe_load((run_dir(on_three_ranks) / "config.yaml").read_text())
-    assert resolved["server"] == {"method": "median", "max_rejected": 0.2, "share": 0.9}
+    assert resolved["server"] == {"method": "median", "weights": "examples", "max_rejected": 0.2, "share": 0.9}
     assert resolved["tuning"]["strength"] == 0.5
 
 

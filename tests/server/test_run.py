@@ -123,14 +123,14 @@ def test_a_checkpoint_counts_only_where_the_metrics_before_it_are_on_disk(fedhpc
 
 
 def test_nothing_is_evaluated_twice(fedhpc, run_config, monkeypatch):
-    predicted, class_scores = [], evaluation.class_scores
+    predicted, results = [], evaluation.results
 
     def counting(*args):
-        for examples, scores in class_scores(*args):
+        for examples, outcomes in results(*args):
             predicted.extend(examples.tolist())
-            yield examples, scores
+            yield examples, outcomes
 
-    monkeypatch.setattr(evaluation, "class_scores", counting)
+    monkeypatch.setattr(evaluation, "results", counting)
     config = run_config(federation__sample_rate=0.25, federation__rounds=1)
     assert fedhpc("run", config)[0] == 0
     (record,) = metrics(config)
