@@ -8,7 +8,7 @@ import numpy as np
 from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, PreparedData
-from fedhpc.device.loans import lend
+from fedhpc.device.loans import lend, params_by_device
 from fedhpc.device.round_context import RoundContext
 from fedhpc.evaluate.predictions import SERVER, DeviceBatch, results
 from fedhpc.evaluate.questions import Questions, answer_dtype, make_decoding
@@ -19,7 +19,7 @@ from fedhpc.model.backbone import Backbone
 from fedhpc.model.decoding import decode
 from fedhpc.model.pretrained import load_tokenizer
 from fedhpc.tuning import Tuning
-from fedhpc.tuning.base import Params, as_parameters
+from fedhpc.tuning.base import Params
 
 
 class Answering:
@@ -54,11 +54,7 @@ class Answering:
         batches = self.questions.batches(size, sampled, side_by_side=self.tuning.packable)
         placed = [(batch, place % homes.num_workers) for place, batch in enumerate(batches)]
         own = {} if states is None else lend(placed, states, homes, worker, self.exchange)
-
-        def params_of(device: int) -> Params:
-            local = unseen.local if device == SERVER else own.get(device, unseen.local)
-            return as_parameters(self.tuning.merge(context.params, local, context.layers), self.backbone.torch_device)
-
+        params_of = params_by_device(context, unseen, own, self.tuning, self.backbone)
         parts = [self._records(batch, params_of) for batch, at in placed if at == worker]
         return np.concatenate([np.zeros(0, self.dtype), *parts])
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
 from fedhpc.data.prepared import PreparedData
-from fedhpc.device.loans import lend
+from fedhpc.device.loans import lend, params_by_device
 from fedhpc.device.round_context import RoundContext
 from fedhpc.evaluate.outcomes import ELSEWHERE, Outcome, make_outcomes
 from fedhpc.evaluate.predictions import (
@@ -27,7 +27,7 @@ from fedhpc.federation.sampling import Homes, sampled_before, spread
 from fedhpc.methods.updates import Vector
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning import Tuning
-from fedhpc.tuning.base import Params, as_parameters
+from fedhpc.tuning.base import Params
 
 
 class Evaluation:
@@ -70,23 +70,20 @@ class Evaluation:
         count = None if context.round == self.config.federation.rounds else self.config.evaluate.examples
         chosen = self.evaluated[evaluation_examples(labels, count, self.config.seed)]
         sampled: set[int] = set()
+        own: Mapping[int, Vector] = {}
         if states is not None:
             sampled = sampled_before(self.config, context.round)
             shares = {device: np.intersect1d(self.of_device[device], chosen) for device in sorted(sampled)}
             batches = device_batches(self.split, shares, size, side_by_side=self.tuning.packable)
             # Before all work: a stop may end that on one worker earlier than on another.
             mine, own = self._shared_out(batches, states, homes, worker)
-
-        def params_of(local: Vector) -> Params:
-            return as_parameters(self.tuning.merge(context.params, local, context.layers), self.backbone.torch_device)
-
-        of_server = params_of(unseen.local)
+        params_of = params_by_device(context, unseen, own, self.tuning, self.backbone)
         # Interleaved batches give every worker short and long texts alike.
         everything = islice(evaluation_batches(self.split, chosen, size), worker, None, homes.num_workers)
-        shared = self._found([[(SERVER, examples)] for examples in everything], lambda _: of_server)
+        shared = self._found([[(SERVER, examples)] for examples in everything], params_of)
         personal = shared
         if states is not None:
-            personal = self._found(mine, lambda device: params_of(own.get(device, unseen.local)))
+            personal = self._found(mine, params_of)
             for device in set(range(len(self.of_device))) - sampled:  # it has what the server has
                 personal[self.of_device[device]] = shared[self.of_device[device]]
         record = np.zeros(1, self.outcomes.dtype)

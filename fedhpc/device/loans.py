@@ -1,14 +1,18 @@
 """Layers of devices' own, lent to the workers that evaluate with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from fedhpc.checkpoint.device_state import DeviceState
-from fedhpc.evaluate.predictions import DeviceBatch
+from fedhpc.device.round_context import RoundContext
+from fedhpc.evaluate.predictions import SERVER, DeviceBatch
 from fedhpc.exchange import Exchange
 from fedhpc.federation.sampling import Homes
 from fedhpc.methods.updates import Vector
+from fedhpc.model.backbone import Backbone
+from fedhpc.tuning import Tuning
+from fedhpc.tuning.base import Params, as_parameters
 
 
 def lend(
@@ -34,3 +38,20 @@ def lend(
     received = exchange.move_states(outgoing, [home for _, home in incoming])
     lent = {d: np.frombuffer(data, np.float32) for (d, _), data in zip(incoming, received, strict=True) if data}
     return own | lent
+
+
+def params_by_device(
+    context: RoundContext, unseen: DeviceState, own: Mapping[int, Vector], tuning: Tuning, backbone: Backbone
+) -> Callable[[int], Params]:
+    """A function that makes a device's trainable tensors; the SERVER's are made once.
+
+    Args:
+        unseen: the state of a device before its first round.
+        own: layers of devices' own, as `lend` gives them.
+    """
+
+    def make(local: Vector) -> Params:
+        return as_parameters(tuning.merge(context.params, local, context.layers), backbone.torch_device)
+
+    of_server = make(unseen.local)
+    return lambda device: of_server if device == SERVER else make(own.get(device, unseen.local))

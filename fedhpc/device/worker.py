@@ -72,8 +72,8 @@ class Worker:
         self.tuning = tuning
         self.exchange = exchange
         self.measurements = Measurements(config, self.train, partition, backbone, tuning, exchange.beat)
-        self.evaluation = Evaluation(config, data, partition, backbone, tuning, exchange)
         parts = (config, data, partition, backbone, tuning, exchange)
+        self.evaluation = Evaluation(*parts)
         self.answering = Answering(*parts) if config.evaluate.generate else None
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
