@@ -71,18 +71,20 @@ class Description:
 
         How the examples were selected is not: that older descriptions do not say.
         """
-        content = dataclasses.asdict(self)
+        content = self._content()
         del content["selected"]
-        if not self.generation:  # which descriptions of classification did not always have
-            del content["generation"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of ``description.json``, its own checksum included."""
+        return json.dumps({**self._content(), "sha256": self.sha256}, indent=1, ensure_ascii=False) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        """All fields; descriptions of classification did not always have `generation`, and do without it."""
         content = dataclasses.asdict(self)
         if not self.generation:
             del content["generation"]
-        return json.dumps({**content, "sha256": self.sha256}, indent=1, ensure_ascii=False) + "\n"
+        return content
 
     @classmethod
     def load(cls, path: Path) -> Self:

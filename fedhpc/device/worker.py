@@ -134,7 +134,8 @@ class Worker:
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
             self.progress.finished[device] = rows[device]
-            messages.upload_headers(rows[device][None])["count"] = self.counts[device]  # earlier versions wrote none
+        for device, row in rows.items():  # of those that are finished too: earlier versions wrote none
+            messages.upload_headers(row[None])["count"] = self.counts[device]
         done = 0
         for pack in mine:
             self._train(pack, context, rows)
@@ -279,7 +280,7 @@ class Worker:
             self.touched.add(device)
         (header,) = messages.upload_headers(record[None])
         header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
-        header["num_examples"], header["count"], header["fault"] = update.num_examples, self.counts[device], fault
+        header["num_examples"], header["fault"] = update.num_examples, fault
         header["norm"] = 0.0 if fault == Fault.NONE else distance(update.params, start)
 
     def score(self, command: Command) -> np.ndarray:
