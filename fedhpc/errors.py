@@ -5,6 +5,8 @@ before training, an error of the file system that another start would not mend.
 """
 
 import errno
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -64,3 +66,9 @@ def users_fault(error: UserError | OSError) -> str | None:
 def first_line(error: Exception) -> str:
     """What an exception says, in short."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """What to add to a message about a name that is none of the valid ones: the nearest of them, if one is near."""
+    near = get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,7 +1,6 @@
 """Preparing texts to be generated: records read, rendered, tokenised, and what of them is trained."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from fedhpc.data.recipe import Recipe, TargetModel, pad_id_of, setting
 from fedhpc.data.sources import read_records
 from fedhpc.data.texts import BATCH
 from fedhpc.data.tokens import check_known
-from fedhpc.errors import DataError, ModelError
+from fedhpc.errors import DataError, ModelError, did_you_mean
 from fedhpc.seeding import generator
 
 SHOWN = 2
@@ -166,8 +165,7 @@ def _texts(task: GenerationTask, renderer: Renderer, records: Records) -> Iterat
 def _check_columns(task: GenerationTask, record: Record) -> None:
     for column in task.needed_columns:
         if column not in record:
-            near = get_close_matches(column, list(record), n=1, cutoff=0.5)
-            advice = f"; did you mean {near[0]}?" if near else ""
+            advice = did_you_mean(column, record)
             raise ValueError(
                 f"no column {column!r}, which task {task.name} needs; there are {', '.join(record)}{advice}"
             )

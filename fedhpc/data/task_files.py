@@ -1,6 +1,5 @@
 """Task files: what a user's own task is, in YAML."""
 
-import difflib
 import re
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from fedhpc.data.generation import COLUMNS, FIELD, TRAINED, GenerationTask
 from fedhpc.data.tasks import GENERATION_TASKS, PLACEHOLDER, SPLITS, TASKS, Task
-from fedhpc.errors import ConfigError
+from fedhpc.errors import ConfigError, did_you_mean
 from fedhpc.registry import GENERATION_METRICS, METRICS, load_plugins
 from fedhpc.yaml_files import YAML_ERRORS, read_texts, text_of
 
@@ -23,7 +22,8 @@ def load_task(name_or_path: str | Path) -> Task | GenerationTask:
     path = Path(name)
     if not path.is_file():
         known = [*TASKS, *GENERATION_TASKS]
-        raise ConfigError(f"task {name!r} is neither a task file nor one of {', '.join(known)}{_nearest(name, known)}")
+        advice = did_you_mean(name, known)
+        raise ConfigError(f"task {name!r} is neither a task file nor one of {', '.join(known)}{advice}")
     try:
         content = read_texts(text_of(path))
     except YAML_ERRORS as error:
@@ -34,7 +34,7 @@ def load_task(name_or_path: str | Path) -> Task | GenerationTask:
         load_plugins(content["plugins"])
     kind = content.get("kind", "classification")
     if kind not in KINDS:
-        raise ConfigError(f"{path}: kind: {kind!r} is none of {', '.join(KINDS)}{_nearest(str(kind), KINDS)}")
+        raise ConfigError(f"{path}: kind: {kind!r} is none of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}")
     generates = kind == "generation"
     problems = list(_generation_problems(content) if generates else _problems(content))
     if problems:
@@ -150,7 +150,7 @@ def _generation_problems(content: dict[str, Any]) -> Iterable[str]:
     sound = yield from _sound(content, _GENERATION_KEYS)
     form = sound.get("format", "prompt-response")
     if form not in COLUMNS:
-        yield f"format: {form!r} is none of {', '.join(COLUMNS)}{_nearest(form, COLUMNS)}"
+        yield f"format: {form!r} is none of {', '.join(COLUMNS)}{did_you_mean(form, COLUMNS)}"
         return
     if sound.get("chat", "false") not in ("true", "false"):
         yield "chat: expected true or false"
@@ -166,7 +166,8 @@ def _generation_problems(content: dict[str, Any]) -> Iterable[str]:
         yield "system: needs a chat template: chat: true"
     for name in sound.get("metrics", ()):
         if name not in GENERATION_METRICS:
-            yield f"metrics: {name!r} is none of {', '.join(GENERATION_METRICS)}{_nearest(name, GENERATION_METRICS)}"
+            advice = did_you_mean(name, GENERATION_METRICS)
+            yield f"metrics: {name!r} is none of {', '.join(GENERATION_METRICS)}{advice}"
     splits = sound.get("splits", {})
     yield from _unknown("splits.", splits, SPLITS)
     share = _number(splits.get("validation", ""))
@@ -179,7 +180,7 @@ def _shown_problems(template: str, fields: Iterable[str], trained: str) -> Itera
     shown = FIELD.findall(template)
     for name in shown:
         if name not in valid:
-            yield f"template: {{{name}}} is none of {', '.join(valid)}{_nearest(name, valid)}"
+            yield f"template: {{{name}}} is none of {', '.join(valid)}{did_you_mean(name, valid)}"
     if not shown:
         yield f"template: shows no field; the columns give {', '.join(f'{{{name}}}' for name in valid)}"
 
@@ -196,7 +197,7 @@ def _template_problems(template: dict[str, str], fields: list[str]) -> Iterable[
             yield f"template.{kind}: needs exactly one {slot}, has {found.count(slot)}"
         valid = [f"{{{name}}}" for name in fields]
         for name in (name for name in found if name not in (slot, *valid)):
-            yield f"template.{kind}: {name} is none of {', '.join([slot, *valid])}{_nearest(name, valid)}"
+            yield f"template.{kind}: {name} is none of {', '.join([slot, *valid])}{did_you_mean(name, valid)}"
         if not set(found) & set(valid):
             yield f"template.{kind}: shows no text field; the columns give {', '.join(valid) or 'none'}"
         if kind == "decoder" and slot in found and found[-1] != slot:
@@ -218,9 +219,4 @@ def _unknown(prefix: str, found: Iterable[str], valid: Iterable[str]) -> Iterabl
     valid = list(valid)
     for key in found:
         if key not in valid:
-            yield f"{prefix}{key}: unknown; valid keys are {', '.join(valid)}{_nearest(key, valid)}"
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+            yield f"{prefix}{key}: unknown; valid keys are {', '.join(valid)}{did_you_mean(key, valid)}"

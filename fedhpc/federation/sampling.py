@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +18,31 @@ PROBES = 6
 """Sizes of packs that `device.pack: auto` tries: 1, 2, 4 to 32 devices side by side."""
 
 
+@lru_cache(maxsize=8)
+def _divided(seed: int, num_devices: int, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The devices that never train and the others, each ascending; asked for in every round."""
+    order = generator(seed, purpose="held-out devices").permutation(num_devices)
+    return np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
+
+
+def _devices(config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return _divided(config.seed, config.federation.num_devices, config.federation.num_held_out)
+
+
 def held_out_devices(config: Config) -> list[int]:
     """The devices that never train, ascending."""
-    order = generator(config.seed, purpose="held-out devices").permutation(config.federation.num_devices)
-    return sorted(order[: config.federation.num_held_out].tolist())
+    return _devices(config)[0].tolist()
 
 
 def training_devices(config: Config) -> list[int]:
     """The other devices, ascending."""
-    return sorted({*range(config.federation.num_devices)} - {*held_out_devices(config)})
+    return _devices(config)[1].tolist()
 
 
 def sample_devices(config: Config, round_index: int) -> list[int]:
     """S_t in sampled order: uniform without replacement from those that can train."""
     rng = generator(config.seed, purpose="sample devices", round_index=round_index)
-    return rng.choice(training_devices(config), size=config.federation.devices_per_round, replace=False).tolist()
+    return rng.choice(_devices(config)[1], size=config.federation.devices_per_round, replace=False).tolist()
 
 
 def sampled_before(config: Config, round_index: int) -> set[int]:
