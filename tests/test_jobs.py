@@ -9,7 +9,8 @@ import pytest
 
 from fedhpc.config import Config, every_default, flatten
 from fedhpc.config_file import load_config
-from fedhpc.data.tasks import TASKS
+from fedhpc.data.task_files import load_task
+from fedhpc.data.tasks import GENERATION_TASKS, TASKS
 from fedhpc.job.job_files import TEMPLATES
 from fedhpc.server.notices import notices
 
@@ -24,7 +25,13 @@ PUBLISHED = {
     "llama-3b": ("openlm-research/open_llama_3b", "bfloat16", 5),
     "llama-7b": ("meta-llama/Llama-2-7b-hf", "bfloat16", 5),
 }
-PUBLISHED_FILES = [file for model in PUBLISHED for file in (JOBS / f"{model}.yaml", *sorted((JOBS / model).iterdir()))]
+ANSWERING = {"llama-7b/alpaca": "alpaca", "llama-7b/dolly": "dolly", "smollm2/t0": "t0", "smollm2/e2e": "e2e"}
+PUBLISHED_FILES = [
+    file
+    for model in PUBLISHED
+    for file in (JOBS / f"{model}.yaml", *sorted((JOBS / model).iterdir()))
+    if f"{model}/{file.stem}" not in ANSWERING
+]
 ROBERTA_POSITIONS = 512
 
 
@@ -38,7 +45,9 @@ def test_a_file_is_valid_without_notices_and_names_its_task(path):
     assert notices(config) == []
     in_folder = path.parent != JOBS and path.stem != "base"
     assert config.data.task == (path.stem if in_folder or path.stem == "demo" else None)
-    assert config.data.task in {*TASKS, "demo", None}
+    assert config.data.task in {*TASKS, *ANSWERING.values(), "demo", None}
+    answers = str(path.relative_to(JOBS).with_suffix("")) in ANSWERING
+    assert (config.tuning.head == "language_model") == answers
     assert config.data.path.endswith(f"/{config.data.task or 'own'}") or path.stem == "demo"
 
 
@@ -71,6 +80,24 @@ def test_published_settings(path):
     assert (config.selection.strategy, config.selection.ratio) == ("score", 0.5)
     long = model == "roberta-large" and path.stem in ("rte", "qnli", "boolq")
     assert config.data.max_length == (ROBERTA_POSITIONS - config.tuning.num_tokens if long else 128)
+
+
+def test_the_settings_of_openfedllm():
+    """run_sft.sh, and for what it leaves open config.py and main_sft.py of https://github.com/rui-ye/OpenFedLLM."""
+    config = load_config(JOBS / "llama-7b/alpaca.yaml")
+    federation, tuning, device = config.federation, config.tuning, config.device
+    assert (federation.num_devices, federation.devices_per_round, federation.rounds) == (20, 2, 200)
+    assert (federation.partition, config.server.method, config.data.max_length) == ("iid", "fedavg", 512)
+    assert (tuning.kind, tuning.rank, tuning.alpha, tuning.dropout) == ("lora", 32, 64, 0.05)
+    assert (device.max_steps, device.batch_size, device.learning_rate, device.schedule) == (10, 16, 5e-5, "cosine")
+    assert (device.weight_decay, device.max_grad_norm, device.reset_moments) == (0.0, 1.0, True)
+
+
+@pytest.mark.parametrize("where", ANSWERING)
+def test_the_data_of_a_job_that_answers_are_described(where):
+    text = (JOBS / f"{where}.yaml").read_text()
+    task = re.search(r"--task (\S+)", text)[1]
+    assert load_task(ROOT / task if task not in GENERATION_TASKS else task).name == ANSWERING[where]
 
 
 # The settings of the released code's examples: tokens, longest text, examples in a step of training and evaluation.
@@ -173,7 +200,7 @@ def test_a_slurm_job_is_warned_of_its_end_and_run_again(path):
     # The folder of the output must exist, so it is the one the job is submitted from.
     assert [option for option in options if option.startswith("--output=%x-") and "/" not in option]
     tasks = [int(option.removeprefix("--ntasks=")) for option in options if option.startswith("--ntasks=")]
-    assert sum(tasks) == 17
+    assert sum(tasks) == (3 if path.stem == "llama7b_chat" else 17)  # two devices a round
     assert (tasks == [1, 16]) == ("hetjob" in options)
     last = [line for line in text.splitlines() if line][-1]
     assert re.match(r'\. (jobs|"\$\{FEDHPC_TEMPLATES:-jobs\})/launch\.sh', last)
@@ -183,7 +210,11 @@ def test_there_is_a_slurm_job_for_each_published_model():
     texts = [path.read_text() for path in SLURM_FILES if path.name != "sweep.slurm"]
     configs = {re.search(r"^\. .*(jobs/\S+\.yaml)", text, re.MULTILINE)[1] for text in texts}
     assert all((ROOT / config).exists() for config in configs)
-    assert configs == {"jobs/demo.yaml", *(f"jobs/{model}/rte.yaml" for model in PUBLISHED)}
+    assert configs == {
+        "jobs/demo.yaml",
+        "jobs/llama-7b/alpaca.yaml",
+        *(f"jobs/{model}/rte.yaml" for model in PUBLISHED),
+    }
 
 
 def launched(folder, templates=JOBS, **variables):
