@@ -119,6 +119,8 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         "evaluation": room * work.evaluation(devices_in_batch(job)) + everything + lent,
         "loading": work.loading - work.weights + _narrowed_bytes(job, work.loading),
     }
+    if config.evaluate.generate:
+        phases["answers"] = room * work.answers(devices_in_batch(job)) + everything + lent
     if make_strategy(config.selection).scored:
         phases["layer scores"] = room * work.scoring()
     if config.curriculum.order == "fisher":

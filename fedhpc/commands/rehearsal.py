@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import GenerationMixin
 
 from fedhpc.config import ModelConfig, TuningConfig
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.device.curriculum import fisher_trace
 from fedhpc.device.local_update import pack_gradients
 from fedhpc.evaluate.predictions import results
+from fedhpc.evaluate.questions import question_split
 from fedhpc.model.attention import forget_masks
 from fedhpc.model.backbone import NOT_TAKEN, Backbone
+from fedhpc.model.decoding import Decoding, decode
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.overlay import Overlay
 from fedhpc.model.pretrained import auto_class, run_config
@@ -35,7 +38,8 @@ from fedhpc.server.job import Job
 from fedhpc.tuning.base import Params
 
 CPU = torch.device("cpu")
-FAKE_LOG = logging.getLogger(FakeTensorMode.__module__)
+MISLED = [logging.getLogger(module.__module__) for module in (FakeTensorMode, GenerationMixin)]
+"""Logs of what would be wrong with real tensors."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -149,6 +153,28 @@ class Rehearsal:
             return backbone.token_scores(batch, tuning.overlay(backbone, params, batch, None))
         return tuning.forward(backbone, params, batch)
 
+    def answers(self, count: int) -> int:
+        """The longest prompts with their answers in the cache, of so many devices: one pass, as if all were prompt."""
+        config, prompts = self._job.config.evaluate, self._job.questions.prompts
+        lengths = np.sort(prompts.lengths)[-config.batch_size :] + config.max_new_tokens
+        texts = [np.zeros(length, np.int32) for length in lengths]
+        whole = question_split(texts, [np.zeros(0, np.int64)] * len(texts), pad_id=prompts.pad_id)
+        how = Decoding(max_new_tokens=1, temperature=0.0, top_p=1.0, ends=(), pad_id=prompts.pad_id, seed=0)
+
+        def answer(params: Sequence[Params], batch: Batch) -> object:
+            overlay = self._job.tuning.overlay(self._backbone, params, batch, None)
+            return decode(self._backbone, overlay, batch, how, range(len(texts)))
+
+        def predict() -> None:
+            batch = [(self._parameters(), part) for part in np.array_split(np.arange(len(texts)), count)]
+            for _ in results(answer, self._backbone, whole, [batch]):
+                pass
+
+        self._live.answer = True  # all answers have ended
+        found = self._live.during(predict)
+        self._live.answer = False
+        return found
+
     def scoring(self) -> int:
         """The layers' scores by one batch; some need its gradient."""
         strategy = make_strategy(self._job.config.selection)
@@ -214,10 +240,12 @@ def longest(split: Split, examples: Sequence[int] | NDArray[np.int64], count: in
 @contextmanager
 def rehearsal(job: Job) -> Iterator[Rehearsal]:
     """A rehearsal of a job; in this context tensors have no numbers."""
-    FAKE_LOG.disabled = True  # it reports with a traceback what is raised, and then may be caught
+    for log in MISLED:
+        log.disabled = True
     try:
         with FakeTensorMode(), LiveBytes() as live:
             yield Rehearsal(job, live)
     finally:
-        FAKE_LOG.disabled = False
+        for log in MISLED:
+            log.disabled = False
         forget_masks()

@@ -17,6 +17,7 @@ from fedhpc.device.local_update import pack_gradients
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange
 from fedhpc.model.backbone import Backbone
+from fedhpc.model.decoding import Decoding, decode
 from fedhpc.model.weight_files import stored_weights
 from fedhpc.server.job import load_job
 
@@ -24,7 +25,7 @@ from fedhpc.server.job import load_job
 @pytest.fixture
 def nothing_rehearsed(monkeypatch):
     """The work on tensors counts as none, where a plan's other numbers are looked at: it is most of a plan's time."""
-    works = dict.fromkeys(("training", "evaluation", "scoring", "curriculum"), lambda *_: 0)
+    works = dict.fromkeys(("training", "evaluation", "answers", "scoring", "curriculum"), lambda *_: 0)
     work = SimpleNamespace(weights=0, loading=0, **works)
     monkeypatch.setattr(plan_memory, "rehearsal", lambda job: nullcontext(work))
 
@@ -167,6 +168,24 @@ def test_plan_counts_what_the_largest_moment_needs(plan_job):
     auto = memory_parts(plan_job(device__pack="auto"), 2)
     alone, together = (sum(auto[f"each device rank, for pack {pack}"].values()) for pack in (1, 4))
     assert together - alone > 2 * one
+
+
+def test_rehearsed_answers_hold_at_least_the_tensors_of_real_ones(tmp_path):
+    config = tiny.write_world(tmp_path, task="generation", num_train=24, num_validation=12)
+    changes = ["evaluate.max_new_tokens=40", "evaluate.generate=8", "tuning.kind=lora", "selection.strategy=all"]
+    job = load_job(load_config(config, changes))
+    with rehearsal(job) as work:
+        rehearsed = work.answers(1)
+    backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch.device("cpu"))
+    prompts = job.questions.prompts
+    batch = prompts.batch(np.arange(len(prompts)), [len(prompts)])
+    params = {name: torch.zeros(shape) for name, shape in job.tuning.shapes.items()}
+    how = Decoding(max_new_tokens=40, temperature=0.0, top_p=1.0, ends=(), pad_id=prompts.pad_id, seed=0)
+    with LiveBytes() as live:
+        overlay = job.tuning.overlay(backbone, [params], batch, None)
+        real = live.during(lambda: decode(backbone, overlay, batch, how, range(len(prompts))))
+    assert real < rehearsed < 3 * real
+    assert tensors_at_once(job)[0].startswith("answers")
 
 
 def test_a_plan_says_where_memory_is_not_known(fedhpc, run_config, monkeypatch):
