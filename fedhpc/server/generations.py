@@ -1,16 +1,16 @@
 """Answers in writing on the server's side: asked for, decoded, compared with the references, written down."""
 
 import json
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from fedhpc.checkpoint.state_file import RunState
 from fedhpc.evaluate.questions import answer_dtype, answer_of, end_tokens
+from fedhpc.evaluate.scores import GLOBAL, HELD_OUT
 from fedhpc.exchange import Exchange, messages
 from fedhpc.exchange.messages import Command, Op
-from fedhpc.federation.sampling import sampled_before
+from fedhpc.federation.sampling import held_out_devices, sampled_before
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
 from fedhpc.job.run_files import RunFiles
@@ -41,6 +41,7 @@ class Generations:
         self.config, self.exchange, self.files, self.lock = job.config, exchange, files, lock
         self.tuning = job.tuning
         self.metrics = job.data.description.generation["metrics"]
+        self.held_out = {*held_out_devices(job.config)}
         split, tokenizer = job.data.split("validation"), load_tokenizer(job.config.model.name)
         self.questions = job.questions
         ends = end_tokens(split, tokenizer)
@@ -60,7 +61,7 @@ class Generations:
         ]
 
     def ask(self, state: RunState, *, personal: bool) -> dict[str, float]:
-        """Have the prompts answered, write the answers down; their scores, by name.
+        """Have the prompts answered, write the answers down; their scores, by name, of whom any prompt is.
 
         Args:
             personal: whether devices have layers of their own.
@@ -78,12 +79,19 @@ class Generations:
             for question, example in enumerate(self.questions.examples)
         ]
         self._write(state.server.round - 1, lines)
-        scores = {}
-        for name in self.metrics:
-            score = partial(GENERATION_METRICS[name]().score, references=self.references)
-            scores[name] = score([line.answer_personal for line in lines])
-            scores[f"{name}_global"] = score([line.answer for line in lines])
-        return scores
+        training = [line for line in lines if line.device not in self.held_out]
+        apart = [line for line in lines if line.device in self.held_out]
+        scored = {
+            "": [(line.answer_personal, line.references) for line in training],
+            GLOBAL: [(line.answer, line.references) for line in training],
+            HELD_OUT: [(line.answer, line.references) for line in apart],
+        }
+        return {
+            f"{name}{behind}": GENERATION_METRICS[name]().score(*zip(*pairs, strict=True))
+            for name in self.metrics
+            for behind, pairs in scored.items()
+            if pairs
+        }
 
     def _write(self, round_index: int, lines: list[Line]) -> None:
         """The file of a round, counted from 0."""

@@ -19,6 +19,7 @@ from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate.generation_metrics import ExactMatch, TokenF1
 from fedhpc.evaluate.questions import Questions, prompt_of
 from fedhpc.exchange import LocalExchange
+from fedhpc.federation.sampling import held_out_devices
 from fedhpc.job.run_files import RunFiles
 from fedhpc.server.job import load_job
 
@@ -75,6 +76,24 @@ def test_every_evaluation_writes_its_answers_and_scores_them(finished):
             assert record[f"token_f1{behind}"] == TokenF1().score(answers, references)
             assert record[f"exact_match{behind}"] == ExactMatch().score(answers, references)
     assert any(line["answer"] != line["answer_personal"] for content in found.values() for line in lines_of(content))
+
+
+def test_answers_of_devices_that_never_train_are_scored_apart(moods, tmp_path):
+    config = tiny.write_config(
+        moods, tmp_path, "apart", federation__held_out=0.5, federation__rounds=1, evaluate__generate=20
+    )
+    assert cli.main(["run", str(config)]) == 0
+    ((record,), (content,)) = metrics(config), generations(config).values()
+    held_out = held_out_devices(load_config(config))
+    assert len(held_out) == 3
+
+    def f1(key, *, apart):
+        lines = [line for line in lines_of(content) if (line["device"] in held_out) == apart]
+        return TokenF1().score([line[key] for line in lines], [line["references"] for line in lines])
+
+    assert record["token_f1"] == f1("answer_personal", apart=False)
+    assert record["token_f1_global"] == f1("answer", apart=False)
+    assert record["token_f1_held_out"] == f1("answer", apart=True) != record["token_f1_global"]
 
 
 def test_prompts_are_of_each_category_its_share(finished):
