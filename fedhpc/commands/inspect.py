@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -12,6 +13,7 @@ from fedhpc.checkpoint.files import SERVER_FILE, CheckpointFiles, read_checksums
 from fedhpc.checkpoint.plain_hdf5 import open_state
 from fedhpc.commands.bounded import bounded
 from fedhpc.errors import CheckpointError
+from fedhpc.evaluate.scores import VIEWS, scores_of
 from fedhpc.job.progress import human_bytes
 from fedhpc.job.run_files import RunFiles
 
@@ -49,15 +51,22 @@ def _run(path: Path) -> tuple[str, bool]:
         moved = sum(record["bytes"] for record in records)
         lines.append(f"metrics: {len(records)} rounds recorded, {human_bytes(moved)} moved between devices and server")
         if evaluated:
-            last = evaluated[-1]
-            lines.append(
-                f"after round {last['round'] + 1}: accuracy {last['accuracy']:.4f}, "
-                f"global {last['accuracy_global']:.4f}"
-            )
+            lines.append(f"after round {evaluated[-1]['round'] + 1}: {_scores(evaluated[-1])}")
     parts = _checkpoints(CheckpointFiles(path))
     if not parts:
         lines.append("no checkpoint")
     return "\n".join([*lines, *(text for text, _ in parts)]), any(valid for _, valid in parts)
+
+
+def _scores(record: Mapping[str, Any]) -> str:
+    """All scores of an evaluated round."""
+    texts = [
+        f"{words if behind else score.title} {value:.4f}"
+        for score in scores_of([record])
+        for behind, words in VIEWS.items()
+        if isinstance(value := record.get(score.name + behind), int | float)
+    ]
+    return ", ".join(texts)
 
 
 def _checkpoints(checkpoints: CheckpointFiles) -> list[tuple[str, bool]]:

@@ -21,6 +21,10 @@ class GenerationMetric(ABC):
 
     title: ClassVar[str]
     """What reports call it."""
+    less_is_better: ClassVar[bool] = False
+    """Whether the lowest is the best."""
+    is_of_each: ClassVar[bool] = True
+    """Whether one answer has a score of its own."""
 
     @abstractmethod
     def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -84,6 +88,7 @@ class Bleu(GenerationMetric):
     """BLEU of all answers together, against all references of each (sacrebleu, its usual settings)."""
 
     title = "BLEU"
+    is_of_each = False
 
     def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         """See `GenerationMetric`."""

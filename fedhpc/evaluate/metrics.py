@@ -5,7 +5,7 @@ Counts of different devices add up exactly, in any order, and every score of a t
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +24,8 @@ class Metric(ABC):
 
     titles: ClassVar[Mapping[str, str]] = {}
     """Name of a score -> what reports call it."""
+    less_is_better: ClassVar[Collection[str]] = ()
+    """Names of scores of which the lowest is the best."""
     lowest = 0.0
     """That the metric can be."""
 
@@ -75,16 +77,6 @@ def score(counts: np.ndarray, metric: str) -> dict[str, float]:
     """Accuracy and the metric's scores, by name; a zero denominator gives 0, as scikit-learn does."""
     accuracy = ratio(np.trace(counts), counts.sum())
     return {"accuracy": accuracy, **METRICS[metric]().scores(counts, accuracy)}
-
-
-def title_of(name: str) -> str:
-    """What reports call a score; its name where no metric that is known here has it."""
-    return next((part.titles[name] for _, part in METRICS.items() if name in part.titles), name)
-
-
-def lowest_of(metric: str) -> float:
-    """That a metric can be."""
-    return float(METRICS[metric].lowest) if metric in METRICS else 0.0
 
 
 def ratio(numerator: float, denominator: float) -> float:

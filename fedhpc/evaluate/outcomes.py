@@ -8,7 +8,7 @@ Shapes: n examples of the split, b of a batch, N devices, C classes.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.evaluate.metrics import confusion, ratio, score
+from fedhpc.evaluate.scores import ACCURACY, OF_TOKENS, Score
 from fedhpc.federation.sampling import held_out_devices
+from fedhpc.job.run_files import LARGEST_NUMBER
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params
@@ -42,6 +44,8 @@ class Outcomes(ABC):
 
     numbers: int
     """k, of an example."""
+    shown: ClassVar[Sequence[Score]]
+    """The scores that a run shows while it goes on."""
 
     def __init__(self, description: Description, num_devices: int, held_out: Sequence[int] = ()) -> None:
         self.description, self.num_devices, self.held_out = description, num_devices, list(held_out)
@@ -76,6 +80,7 @@ class Classes(Outcomes):
     """Of classification: the class that is predicted."""
 
     numbers = 1
+    shown = (ACCURACY,)
 
     def of_batch(self, backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch) -> Outcome:
         """See `Outcomes`."""
@@ -124,6 +129,7 @@ class Tokens(Outcomes):
     """Of texts to be generated: the loss over an example's trained tokens, and how many the model finds likeliest."""
 
     numbers = 2
+    shown = OF_TOKENS
 
     def of_batch(self, backbone: Backbone, tuning: Tuning, params: Sequence[Params], batch: Batch) -> Outcome:
         """See `Outcomes`."""
@@ -178,7 +184,7 @@ def perplexity(loss: int, tokens: int) -> float:
         loss: sum over the tokens, in LOSS_UNIT.
         tokens: how many.
     """
-    return math.exp(min(ratio(loss * LOSS_UNIT, tokens), 700.0))
+    return min(math.exp(min(ratio(loss * LOSS_UNIT, tokens), 700.0)), LARGEST_NUMBER)
 
 
 def make_outcomes(description: Description, config: Config) -> Outcomes:

@@ -5,27 +5,37 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+ACCURACY = MappingProxyType({"accuracy": "accuracy"})
 
 
 class Progress:
     """Rounds as they pass: a live bar on a terminal, one plain line per round elsewhere."""
 
     def __init__(
-        self, earlier: Sequence[Mapping[str, Any]], first_round: int, rounds: int, stream: TextIO | None = None
+        self,
+        earlier: Sequence[Mapping[str, Any]],
+        first_round: int,
+        rounds: int,
+        stream: TextIO | None = None,
+        *,
+        titles: Mapping[str, str] = ACCURACY,
     ) -> None:
         """Begin to show.
 
         Args:
             earlier: the metrics of the rounds before.
             first_round: the next one to be shown, counted from 0.
+            titles: of the scores that are shown, by their names in the metrics.
         """
         self.first_round, self.rounds = first_round, rounds
         self.stream = stream or sys.stdout
         self.start = time.monotonic()
-        self.accuracy = "-"
+        self.titles, self.scores = titles, dict.fromkeys(titles.values(), "-")
         self.bytes = 0
         for record in earlier:
             self._note(record)
@@ -42,7 +52,7 @@ class Progress:
         done = record["round"] + 1
         self._note(record)
         loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
-        facts = {"accuracy": self.accuracy, "loss": loss, "moved": human_bytes(self.bytes)}
+        facts = {**self.scores, "loss": loss, "moved": human_bytes(self.bytes)}
         if self.bar is not None:
             self.bar.set_postfix(facts, refresh=False)
             self.bar.update()
@@ -55,8 +65,9 @@ class Progress:
         )
 
     def _note(self, record: Mapping[str, Any]) -> None:
-        if record["accuracy"] is not None:
-            self.accuracy = f"{record['accuracy']:.3f}"
+        for name, title in self.titles.items():
+            if isinstance(value := record.get(name), int | float):
+                self.scores[title] = f"{value:.3f}" if value < 1e6 else f"{value:.3g}"
         self.bytes += record["bytes"]
 
     def close(self) -> None:

@@ -110,7 +110,8 @@ class Server:
         unfinished = self.is_unfinished(state, recorded)
         first = state.server.round - unfinished
         earlier = [record for record in recorded if record["round"] < first]
-        progress = Progress(earlier, first, rounds)
+        titles = {score.name: score.title for score in self.outcomes.shown}
+        progress = Progress(earlier, first, rounds, titles=titles)
         self.trackers.begin(self.config, self.files.run_dir, earlier)
         if unfinished:
             state = self.finish_round(state, progress)

@@ -14,6 +14,8 @@ from fedhpc.commands.report.groups import group_runs
 from fedhpc.commands.report.parts import _series
 from fedhpc.commands.report.units import unit_for
 from fedhpc.errors import CheckpointError, ReportError
+from fedhpc.evaluate.metrics import Metric
+from fedhpc.registry import METRICS
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -73,7 +75,10 @@ def record(round_index, accuracy=None, **values):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run directory with one evaluation every two rounds; None: no metrics at all."""
+    """Write a run directory with one evaluation every two rounds; None: no metrics at all.
+
+    `extra`: more of an evaluation's metrics, or what gives them for each evaluation.
+    """
 
     def make(name, accuracies, rounds=4, extra=None, **changes):
         folder = tmp_path / name
@@ -93,7 +98,7 @@ def make_run(tmp_path):
         if accuracies is not None:
             lines = []
             for index, accuracy in enumerate(accuracies):
-                evaluated = record(2 * index + 1, accuracy, **(extra or {}))
+                evaluated = record(2 * index + 1, accuracy, **(extra(index) if callable(extra) else extra or {}))
                 lines += [record(2 * index), evaluated]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return folder
@@ -347,6 +352,105 @@ def test_a_tasks_own_metric_leads(report, make_run):
     assert "global Matthews correlation by round" in page.text
 
 
+def of_texts(*perplexities, **others):
+    """Metrics of an evaluation of generated text; the server's perplexity is 1 more, that of held-out devices 2."""
+    return lambda index: {
+        "accuracy_held_out": 0.25,
+        "perplexity": perplexities[index],
+        "perplexity_global": perplexities[index] + 1,
+        "perplexity_held_out": perplexities[index] + 2,
+        "rouge_l": 0.5,
+        "rouge_l_global": 0.375,
+        **others,
+    }
+
+
+def test_of_perplexity_less_is_better(report, make_run, tmp_path):
+    """Everywhere: last, best round, target, cost, bold, and in what order configurations stand."""
+    page = report(
+        make_run("a", [0.1, 0.2, 0.3], rounds=6, extra=of_texts(30, 10, 20)),
+        make_run("b", [0.1, 0.2, 0.4], rounds=6, extra=of_texts(40, 30, 15), server__method="fedprox"),
+    )
+    head, one, other = page.tables["final results"]
+    views = ("", ", global", ", held-out devices")
+    assert head[2:-1] == [
+        *(f"perplexity{view}" for view in views),
+        *(f"token accuracy{view}" for view in views),
+        *("ROUGE-L", "ROUGE-L, global"),
+    ]
+    assert one[2:8] == ["20.000", "21.000", "22.000", "0.300", "0.300", "**0.250**"]
+    assert other[2:8] == ["**15.000**", "**16.000**", "**17.000**", "**0.400**", "**0.400**", "**0.250**"]
+    assert page.tables["best round"][1:] == [
+        ["method=fedavg", "**10.000**", "**11.000**", "**12.000**", "4.0"],
+        ["method=fedprox", "15.000", "16.000", "17.000", "6.0"],
+    ]
+    # 5 % more than the best final value, 15, which the first one has been below after four rounds.
+    cost = page.tables["cost to reach perplexity 15.750"]
+    assert [row[1] for row in cost] == ["rounds", "**4.0**", "6.0"]
+    assert page.text.count("of perplexity less is better") == 2
+    charts = re.findall(r"<figcaption>([^<]*)</figcaption><svg", page.text)
+    assert charts == [
+        *("perplexity by round", "perplexity by bytes moved", "perplexity by time", "global perplexity by round"),
+        *("perplexity of held-out devices by round", "token accuracy by round", "ROUGE-L by round"),
+        "training loss by round",
+    ]
+    one, other = csv.DictReader((tmp_path / "page.csv").open())
+    assert (one["best_perplexity_mean"], other["perplexity_held_out_mean"]) == ("10.0", "17.0")
+    latex = (tmp_path / "page.tex").read_text()
+    assert r"fedprox & 1 & \textbf{15.000} & \textbf{16.000} & \textbf{17.000} &" in latex
+
+
+def test_the_best_of_perplexity_is_what_others_are_compared_with(report, make_run):
+    """The best is 10 and 12; 13 and 14 are 3 and 2 more."""
+    values = {"fedavg": (13, 14), "fedprox": (10, 12)}
+    runs = [
+        make_run(f"{name}{seed}", [0.5], rounds=2, extra=of_texts(value), seed=seed, server__method=name)
+        for name, both in values.items()
+        for seed, value in enumerate(both)
+    ]
+    assert report(*runs).tables["difference to method=fedprox, seed by seed"][1][:2] == [
+        "method=fedavg", "+2.500 ± 0.707"
+    ]  # fmt: skip
+
+
+def test_scores_of_which_less_is_better_have_no_mean_with_others(report, make_run):
+    texts = [
+        make_run(name, [0.5, 0.6], data__task="chat", extra=of_texts(9, last), server__method=name)
+        for name, last in (("fedavg", 8), ("fedprox", 6))
+    ]
+    classes = [
+        make_run(f"{name}2", [0.5, last], server__method=name) for name, last in (("fedavg", 0.8), ("fedprox", 0.6))
+    ]
+    page = report(*texts, *classes)
+    assert page.tables["final scores, personalised"] == [
+        ["configuration", "chat (perplexity)", "moods"],
+        ["method=fedavg", "8.000", "**0.800**"],
+        ["method=fedprox", "**6.000**", "0.600"],
+    ]
+    assert "accuracy_held_out" not in report(*classes).text
+
+
+def test_a_plug_ins_metric_says_which_direction_is_better(report, make_run, monkeypatch):
+    class Errors(Metric):
+        less_is_better = ("errors",)
+
+        def scores(self, counts, accuracy):
+            return {"errors": 1 - accuracy}
+
+    monkeypatch.setitem(METRICS._parts, "errors", Errors)
+    runs = [
+        make_run(name, [0.5], rounds=2, extra={"errors": errors, "errors_global": errors}, server__method=name)
+        for name, errors in (("fedavg", 0.25), ("fedprox", 0.75))
+    ]
+    head, one, _ = report(*runs).tables["final results"]
+    assert (head[2], one[2]) == ("errors", "**0.250**")
+
+
+def test_a_number_that_no_run_can_have_is_none(report, make_run):
+    page = report(make_run("a", [0.5, 0.6], extra=of_texts(10**400, 7)))
+    assert page.tables["best round"][1][1] == "7.000"
+
+
 def test_tasks_are_not_merged_by_a_name_that_is_not_theirs(report, make_run):
     of_accuracy = {"data__task": None, "data__path": "sst2/prepared"}
     of_matthews = {"extra": {"matthews": 0.4, "matthews_global": 0.3}}
@@ -571,7 +675,7 @@ def test_a_reference_without_figures_is_no_fault(fedhpc, make_run, reference, tm
     ("line", "message"),
     [
         ("mnli,accuracy,last global,0.5,T,,", "line 3: task: 'mnli' is none of boolq, cola, moods, mpqa, "),
-        ("moods,f2,last global,0.5,T,,", "line 3: metric: 'f2' is none of accuracy, matthews, accuracy_f1"),
+        ("moods,f2,last global,0.5,T,,", "line 3: metric: 'f2' is none of accuracy, matthews, f1, accuracy_f1, perpl"),
         ("moods,accuracy,last,0.5,T,,", "line 3: statistic: 'last' is none of best personalised, best global, "),
         ("moods,accuracy,last global,85.3,T,,", "line 3: value: '85.3' is no number from 0 to 1"),
         ("moods,accuracy,last global,-0.1,T,,", "line 3: value: '-0.1' is no number from 0 to 1"),

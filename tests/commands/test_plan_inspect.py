@@ -1,3 +1,4 @@
+import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -256,6 +257,22 @@ def test_inspect_tells_of_runs_checkpoints_and_files(fedhpc, run_config):
     status, out, _ = fedhpc("inspect", folder)
     assert status == 0
     assert out.index("round_000003: NOT VALID") < out.index("round_000002: valid")
+
+
+def test_inspect_names_every_score_of_the_last_evaluation(fedhpc, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    scores = {
+        "accuracy": 0.25,
+        "accuracy_global": 0.5,
+        "perplexity": 9,
+        "perplexity_global": 8,
+        "perplexity_held_out": 7,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"round": 4, "bytes": 1, **scores}) + "\n")
+    assert (
+        "after round 5: perplexity 9.0000, global 8.0000, held-out devices 7.0000, token accuracy 0.2500, global 0.5"
+        in (fedhpc("inspect", tmp_path)[1])
+    )
 
 
 def test_inspect_tells_of_a_run_stopped_within_a_round(fedhpc, run_config, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedhpc.evaluate.scores import OF_TOKENS
 from fedhpc.job.log import log, log_to_file, start_log
 from fedhpc.job.progress import Progress, human_bytes
 from fedhpc.job.run_files import RunFiles
@@ -30,6 +31,17 @@ def test_progress_after_a_resume_counts_what_was_before():
     stream = io.StringIO()
     Progress([record(0, accuracy=0.25), record(1)], 2, 4, stream).update(record(2))
     assert stream.getvalue().startswith("round 3/4  accuracy 0.250  loss 0.500  moved 3.0 kB  ETA ")
+
+
+def test_of_texts_the_perplexity_is_shown_and_the_accuracy_is_said_to_be_of_tokens():
+    stream = io.StringIO()
+    titles = {score.name: score.title for score in OF_TOKENS}
+    progress = Progress([record(0, accuracy=0.25, perplexity=9.5)], 1, 3, stream, titles=titles)
+    progress.update(record(1))
+    progress.update(record(2, accuracy=0.75, perplexity=1e50))
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("round 2/3  perplexity 9.500  token accuracy 0.250  loss 0.500")
+    assert second.startswith("round 3/3  perplexity 1e+50  token accuracy 0.750  loss 0.500")
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):

@@ -19,7 +19,7 @@ import yaml
 from tiny import final_prompts
 
 from fedhpc.commands.sweep.experiment import load_experiment
-from fedhpc.commands.sweep.results import results
+from fedhpc.commands.sweep.results import results, write_tables
 from fedhpc.commands.sweep.runner import Runner
 from fedhpc.commands.sweep.standing import CellLog, standing
 from fedhpc.commands.sweep.stops import Stops
@@ -510,13 +510,14 @@ def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
     assert fedhpc("sweep", path, "--cell", 8)[2].endswith("--cell 8: the cells have the numbers 0 to 7\n")
 
 
-def record(round_index, accuracy):
+def record(round_index, accuracy, **scores):
     return {
         "round": round_index,
         "accuracy": accuracy,
         "accuracy_global": accuracy and accuracy - 0.125,
         "bytes": 100,
         "seconds": {"round": 0.5},
+        **scores,
     }
 
 
@@ -535,3 +536,22 @@ def test_a_budget_of_bytes_cuts_the_curve(write):
     assert found(399) == (3, 0.625, 0.5, 0.5, 300, 1.5, 0.625)
     assert found(100) == (1, None, None, None, 100, 0.5, None)
     assert found(99) == (0, None, None, None, 0, 0, None)
+
+
+def test_every_score_has_columns_its_last_value_and_the_best(write):
+    experiment = load_experiment(write(set={"federation.rounds": 3}))
+    for cell, texts in zip(experiment.cells, ([9.0, 5.0, 7.0], [None]), strict=False):
+        cell.run_dir.mkdir(parents=True)
+        (cell.run_dir / "config.yaml").write_text(cell.config.to_yaml())
+        for index, perplexity in enumerate(texts):
+            scores = {"perplexity": perplexity, "perplexity_global": perplexity, "accuracy_held_out": 0.5}
+            RunFiles(cell.run_dir).append_metrics(record(index, 0.25, **(scores if perplexity else {})))
+    table, _ = write_tables(experiment)
+    one, other, *_ = csv.DictReader(table.open())
+    columns = list(one)
+    assert columns[columns.index("deviation_last_five") + 1 :] == [
+        *("perplexity", "best_perplexity", "perplexity_global", "best_perplexity_global"),
+        *("perplexity_held_out", "best_perplexity_held_out", "accuracy_held_out", "best_accuracy_held_out"),
+    ]
+    assert (one["perplexity"], one["best_perplexity"], one["best_accuracy_held_out"]) == ("7.0", "5.0", "0.5")
+    assert (other["accuracy"], other["perplexity"], one["perplexity_held_out"]) == ("0.25", "", "")

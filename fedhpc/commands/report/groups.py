@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedhpc.commands.report.runs import GLOBAL, PHASES, Floats, Run
+from fedhpc.commands.report.runs import PHASES, Floats, Run
 from fedhpc.config import WITHOUT_EFFECT
+from fedhpc.evaluate.scores import GLOBAL, Score
 
 FREE = ("seed", "data.task", "data.max_length", *(key for key in WITHOUT_EFFECT if key != "data."))
 """Beginnings of keys in which the runs of a group may differ."""
 AXES = ("tuning.kind", "server.method")
 """Keys that name a configuration before all others."""
-DEFAULT_TARGET = 0.95
-"""Share of the best final value."""
+MARGIN = 0.05
+"""The target, unless one is given, is so much of the best final value behind it."""
 
 
 class Stat(NamedTuple):
@@ -31,7 +32,7 @@ class Goal(NamedTuple):
     """What the runs of a task are held to."""
 
     target: float | None
-    """Value of the task's own metric to be reached."""
+    """Value of the leading score to be reached."""
     budget: float | None
     """Bytes: as many as the most thrifty run moved; None where all moved as many."""
 
@@ -74,12 +75,12 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
         id(run): run.task if run.config.get("data.task") else known.get(run.config.get("data.path"), run.task)
         for run in runs
     }
-    own = Counter(task for task, _ in {(names[id(run)], run.metrics[-1]) for run in runs if run.is_evaluated})
+    own = Counter(task for task, _ in {(names[id(run)], run.scores[0].name) for run in runs if run.is_evaluated})
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if not key.startswith(FREE)}
         name = names[id(run)]
-        task = name if own[name] < 2 else f"{name} ({run.metrics[-1]})"
+        task = name if own[name] < 2 else f"{name} ({run.scores[0].name})"
         found.setdefault(task, {}).setdefault(repr(sorted(same.items())), []).append(run)
     tasks = {task: list(parts.values()) for task, parts in found.items()}
     differing = _differing([[members[0].config for members in parts] for parts in tasks.values()])
@@ -145,17 +146,23 @@ def stat(values: Iterable[float]) -> Stat | None:
     return Stat(float(known.mean()), deviation, len(known))
 
 
+def task_scores(groups: Sequence[Group]) -> list[Score]:
+    """The task's scores, the one that leads first."""
+    return max((run.scores for group in groups for run in group.runs), key=len)
+
+
 def goal_of(groups: Sequence[Group], target: float | None) -> Goal:
-    """What a task's runs are held to; 95 % of the best final value of the task's own metric, if that is above 0, unless
+    """What a task's runs are held to; 5 % behind the best final value of the leading score, if that is above 0, unless
     a target is given.
 
     Finished runs alone decide, or all while none is finished.
     """
     every = [run for group in groups for run in group.runs]
     runs = [run for run in every if run.is_finished] or every
-    best = max(filter(math.isfinite, (final(run, run.metrics[-1]) for run in runs)), default=None)
-    if target is None and best is not None and best > 0:
-        target = DEFAULT_TARGET * best
+    lead = task_scores(groups)[0]
+    best = lead.best_of(final(run, lead.name) for run in runs)
+    if target is None and best > 0:
+        target = (1 - lead.sign * MARGIN) * best
     moved = {float(run.bytes[-1]) for run in runs if run.bytes.any()}
     return Goal(target, min(moved) if len(moved) > 1 else None)
 
@@ -169,15 +176,17 @@ def final(run: Run, key: str, within: float = math.inf) -> float:
 
 def facts(run: Run, goal: Goal) -> dict[str, float]:
     """All single numbers of a run that the tables show; NaN where one is not known."""
-    own = run.metrics[-1]
-    numbers = {key: final(run, key) for name in run.metrics for key in (name, name + GLOBAL)}
-    numbers |= {f"best_{key}": _best(run.column(key)) for key in list(numbers)}
-    evaluated = run.column(own + GLOBAL)
+    lead = run.scores[0]
+    numbers = {key: final(run, key) for key in run.score_keys}
+    numbers |= {f"best_{key}": score.best_of(run.column(key)) for key, score in run.score_keys.items()}
+    evaluated = run.column(lead.name + GLOBAL)
     numbers["last_five_deviation"] = deviation_of_last(evaluated)
-    numbers["best_round"] = run.rounds[np.nanargmax(evaluated)] if np.isfinite(evaluated).any() else math.nan
-    numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, own, within=goal.budget)
+    is_known = bool(np.isfinite(evaluated).any())
+    numbers["best_round"] = run.rounds[np.nanargmax(lead.sign * evaluated)] if is_known else math.nan
+    numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, lead.name, within=goal.budget)
     numbers["loss"] = final(run, "loss")
-    reached = np.flatnonzero(run.column(own) >= (math.inf if goal.target is None else goal.target))
+    target = math.nan if goal.target is None else goal.target
+    reached = np.flatnonzero(lead.sign * run.column(lead.name) >= lead.sign * target)
     for name in ("rounds", "steps", "bytes", "seconds", "seconds_slowest_device", "seconds_simulated"):
         values: Floats = getattr(run, name)
         is_known = bool(values.any())  # a single process moves no bytes
@@ -195,11 +204,6 @@ def deviation_of_last(values: Floats, count: int = 5) -> float:
     """How far a metric's latest values, those that are known, lie apart; NaN where there are fewer."""
     known = values[np.isfinite(values)][-count:]
     return float(known.std(ddof=1)) if known.size == count else math.nan
-
-
-def _best(values: Floats) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.max()) if known.size else math.nan
 
 
 def _spread(run: Run) -> dict[str, float]:

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 import fedhpc
 from fedhpc.commands.report import charts, exports, tables
-from fedhpc.commands.report.groups import DEFAULT_TARGET, Group, group_runs, leaf_name
-from fedhpc.commands.report.parts import TaskPart, task_metrics, task_part
+from fedhpc.commands.report.groups import MARGIN, Group, group_runs, leaf_name, task_scores
+from fedhpc.commands.report.parts import TaskPart, task_part
 from fedhpc.commands.report.published import Reference, find_matches, published_csv, published_table
 from fedhpc.commands.report.runs import Run
 from fedhpc.commands.report.tables import Table, TableCell
@@ -50,7 +50,7 @@ def write_report(
     Args:
         runs: unfinished ones are marked.
         out: where the page is written; see `check_report_target`.
-        target: value of the task's own metric to be reached; 95 % of each task's best final value unless given.
+        target: value of the leading score to be reached; 5 % behind each task's best final value unless given.
         budget_bytes: what the runs were read with.
         reference: published figures to set beside the runs'.
 
@@ -105,7 +105,7 @@ def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> s
         unfinished=sum(not run.is_finished for run in runs),
         most_groups=max(len(part.groups) for part in parts),
         colours=charts.COLOURS,
-        share=f"{DEFAULT_TARGET:.0%}",
+        margin=f"{MARGIN:.0%}",
         version=fedhpc.__version__,
         runs=runs,
         parts=parts,
@@ -114,9 +114,7 @@ def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> s
 
 
 def _overview(parts: Sequence[TaskPart]) -> Table:
-    columns = [tables.metric_columns(task_metrics(part.groups), None)[0] for part in parts]
-    own = [(part.name, column, part.groups, part.summaries) for part, column in zip(parts, columns, strict=True)]
-    return tables.overview(own)
+    return tables.overview([(part.name, task_scores(part.groups)[0], part.groups, part.summaries) for part in parts])
 
 
 def _configurations(parts: Sequence[TaskPart]) -> Table:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fedhpc.commands.report.groups import Group, Stat, final, stat
-from fedhpc.commands.report.tables import Table, TableCell, name_cell
+from fedhpc.commands.report.tables import Table, TableCell, less_is_better, name_cell
+from fedhpc.evaluate.scores import Score
 
 SIGNIFICANT, POWERFUL = 1.96, 0.84
 """Quantiles of the normal distribution: of a test at 5 %, two-sided, and of 80 %."""
@@ -12,14 +13,14 @@ FEWEST_SEEDS, MOST_SEEDS = 3, 100
 """Two differences never tell enough, and more seeds would not be run."""
 
 
-def paired_table(groups: Sequence[Group], metric: str, words: str) -> Table | None:
+def paired_table(groups: Sequence[Group], score: Score) -> Table | None:
     """Each configuration's difference to the best with several seeds; None where none has two in common with it.
 
     Runs of one seed share partition, sampled devices and batches, so their difference varies less than they do.
     """
     finished = [group for group in groups if group.is_finished]
-    values = [_by_seed(group, metric) for group in finished]
-    means = [sum(found.values()) / len(found) if len(found) > 1 else -math.inf for found in values]
+    values = [_by_seed(group, score.name) for group in finished]
+    means = [score.sign * sum(found.values()) / len(found) if len(found) > 1 else -math.inf for found in values]
     rows = []
     for group, found in zip(finished, values, strict=True):
         best = values[means.index(max(means))]
@@ -33,9 +34,12 @@ def paired_table(groups: Sequence[Group], metric: str, words: str) -> Table | No
         return None
     return Table(
         title=f"difference to {finished[means.index(max(means))].label}, seed by seed",
-        headings=["configuration", words, "seeds", "seeds to tell them apart"],
+        headings=["configuration", score.title, "seeds", "seeds to tell them apart"],
         rows=rows,
-        notes=["mean and deviation of the differences; of so many seeds a paired t-test at 5 % finds one 4 times in 5"],
+        notes=[
+            "mean and deviation of the differences; of so many seeds a paired t-test at 5 % finds one 4 times in 5",
+            *less_is_better([score]),
+        ],
     )
 
 

@@ -8,14 +8,14 @@ from markupsafe import Markup
 
 from fedhpc.commands.report import charts, tables
 from fedhpc.commands.report.charts import ChartAxis, Series
-from fedhpc.commands.report.groups import Goal, Group, goal_of
+from fedhpc.commands.report.groups import Goal, Group, goal_of, task_scores
 from fedhpc.commands.report.mix import class_mix, partition_setting
 from fedhpc.commands.report.paired import paired_table
-from fedhpc.commands.report.runs import GLOBAL, PHASES, Floats, Run
+from fedhpc.commands.report.runs import PHASES, Floats, Run
 from fedhpc.commands.report.tables import Column, Summary, Table
 from fedhpc.commands.report.units import Quantity, unit_for
 from fedhpc.errors import UserError
-from fedhpc.evaluate.metrics import title_of
+from fedhpc.evaluate.scores import GLOBAL, HELD_OUT, Score
 
 PHASE_NAMES = {"local": "local work", "idle": "waiting for others"}
 AXES: dict[str, tuple[str, Quantity]] = {
@@ -82,18 +82,17 @@ def task_part(name: str, groups: Sequence[Group], given: float | None) -> TaskPa
 
 def _charts(task: str, groups: Sequence[Group]) -> Iterator[tuple[str, Markup]]:
     """Title and drawing of every chart for which there is anything to draw."""
-    metric = task_metrics(groups)[-1]
-    words = title_of(metric)
+    lead, *others = task_scores(groups)
     views = [
-        (f"{words} by round", metric, "rounds"),
-        (f"{words} by bytes moved", metric, "bytes"),
-        (f"{words} by time", metric, "seconds"),
-        (f"{words} by simulated time", metric, "seconds_simulated"),
-        (f"global {words} by round", metric + GLOBAL, "rounds"),
+        (f"{lead.title} by round", lead.name, "rounds"),
+        (f"{lead.title} by bytes moved", lead.name, "bytes"),
+        (f"{lead.title} by time", lead.name, "seconds"),
+        (f"{lead.title} by simulated time", lead.name, "seconds_simulated"),
+        *([(f"global {lead.title} by round", lead.name + GLOBAL, "rounds")] if _is_personal(groups, lead.name) else []),
+        (f"{lead.title} of held-out devices by round", lead.name + HELD_OUT, "rounds"),
+        *((f"{score.title} by round", score.name, "rounds") for score in others),
         ("training loss by round", "loss", "rounds"),
     ]
-    if not _is_personal(groups, metric):
-        del views[4]
     for title, key, along in views:
         lines = [line for index, group in enumerate(groups) if (line := _series(index, group, key, along))]
         if lines:
@@ -105,11 +104,6 @@ def _is_personal(groups: Sequence[Group], metric: str) -> bool:
     """Whether any run has a personalised metric that is not the global one."""
     runs = [run for group in groups for run in group.runs]
     return any(not np.array_equal(run.column(metric), run.column(metric + GLOBAL), equal_nan=True) for run in runs)
-
-
-def task_metrics(groups: Sequence[Group]) -> list[str]:
-    """Names of the task's metrics, its own one last."""
-    return max((run.metrics for group in groups for run in group.runs), key=len)
 
 
 def _series(index: int, group: Group, key: str, along: str) -> Series | None:
@@ -147,18 +141,18 @@ def _axis(along: str, largest: float) -> ChartAxis:
 
 
 def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -> Iterator[Table]:
-    metrics = task_metrics(groups)
-    columns = [*tables.metric_columns(metrics, goal.budget), tables.LOSS]
-    notes = ["mean ± standard deviation over seeds; best in bold"]
+    scores = task_scores(groups)
+    lead = scores[0]
+    columns = [*tables.score_columns(scores, goal.budget), tables.LOSS]
+    notes = ["mean ± standard deviation over seeds; best in bold", *tables.less_is_better(scores)]
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
-    notes = ["of all evaluations, each number by itself, as papers report it"]
-    yield tables.group_table("best round", groups, summaries, tables.best_columns(metrics[-1]), notes=notes)
-    words = title_of(metrics[-1])
-    if paired := paired_table(groups, metrics[-1], words):
+    notes = ["of all evaluations, each number by itself, as papers report it", *tables.less_is_better([lead])]
+    yield tables.group_table("best round", groups, summaries, tables.best_columns(lead), notes=notes)
+    if paired := paired_table(groups, lead):
         yield paired
     yield tables.group_table("cost of the whole run", groups, summaries, tables.COST)
     if goal.target is not None:
-        title = f"cost to reach {words} {goal.target:.3f}"
+        title = f"cost to reach {lead.title} {goal.target:.3f}"
         yield tables.group_table(
             title,
             groups,
@@ -168,9 +162,13 @@ def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -
         )
     if any(summary.get("device_mean") for summary in summaries):
         notes = ["every device alike, whatever it holds; deviation over all devices; means of the worst and best tenth"]
-        yield tables.group_table("accuracy by device", groups, summaries, tables.SPREAD, notes=notes)
+        yield tables.group_table(f"{_accuracy(groups).title} by device", groups, summaries, tables.SPREAD, notes=notes)
     phases = [_phase_column(phase) for phase in PHASES]
     yield tables.group_table("time of a round by phase", groups, summaries, phases)
+
+
+def _accuracy(groups: Sequence[Group]) -> Score:
+    return next(score for score in task_scores(groups) if score.name == "accuracy")
 
 
 def _phase_column(phase: str) -> Column:
@@ -178,10 +176,11 @@ def _phase_column(phase: str) -> Column:
 
 
 def _bars(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[Bars]:
+    words = _accuracy(groups).title
     spread = [
         NamedBar(
             name=group.label,
-            bar=charts.box_bar(f"accuracy of the devices, {group.label}", values, index),
+            bar=charts.box_bar(f"{words} of the devices, {group.label}", values, index),
             words=f"median {np.median(values):.3f}",
             index=index,
         )
@@ -190,7 +189,8 @@ def _bars(groups: Sequence[Group], summaries: Sequence[Summary]) -> Iterator[Bar
     ]
     if spread:
         note = "Thin: 5 % to 95 % of the devices; thick: the middle half; line: the median. All seeds together."
-        yield Bars(title="Accuracy by device", rows=spread, ends=("0", "0.25", "0.5", "0.75", "1"), note=note)
+        ends = ("0", "0.25", "0.5", "0.75", "1")
+        yield Bars(title=f"{words.capitalize()} by device", rows=spread, ends=ends, note=note)
     if phases := list(_phase_rows(groups, summaries)):
         names = [PHASE_NAMES.get(phase, phase) for phase in PHASES]
         yield Bars(title="Time of a round by phase", rows=phases, colours=names)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedhpc.commands.report.groups import Group, Stat
+from fedhpc.commands.report.groups import Group, Stat, task_scores
 from fedhpc.commands.report.parts import TaskPart
-from fedhpc.commands.report.runs import GLOBAL
 from fedhpc.commands.report.tables import (
     NO_RUN_IS_FINISHED,
     UNKNOWN,
@@ -24,16 +23,17 @@ from fedhpc.commands.report.units import unit_for
 from fedhpc.config_file import known_keys, suggestion
 from fedhpc.data.tasks import TASKS
 from fedhpc.errors import ReportError
-from fedhpc.evaluate.metrics import lowest_of, title_of
-from fedhpc.registry import METRICS
+from fedhpc.evaluate.scores import GLOBAL, HELD_OUT, known_scores
 from fedhpc.yaml_files import YAML_ERRORS, read_value
 
 COLUMNS = ("task", "metric", "statistic", "value", "source")
 STATISTICS = {
     "best personalised": ("best_", ""),
     "best global": ("best_", GLOBAL),
+    "best held out": ("best_", HELD_OUT),
     "last personalised": ("", ""),
     "last global": ("", GLOBAL),
+    "last held out": ("", HELD_OUT),
 }
 """Which evaluation a figure is of -> what stands before and behind the metric in the name of ours."""
 MODEL = "model.name"
@@ -140,18 +140,19 @@ def _figure(line: int, header: Sequence[str], row: Sequence[str], tasks: Collect
     if len(row) != len(header):
         raise ValueError(f"{len(row)} columns, expected {len(header)}: {', '.join(header)}")
     texts = {name: text.strip() for name, text in zip(header, row, strict=True)}
-    for name, valid in (("task", tasks), ("metric", METRICS), ("statistic", STATISTICS)):
+    scores = known_scores()
+    for name, valid in (("task", tasks), ("metric", scores), ("statistic", STATISTICS)):
         if texts[name] not in valid:
             raise ValueError(f"{name}: {texts[name]!r} is none of {', '.join(valid)}")
     if not texts["source"]:
         raise ValueError("source: is required: where the figure was published")
-    lowest = lowest_of(texts["metric"])
+    score = scores[texts["metric"]]
     try:
         value = float(texts["value"])
     except ValueError:
         value = math.nan
-    if not lowest <= value <= 1:
-        raise ValueError(f"value: {texts['value']!r} is no number from {lowest:g} to 1")
+    if not (math.isfinite(value) and score.least <= value <= score.most):
+        raise ValueError(f"value: {texts['value']!r} is no number from {score.least:g} to {score.most:g}")
     settings = {}
     for key in (key for key in header if key in _leaves() and texts[key]):
         try:
@@ -207,7 +208,9 @@ def published_table(reference: Reference, matches: Sequence[Match]) -> Table:
 
 def _cells(match: Match) -> Iterator[TableCell]:
     figure = match.figure
-    words = f"{title_of(figure.metric)}, {figure.statistic}"
+    titles = {name: score.title for name, score in known_scores().items()}
+    titles |= {score.name: score.title for score in task_scores([match.group])}
+    words = f"{titles[figure.metric]}, {figure.statistic}"
     yield name_cell(match.group)
     for text in (
         *(figure.task, words, stat_text(match.ours, SCORE, len(match.group.counted)), SCORE.text(figure.value)),

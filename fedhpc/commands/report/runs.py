@@ -19,15 +19,15 @@ from pydantic import ValidationError
 from fedhpc.checkpoint.files import CheckpointFiles
 from fedhpc.config import Config, SimulationConfig, flatten
 from fedhpc.errors import CheckpointError, ConfigError, ReportError
+from fedhpc.evaluate.scores import Score, score_keys, scores_of
 from fedhpc.exchange.simulation import round_seconds
-from fedhpc.job.run_files import RunFiles
+from fedhpc.job.run_files import LARGEST_NUMBER, RunFiles
 from fedhpc.methods.fedpeptao import as_called_now, may_be_old_released
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 
 Floats = NDArray[np.float64]
 RoundRecord = Mapping[str, Any]
 """A round's line of metrics.jsonl."""
-GLOBAL = "_global"
 PHASES = ("broadcast", "local", "idle", "gather", "server", "evaluate", "checkpoint")
 """Parts of a round's seconds; together they are the round."""
 MOST_LAYERS = 10_000
@@ -88,10 +88,14 @@ class Run:
         return any(record.get("accuracy") is not None for record in self.records)
 
     @cached_property
-    def metrics(self) -> list[str]:
-        """Names of the task's metrics, its own one last: accuracy alone, or accuracy and one more."""
-        found = (key.removesuffix(GLOBAL) for record in self.records for key in record if key.endswith(GLOBAL))
-        return list(dict.fromkeys(("accuracy", *found)))
+    def scores(self) -> list[Score]:
+        """What was evaluated, the score that leads first."""
+        return scores_of(self.records)
+
+    @cached_property
+    def score_keys(self) -> dict[str, Score]:
+        """Every score's keys in the records -> the score."""
+        return score_keys(self.records)
 
     def column(self, key: str) -> Floats:
         """A number of every record; NaN where there is none."""
@@ -219,4 +223,4 @@ def _layers(file: h5py.File) -> Layers:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST_NUMBER else float("nan")

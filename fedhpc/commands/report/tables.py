@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedhpc.commands.report.groups import Goal, Group, Stat, facts, stat
 from fedhpc.commands.report.units import Quantity, Unit, unit_for
-from fedhpc.evaluate.metrics import title_of
+from fedhpc.evaluate.scores import PERPLEXITY, VIEWS, Score
 
 UNKNOWN = "–"
 UNFINISHED = "\u00a0†"
@@ -112,43 +112,44 @@ def _column(groups: Sequence[Group], stats: Sequence[Stat | None], column: Colum
     return f"{column.heading} ({unit.name})" if unit.name else column.heading, cells
 
 
-def overview(tasks: Sequence[tuple[str, Column, Sequence[Group], Sequence[Summary]]]) -> Table:
-    """The task's own metric, configurations by tasks, and its mean over all tasks where it is known for each.
+def overview(tasks: Sequence[tuple[str, Score, Sequence[Group], Sequence[Summary]]]) -> Table:
+    """The tasks' leading scores, configurations by tasks, and their mean over all tasks where it is known for each.
 
-    Only configurations with as many finished runs as any of the task count for the mean.
+    Only configurations with as many finished runs as any of the task count for the mean; there is none of scores of
+    which some are the better the less they are.
     """
     columns: list[dict[str, TableCell]] = []
     means: dict[str, list[float]] = {}
     labels: dict[str, TableCell] = {}
-    for _, column, groups, summaries in tasks:
-        stats = [summary.get(column.key) for summary in summaries]
+    for _, score, groups, summaries in tasks:
+        stats = [summary.get(score.name) for summary in summaries]
         columns.append({})
-        cells, are_rivals = _column(groups, stats, column)[1], _are_rivals(groups, stats)
+        cells, are_rivals = _column(groups, stats, _views(score)[0])[1], _are_rivals(groups, stats)
         for group, found, cell, is_rival in zip(groups, stats, cells, are_rivals, strict=True):
             text = cell.text if group.is_finished else cell.text + UNFINISHED
             columns[-1][group.label] = TableCell(text=text, is_best=cell.is_best)
             labels[group.label] = TableCell(text=group.label)
             means.setdefault(group.label, []).extend([found.mean] if found and is_rival else [])
-    whole = {label: f"{sum(known) / len(known):.3f}" for label, known in means.items() if len(known) == len(tasks)}
-    best = max(whole.values(), key=float) if len(whole) > 1 else None
+    scores = list({score.name: score for _, score, *_ in tasks}.values())
+    ends = [_mean_cells(means, len(tasks), scores[0])] if len({score.best for score in scores}) == 1 else []
     none = TableCell(text=UNKNOWN)
-    rows = [
-        [
-            cell,
-            *(column.get(label, none) for column in columns),
-            TableCell(text=whole[label], is_best=whole[label] == best) if label in whole else none,
-        ]
-        for label, cell in labels.items()
-    ]
-    headings = [task if column.key == "accuracy" else f"{task} ({column.heading})" for task, column, *_ in tasks]
+    rows = [[cell, *(column.get(label, none) for column in (*columns, *ends))] for label, cell in labels.items()]
+    headings = [task if score.title == "accuracy" else f"{task} ({score.title})" for task, score, *_ in tasks]
     dagger = any("†" in cell.text for row in rows for cell in row)
     fewer = [f"{task}: {note}" for task, _, groups, _ in tasks for note in _fewer(groups)]
     return Table(
-        title="final accuracy, personalised",
-        headings=["configuration", *headings, "mean"],
+        title=f"final {'scores' if PERPLEXITY in scores else 'accuracy'}, personalised",
+        headings=["configuration", *headings, *(["mean"] if ends else [])],
         rows=rows,
-        notes=[*([NO_RUN_IS_FINISHED] if dagger else []), *fewer],
+        notes=[*([NO_RUN_IS_FINISHED] if dagger else []), *less_is_better(scores), *fewer],
     )
+
+
+def _mean_cells(means: Mapping[str, Sequence[float]], num_tasks: int, score: Score) -> dict[str, TableCell]:
+    """Means over all tasks by the configuration's label, where there is one."""
+    whole = {label: f"{sum(known) / num_tasks:.3f}" for label, known in means.items() if len(known) == num_tasks}
+    best = score.best_of(map(float, whole.values())) if len(whole) > 1 else math.nan
+    return {label: TableCell(text=text, is_best=float(text) == best) for label, text in whole.items()}
 
 
 def stat_text(found: Stat | None, unit: Unit, runs: int) -> str:
@@ -159,33 +160,50 @@ def stat_text(found: Stat | None, unit: Unit, runs: int) -> str:
     return unit.text(found.mean) + deviation + (f" ({found.runs} of {runs})" if found.runs < runs else "")
 
 
-def metric_columns(metrics: Sequence[str], budget: float | None) -> list[Column]:
-    """The task's metrics, its own one first; personalised, then of the whole evaluation split."""
+def score_columns(scores: Sequence[Score], budget: float | None) -> list[Column]:
+    """The task's scores, the leading one first; personalised, of the server's, of the held-out devices."""
     columns: list[Column] = []
-    for name in reversed(metrics):
-        words = title_of(name)
-        columns.append(Column(heading=words, key=name, quantity="score", best="highest"))
-        if name == metrics[-1] and budget is not None:
-            within = f"{words} within {unit_for('bytes', [budget]).full_text(budget)}"
-            columns.append(Column(heading=within, key="at_equal_bytes", quantity="score", best="highest"))
-        columns.append(Column(heading=f"{words}, global", key=f"{name}_global", quantity="score", best="highest"))
+    for score in scores:
+        own, *others = _views(score)
+        columns.append(own)
+        if score is scores[0] and budget is not None:
+            within = f"{score.title} within {unit_for('bytes', [budget]).full_text(budget)}"
+            columns.append(Column(heading=within, key="at_equal_bytes", quantity="score", best=score.best))
+        columns += others
     return columns
 
 
-def best_columns(metric: str) -> list[Column]:
-    """The best evaluation of the task's own metric, personalised and global; when that was; how steady the last are."""
-    words = title_of(metric)
+def _views(score: Score, prefix: str = "") -> list[Column]:
+    """A score's columns: personalised, and what else there is."""
     return [
-        Column(heading=words, key=f"best_{metric}", quantity="score", best="highest"),
-        Column(heading=f"{words}, global", key=f"best_{metric}_global", quantity="score", best="highest"),
+        Column(
+            heading=f"{score.title}, {words}" if behind else score.title,
+            key=f"{prefix}{score.name}{behind}",
+            quantity="score",
+            best=score.best,
+        )
+        for behind, words in VIEWS.items()
+    ]
+
+
+def best_columns(lead: Score) -> list[Column]:
+    """The best evaluation of the leading score; when that was, of the global one; how steady the last are."""
+    return [
+        *_views(lead, "best_"),
         Column(heading="after round", key="best_round", quantity="rounds"),
         Column(
-            heading=f"deviation of {words}, global, over the last five evaluations",
+            heading=f"deviation of {lead.title}, global, over the last five evaluations",
             key="last_five_deviation",
             quantity="score",
             best="lowest",
         ),
     ]
+
+
+def less_is_better(scores: Sequence[Score]) -> list[str]:
+    """A note on those of which the lowest is the best, if there are any."""
+    titles = [score.title for score in scores if score.best == "lowest"]
+    return [f"of {', '.join(titles)} less is better"] if titles else []
 
 
 LOSS = Column(heading="training loss", key="loss", quantity="score")

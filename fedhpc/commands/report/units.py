@@ -11,6 +11,8 @@ UNITS: dict[Quantity, dict[str, float]] = {
     "bytes": {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12},
     "seconds": {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0},
 }
+MOST_PLAIN = 1e9
+"""Larger numbers have an exponent."""
 DECIMALS: dict[Quantity, int] = {"score": 3, "rounds": 1, "steps": 0}
 
 
@@ -25,7 +27,8 @@ class Unit:
 
     def text(self, value: float) -> str:
         """The number alone."""
-        return f"{value / self.size:.{self.decimals}f}"
+        shown = value / self.size
+        return f"{shown:.{self.decimals}f}" if abs(shown) < MOST_PLAIN else f"{shown:.3g}"
 
     def full_text(self, value: float) -> str:
         """The number and its unit."""

@@ -25,6 +25,7 @@ from fedhpc.config import CLOCK
 from fedhpc.data.prepared import Description
 from fedhpc.data.task_files import load_task
 from fedhpc.errors import ConfigError, UserError
+from fedhpc.evaluate.scores import score_keys
 from fedhpc.exchange.simulation import round_seconds
 from fedhpc.files import check_folder, check_target, write_whole
 from fedhpc.job.run_files import RunFiles
@@ -76,7 +77,7 @@ def write_tables(experiment: Experiment) -> list[Path]:
     """
     rows = [{**cell.values, **results(cell, experiment.budget_bytes)} for cell in experiment.cells]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     experiment.make_folder()
@@ -101,7 +102,8 @@ def write_tables(experiment: Experiment) -> list[Path]:
 def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     """The figures of one cell, from the rounds that the experiment has, as far as the budget goes.
 
-    Empty where nothing was evaluated. All but seconds are the same from every run.
+    Empty where nothing was evaluated. All but seconds are the same from every run. Behind FIGURES comes every other
+    score that was evaluated, the last one and the best.
     """
     rounds = counted(RunFiles(cell.run_dir).read_metrics(), cell.config.federation.rounds, budget_bytes)
     evaluated = [record for record in rounds if record.get("accuracy_global") is not None]
@@ -117,4 +119,10 @@ def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     figures = (len(rounds), last.get("accuracy"), last.get("accuracy_global"), best_global, moved, seconds)
     values = np.array([record["accuracy_global"] for record in evaluated])
     deviation = None if math.isnan(spread := deviation_of_last(values)) else round(spread, 6)
-    return dict(zip(FIGURES, (*figures, best, slowest, clock, deviation), strict=True))
+    others = {}
+    for key, score in score_keys(evaluated).items():
+        if key not in FIGURES:
+            values = [value for record in evaluated if isinstance(value := record.get(key), int | float)]
+            others[key] = last.get(key)
+            others[f"best_{key}"] = score.best_of(values) if values else None
+    return dict(zip(FIGURES, (*figures, best, slowest, clock, deviation), strict=True)) | others

@@ -103,8 +103,9 @@ class Runner:
             self.failed.append(cell)
             self._say(f"{self._title(cell)}: failed with exit status {status} after {seconds}")
         else:
-            accuracy = results(cell, self._experiment.budget_bytes)["accuracy_global"]
-            shown = "" if accuracy is None else f", accuracy_global {accuracy:.4f}"
+            figures = results(cell, self._experiment.budget_bytes)
+            name = next(name for name in ("perplexity_global", "accuracy_global") if name in figures)
+            shown = "" if figures[name] is None else f", {name} {figures[name]:.4f}"
             self._say(f"{self._title(cell)}: done in {seconds}{shown}")
 
     def _title(self, cell: Cell) -> str:
