@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["fedhpc", "fedhpc.*"]),
     package_data={
         "fedhpc": ["py.typed"],
-        "fedhpc.commands.report": ["page.html", "page.css"],
+        "fedhpc.commands.report": ["page.html", "page.css", "page.js"],
         "fedhpc.job": ["templates/*"],
     },
     # Optional: without a C compiler NumPy does the same. No `a * b + c` in one rounding: the bits are those of NumPy.

@@ -166,7 +166,7 @@ def _report(commands: Any) -> None:
         "--target",
         type=positive_rate,
         metavar="X",
-        help="accuracy to be reached, or what the task has in its place; 95 %% of the task's best unless given",
+        help="accuracy, or other leading score, to be reached; 5 %% behind the task's best unless given",
     )
     command.add_argument(
         "--reference", metavar="FILE.csv", type=Path, help="published figures, to be set beside the runs'"

@@ -21,6 +21,10 @@ class RunFiles:
         self.log = self.run_dir / "log.txt"
         self.generations = self.run_dir / "generations"
 
+    def answers(self, round_index: int) -> Path:
+        """The file of the answers of a round, counted from 0."""
+        return self.generations / f"round_{round_index:06d}.jsonl"
+
     def begin_anew(self) -> Path | None:
         """Put the lines and answers of rounds aside that nobody goes on from; where the lines are now."""
         for number in count(1):

@@ -98,8 +98,7 @@ class Generations:
         content = "".join(json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in lines)
         self.lock.check()
         self.files.generations.mkdir(exist_ok=True)
-        path = self.files.generations / f"round_{round_index:06d}.jsonl"
-        write_whole(path, content.encode(errors="backslashreplace"))
+        write_whole(self.files.answers(round_index), content.encode(errors="backslashreplace"))
 
     def _gathered(self, state: RunState, *, personal: bool) -> dict[tuple[int, int], str]:
         """Text by question and whether it is of the device's own layers."""

@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import generating
 import pytest
 import yaml
 from tiny import run_dir
@@ -387,7 +388,7 @@ def test_of_perplexity_less_is_better(report, make_run, tmp_path):
     # 5 % more than the best final value, 15, which the first one has been below after four rounds.
     cost = page.tables["cost to reach perplexity 15.750"]
     assert [row[1] for row in cost] == ["rounds", "**4.0**", "6.0"]
-    assert page.text.count("of perplexity less is better") == 2
+    assert page.text.count("perplexity: less is better") == 2
     charts = re.findall(r"<figcaption>([^<]*)</figcaption><svg", page.text)
     assert charts == [
         *("perplexity by round", "perplexity by bytes moved", "perplexity by time", "global perplexity by round"),
@@ -449,6 +450,73 @@ def test_a_plug_ins_metric_says_which_direction_is_better(report, make_run, monk
 def test_a_number_that_no_run_can_have_is_none(report, make_run):
     page = report(make_run("a", [0.5, 0.6], extra=of_texts(10**400, 7)))
     assert page.tables["best round"][1][1] == "7.000"
+
+
+def write_answers(folder, round_index, lines):
+    """A file of answers; what is no mapping is written as it is."""
+    (folder / "generations").mkdir(exist_ok=True)
+    default = {"device": 3, "prompt": "Why?", "references": ["Because."], "answer": "So.", "answer_personal": "So."}
+    texts = [json.dumps(default | line) if isinstance(line, dict) else line for line in lines]
+    (folder / "generations" / f"round_{round_index:06d}.jsonl").write_text("\n".join(texts) + "\n")
+
+
+def test_written_answers_are_shown_by_round_with_their_scores(report, make_run):
+    folder = make_run("a", [0.5, 0.6], extra=of_texts(9, 8, exact_match=0.5, exact_match_global=0.5, bleu_global=0.5))
+    write_answers(folder, 1, [{"example": 4}, {"example": 7, "answer": "because", "answer_personal": "because"}])
+    write_answers(folder, 3, [{"example": 4, "answer_personal": "Because!"}, {"example": 7, "references": ["a", "b"]}])
+    page = report(folder)
+    head, one, other = page.tables["written answers, kind=prompt, method=fedavg"]
+    assert head == ["example", "prompt", "reference", "answer"]
+    words = [[" ".join(cell.split()) for cell in row] for row in (one, other)]
+    scores = "ROUGE-L 0.00, exact match 0.00"
+    assert words == [
+        ["4 device 3", "Why?", "Because.", f"after round 2: {scores} So. after round 4: {scores} So. "
+         "device 3's own: ROUGE-L 1.00, exact match 1.00 Because! none after this round"],
+        ["7 device 3", "Why?", "a b", "after round 2: ROUGE-L 1.00, exact match 1.00 because "
+         f"after round 4: {scores} So. none after this round"],
+    ]  # fmt: skip
+    assert re.findall(r'<option value="([^"]*)"( selected)?>', page.text) == [("2", ""), ("4", " selected"), ("", "")]
+    assert page.faults == page.links[1:] == []
+    assert page.text.count("<script>") == 1
+    assert not re.search(r"https?:|//|@import|url\(|<link", page.text)
+
+
+def test_answers_are_text_and_nothing_else_and_no_more_than_fit_on_a_page(report, make_run):
+    folder = make_run("a", [0.5] * 9, rounds=18, extra={"perplexity_global": 3})
+    evil = '</div></script><script>alert("1")</script>\0\x1b[31m'
+    for index in range(1, 18, 2):
+        lines = [{"example": number, "answer": evil, "prompt": "x" * 2300} for number in range(30)]
+        write_answers(
+            folder, index, [*lines, "", "[1]", '{"example": 1}', {"example": 40, "references": []}, "[" * 9999]
+        )
+    write_answers(folder, 5, [{"example": 1, "answer": "of a round that is not shown"}])
+    page = report(folder)
+    assert page.faults == []
+    assert page.text.count("<script>") == 1
+    (table,) = (rows for title, rows in page.tables.items() if title.startswith("written answers"))
+    assert [row[0].split()[0] for row in table[1:]] == [str(number) for number in range(20)]
+    assert "The first 20 of 30 prompts, 6 of 9 evaluations" in page.text
+    shown = [2, 6, 8, 12, 14, 18]  # of 2, 4, ..., 18, where that after 6 rounds has other answers
+    assert re.findall(r'<option value="(\d+)"', page.text) == [str(done) for done in shown]
+    assert '</div></script><script>alert("1")</script>\u2400\u241b[31m' in table[1][3]
+    assert f"{'x' * 1000}\n[… 300 characters left out …]\n{'x' * 1000}" in table[1][1]
+    assert len(page.text) < 300_000
+
+
+def test_answers_of_a_real_run(fedhpc, tmp_path):
+    config = generating.write_world(tmp_path)
+    assert fedhpc("run", config)[0] == 0
+    assert fedhpc("report", run_dir(config), "--out", tmp_path / "page.html")[0] == 0
+    page = Page(tmp_path / "page.html")
+    assert page.faults == []
+    assert {"perplexity", "token accuracy, global", "exact match", "token F1, global"} <= {
+        *page.tables["final results"][0]
+    }
+    (table,) = (rows for title, rows in page.tables.items() if title.startswith("written answers"))
+    lines = (run_dir(config) / "generations" / "round_000001.jsonl").read_text().splitlines()
+    for line, row in zip(map(json.loads, lines), table[1:], strict=True):
+        assert line["prompt"] in row[1]
+        assert line["answer"] in row[3].partition("after round 2: exact match ")[2]
 
 
 def test_tasks_are_not_merged_by_a_name_that_is_not_theirs(report, make_run):

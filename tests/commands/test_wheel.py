@@ -28,4 +28,5 @@ def test_a_wheel_without_the_checkout(world, tmp_path):
     said = tour(tmp_path / "here", bin_dir, MPIRUN, source, backbone, PYTHONPATH=str(tmp_path / "site"))
     assert "decoder, verbalizer head" in said["init"]
     assert str(tmp_path / "site/fedhpc/job/templates/sweep.slurm") in said["sweep"]
-    assert (tmp_path / "site/fedhpc/py.typed").is_file()
+    for name in ("py.typed", "commands/report/page.js"):
+        assert (tmp_path / "site/fedhpc" / name).is_file()

@@ -100,7 +100,8 @@ def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> s
         loader=PackageLoader("fedhpc.commands.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("page.html").render(
-        css=Markup(files("fedhpc.commands.report").joinpath("page.css").read_text(encoding="utf-8")),
+        css=_beside("page.css"),
+        js=_beside("page.js") if any(part.answers for part in parts) else "",
         key=charts.key,
         unfinished=sum(not run.is_finished for run in runs),
         most_groups=max(len(part.groups) for part in parts),
@@ -111,6 +112,11 @@ def _html(*, runs: Sequence[Run], parts: Sequence[TaskPart], **values: Any) -> s
         parts=parts,
         **values,
     )
+
+
+def _beside(name: str) -> Markup:
+    """A file that goes into the page as it is."""
+    return Markup(files("fedhpc.commands.report").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _overview(parts: Sequence[TaskPart]) -> Table:

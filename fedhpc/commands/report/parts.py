@@ -7,6 +7,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fedhpc.commands.report import charts, tables
+from fedhpc.commands.report.answers import Answers, find_answers
 from fedhpc.commands.report.charts import ChartAxis, Series
 from fedhpc.commands.report.groups import Goal, Group, goal_of, task_scores
 from fedhpc.commands.report.mix import class_mix, partition_setting
@@ -60,6 +61,7 @@ class TaskPart:
     charts: Sequence[tuple[str, Markup]]
     tables: Sequence[Table]
     bars: Sequence[Bars]
+    answers: Answers | None
     notes: Sequence[str]
 
 
@@ -76,6 +78,7 @@ def task_part(name: str, groups: Sequence[Group], given: float | None) -> TaskPa
         charts=list(_charts(name, groups)),
         tables=list(_tables(groups, summaries, goal)),
         bars=[*_bars(groups, summaries), *_mixes(groups, notes)],
+        answers=find_answers(groups),
         notes=notes,
     )
 

@@ -203,7 +203,7 @@ def best_columns(lead: Score) -> list[Column]:
 def less_is_better(scores: Sequence[Score]) -> list[str]:
     """A note on those of which the lowest is the best, if there are any."""
     titles = [score.title for score in scores if score.best == "lowest"]
-    return [f"of {', '.join(titles)} less is better"] if titles else []
+    return [f"{', '.join(titles)}: less is better"] if titles else []
 
 
 LOSS = Column(heading="training loss", key="loss", quantity="score")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedhpc.config import PathName, Positive, PositiveFloat, Probability, Section
+from fedhpc.config import PathName, Positive, PositiveFloat, Section
 from fedhpc.config_file import apply_override, read_yaml
 from fedhpc.data.generation_tokens import Overlong
 from fedhpc.data.tasks import Head
@@ -66,8 +66,8 @@ class ExperimentFile(Section):
     """Cells that have all values of an entry are left out."""
     launch: str | None = None
     """What starts the ranks of a cell; one process unless given."""
-    target: Probability | None = None
-    """The accuracy whose cost the report compares."""
+    target: PositiveFloat | None = None
+    """The accuracy, or leading score, whose cost the report compares."""
     budget_bytes: PositiveFloat | None = None
     """Where the tables cut each cell's curve: at the last round until which no more bytes were moved."""
     reference: PathName | None = None
