@@ -96,6 +96,8 @@ def find_answers(groups: Sequence[Group]) -> Answers | None:
 def _rounds(run: Run) -> list[int]:
     """After how many rounds answers were written."""
     files = RunFiles(run.path)
+    if not files.generations.is_dir():
+        return []
     return [int(each["round"]) + 1 for each in run.records if files.answers(each["round"]).is_file()]
 
 

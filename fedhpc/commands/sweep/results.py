@@ -122,7 +122,7 @@ def results(cell: Cell, budget_bytes: float | None) -> dict[str, Any]:
     others = {}
     for key, score in score_keys(evaluated).items():
         if key not in FIGURES:
-            values = [value for record in evaluated if isinstance(value := record.get(key), int | float)]
+            known = [value for record in evaluated if isinstance(value := record.get(key), int | float)]
             others[key] = last.get(key)
-            others[f"best_{key}"] = score.best_of(values) if values else None
+            others[f"best_{key}"] = score.best_of(known) if known else None
     return dict(zip(FIGURES, (*figures, best, slowest, clock, deviation), strict=True)) | others
