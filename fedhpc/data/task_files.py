@@ -164,6 +164,8 @@ def _generation_problems(content: dict[str, Any]) -> Iterable[str]:
         yield from _shown_problems(template, COLUMNS[form] | columns, TRAINED[form])
     if "system" in sound and form != "messages" and sound.get("chat") != "true":
         yield "system: needs a chat template: chat: true"
+    if form == "text" and "metrics" in sound:
+        yield "metrics: not with format: text, whose texts have no response to compare with"
     for name in sound.get("metrics", ()):
         if name not in GENERATION_METRICS:
             advice = did_you_mean(name, GENERATION_METRICS)
