@@ -23,7 +23,11 @@ COMBINATIONS = [
     ("encoder" if (row + column) % 2 or kind == "bitfit" else "decoder", kind, method)  # a LLaMA has no biases
     for row, kind in enumerate(TUNINGS)
     for column, method in enumerate((*(name for name in METHODS if name != "fedpeptao"), *VARIANTS))
-] + [("text", kind, method) for kind in TUNINGS if kind != "bitfit" for method in ("fedavg", "drift_corrected")]
+]
+COMBINATIONS += [
+    ("text", kind, method) for kind in TUNINGS if kind != "bitfit" for method in ("fedavg", "drift_corrected")
+]
+COMBINATIONS += [("text", "lora", "fibecfed")]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,9 @@ def write_config(folder, where, backbone, kind, method):
     if TUNINGS[kind].has_layers and method == "fedavgm":
         values["selection"]["local_layers"] = "frozen"
     values["device"] |= {"optimizer": "sgd" if method == "mime" else "adamw"}
+    if method == "fibecfed":
+        values |= {"server": {"method": "fedavg"}, "selection": {"strategy": "sensitivity", "ratio": 0.5}}
+        values |= {"curriculum": {"order": "fisher"}, "sparse": {"fraction": 0.5}}
     if kind == "attempt":
         values["tuning"]["sources"] = [str(folder)]
     path = folder / f"{name}.yaml"
