@@ -61,11 +61,20 @@ def _init(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="a folder with train.tsv and dev.tsv, or both files; .csv, .jsonl and .parquet do as well",
+        help="a folder with train.tsv and dev.tsv, or both files; .csv, .jsonl and .parquet do as well; of texts to be "
+        "generated one file will do",
     )
     command.add_argument("--model", required=True, help="folder or hub name of the backbone")
-    command.add_argument("--text", nargs="+", default=[], metavar="COLUMN", help="columns of text; found out")
-    command.add_argument("--label", metavar="COLUMN", help="the labels' column (default: the one called so)")
+    command.add_argument(
+        "--text", nargs="+", default=[], metavar="COLUMN", help="columns of text, those before the response; found out"
+    )
+    answer = command.add_mutually_exclusive_group()
+    answer.add_argument("--label", metavar="COLUMN", help="the labels' column (default: the one called so)")
+    answer.add_argument(
+        "--response",
+        metavar="COLUMN",
+        help="the column of texts to be generated, or of conversations (default: response, output, messages)",
+    )
 
 
 def _prepare(commands: Any) -> None:

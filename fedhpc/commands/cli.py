@@ -73,7 +73,8 @@ def init(arguments: argparse.Namespace) -> int:
     with quick_start():
         from fedhpc.commands.init import init as write_files
 
-    print(write_files(arguments.name, arguments.data, arguments.model, arguments.text, arguments.label))
+    given = arguments
+    print(write_files(given.name, given.data, given.model, given.text, given.label, given.response))
     return 0
 
 

@@ -161,6 +161,14 @@ def _turn(message: Any, where: str) -> Turn:
     return {"role": ROLES[role], "content": text_value(content, where)}
 
 
+def chat_template_of(tokenizer: Any) -> str:
+    """A tokenizer's chat template; empty if it has none."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return ""
+
+
 class Rendered(NamedTuple):
     """An example as text."""
 
@@ -185,17 +193,14 @@ class Renderer:
     def __init__(self, task: GenerationTask, tokenizer: Any) -> None:
         self.task, self._tokenizer = task, tokenizer
         self.is_chat = task.chat or task.format == "messages"
-        self.template = ""
+        self.template = chat_template_of(tokenizer) if self.is_chat else ""
         """The tokenizer's chat template, of a task that needs it."""
         self._skeletons: dict[tuple[str, ...], list[str]] = {}
-        if self.is_chat:
-            try:
-                self.template = tokenizer.get_chat_template()
-            except ValueError:
-                raise DataError(
-                    f"task {task.name} needs a chat template, and the tokenizer has none: use the family's chat model, "
-                    "or a task of another format without chat: true"
-                ) from None
+        if self.is_chat and not self.template:
+            raise DataError(
+                f"task {task.name} needs a chat template, and the tokenizer has none: use the family's chat model, "
+                "or a task of another format without chat: true"
+            )
 
     def __call__(self, record: Record) -> Rendered:
         """A record as text; ValueError for what cannot be put so."""

@@ -60,10 +60,7 @@ def prepare_generation(
     """
     facts = describe(recipe, task, model)
     renderer = Renderer(task, model.tokenizer)
-    encoder = GenerationEncoder(
-        model.tokenizer, chat=renderer.is_chat, max_length=recipe.max_length, overlong=recipe.overlong or "cut-prompt"
-    )
-    encoded = {name: _encode(texts, encoder, model, name) for name, texts in _read(task, renderer, recipe).items()}
+    encoded = encode_splits(read_splits(task, renderer, recipe), renderer, recipe, model)
     every = [text for split in encoded.values() for text in split.texts]
     devices = list(dict.fromkeys(text.device for text in every)) if task.device else []
     categories = list(dict.fromkeys(text.category for text in every)) if task.category else []
@@ -124,8 +121,12 @@ def _held_back(task: GenerationTask, recipe: Recipe) -> float | None:
     return None if "validation" in recipe.files(task) else task.held_back
 
 
-def _read(task: GenerationTask, renderer: Renderer, recipe: Recipe) -> dict[str, list[Text]]:
-    """The examples of both splits, as many as are wanted, in the order of the source."""
+def read_splits(task: GenerationTask, renderer: Renderer, recipe: Recipe) -> dict[str, list[Text]]:
+    """The examples of both splits, as many as are wanted, in the order of the source.
+
+    Raises:
+        DataError: with its place, for the first that cannot be used.
+    """
     found = {
         name: list(_texts(task, renderer, records))
         for name, records in read_records(recipe.source, recipe.files(task)).items()
@@ -178,6 +179,20 @@ def _name(value: Any, column: str) -> str:
     if isinstance(value, str) and value.strip():
         return text_value(value, column)
     raise ValueError(f"column {column!r} holds {value!r}, expected the name or number of a group")
+
+
+def encode_splits(
+    splits: Mapping[str, list[Text]], renderer: Renderer, recipe: Recipe, model: TargetModel
+) -> dict[str, Encoded]:
+    """The examples of both splits as tokens, those that are too long shortened or left out.
+
+    Raises:
+        DataError: with its place, for one that the tokenizer or the model cannot read; or none is left.
+    """
+    encoder = GenerationEncoder(
+        model.tokenizer, chat=renderer.is_chat, max_length=recipe.max_length, overlong=recipe.overlong or "cut-prompt"
+    )
+    return {name: _encode(texts, encoder, model, name) for name, texts in splits.items()}
 
 
 def _encode(texts: list[Text], encoder: GenerationEncoder, model: TargetModel, title: str) -> Encoded:

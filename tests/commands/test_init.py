@@ -150,7 +150,9 @@ GOOD = [{"text": "the place was", "kind": kind} for kind in "abab"]
     ("files", "arguments", "message"),
     [
         ({}, ["--data", "nowhere"], "--data nowhere: there is no such file or folder; give a folder with train.tsv"),
-        ({"a.tsv": GOOD}, ["--data", "a.tsv"], "--data a.tsv: give a folder with train.tsv and dev.tsv (or .csv"),
+        ({"a.tsv": GOOD}, ["--data", "a.tsv", "--label", "kind"], "--data a.tsv: labelled texts need a file to vali"),
+        ({"a.tsv": GOOD}, ["--data", "a.tsv", "a.tsv", "a.tsv"], "a.tsv: give a folder with train.tsv and dev.tsv (or"),
+        ({"train.pkl": GOOD}, ["--data", "train.pkl"], "train.pkl may hold pickled objects, and reading those can run"),
         ({"a.tsv": GOOD}, ["--data", "."], ". has no train split: looked for train.tsv, train.jsonl"),
         ({"a.xls": GOOD, "b.xls": GOOD}, ["--data", "a.xls", "b.xls"], "a.xls: .xls is not read; give TSV or CSV with"),
         ({}, [], "train.tsv: none is called label, so none is known to be the label's column; name it: --label COLUMN"),
@@ -176,11 +178,6 @@ GOOD = [{"text": "the place was", "kind": kind} for kind in "abab"]
             {"train.tsv": [{"a": "x", "b": "y", "kind": kind} for kind in "abab"]},
             ["--label", "kind"],
             "train.tsv: none of the columns a, b holds texts; name them: --text COLUMN",
-        ),
-        (
-            {"train.tsv": [{"prompt": "the place", "response": "was great"}]},
-            [],
-            "train.tsv: prompt, response look like texts to be generated, for which init writes nothing: write a task",
         ),
         ({}, ["--label", "kind", "--model", "nowhere/model"], "model 'nowhere/model' cannot be read"),
     ],
