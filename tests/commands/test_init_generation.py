@@ -57,7 +57,7 @@ def follow(out, fedhpc, texts=("the place was",)):
     assert (launch, count, int(ranks) > 1) == ("mpirun", "-np", True)
     status, _, err = fedhpc(*run[1:], "--set", "federation.rounds=1")
     assert status == 0, err
-    assert predict[-len(texts) :] == ["..."] * len(texts)
+    assert predict[-len(texts) - 1 :] == ["--text", *["..."] * len(texts)]
     status, answer, err = fedhpc(*predict[1 : -len(texts)], *texts)
     assert status == 0, err
     return json.loads(answer)["answer"]

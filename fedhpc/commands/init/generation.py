@@ -21,7 +21,7 @@ from fedhpc.commands.init.files import (
 )
 from fedhpc.commands.init.layout import SEVERAL, Layout, device_columns, owner_column
 from fedhpc.config import Config
-from fedhpc.data.generation import TEMPLATES, TRAINED, GenerationTask, Renderer, chat_template_of
+from fedhpc.data.generation import TEMPLATES, GenerationTask, Renderer, chat_template_of
 from fedhpc.data.prepared import Description
 from fedhpc.data.preparing_generation import Encoded, describe, encode_splits, read_splits
 from fedhpc.data.readers import Record
@@ -84,8 +84,7 @@ def look(name: str, source: Source, records: Sequence[Record], layout: Layout, r
     config = run_config(task, recipe.model, fit)
     sizes = " and ".join(f"{len(split.texts)} {which}" for which, split in fit.encoded.items())
     held_back = f"; {HELD_BACK:.0%} of it validate" if task.held_back else ""
-    fields = [] if task.format == "messages" else [key for key in task.column_of if key != TRAINED[task.format]]
-    shown = " ".join('"..."' for _ in fields or ["text"])
+    asked = " ".join(['"..."'] * max(1, len(task.columns) - 1))  # all fields but the response
     return Findings(
         examples=f"{sizes} examples",
         files=", ".join(source.files.values()) + held_back,
@@ -94,7 +93,7 @@ def look(name: str, source: Source, records: Sequence[Record], layout: Layout, r
         values={**task_values(task, list(records[0]), owners, config), **run_values(config)},
         config=config,
         options=["--max-length", str(fit.max_length)],
-        after=[f"  fedhpc predict {config.run_dir} --text {shown}"],
+        after=[f"  fedhpc predict {config.run_dir} --text {asked}"],
     )
 
 
@@ -134,7 +133,7 @@ def fit_to_model(task: GenerationTask, recipe: Recipe, model: TargetModel) -> Fi
     usual = WITHOUT_PROMPT if task.format == "text" else rounded_up(int(np.percentile(answers, 90)))
     new = min(usual, LONG_ANSWER, most // 2)
     length = min(usual_length(tokens), most - new)  # so that no prompt leaves too little room for an answer
-    if tokens.max() > length:
+    if any(len(example.ids) > length for split in encoded.values() for example in split.examples):
         encoded = encode_splits(splits, renderer, replace(recipe, max_length=length), model)
     return Fit(max_length=length, max_new_tokens=new, tokens=tokens, answers=answers, encoded=encoded)
 
@@ -237,7 +236,7 @@ def _with_counts(owners: Mapping[str, int]) -> str:
 
 def found(task: GenerationTask, fit: Fit, config: Config, owners: Mapping[str, int]) -> list[str]:
     """What the training examples are, in lines."""
-    columns = ", ".join(printed(column) for column in task.column_of.values())
+    columns = ", ".join(printed(column) for column in task.columns.values())
     put = ", put by the tokenizer's chat template" if task.chat or task.format == "messages" else ""
     trained = "" if task.format == "text" else f", {spread(fit.answers)} of the last response"
     train = fit.encoded["train"]

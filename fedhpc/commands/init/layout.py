@@ -39,7 +39,7 @@ def find_layout(file: Path, records: Sequence[Record], texts: Sequence[str], ans
     Args:
         file: names them in messages.
         records: the training examples.
-        texts: the columns before the response; found out unless given.
+        texts: the columns before the response; found out unless given, which without a response means labelled texts.
         answer: the response's column; found out unless given.
 
     Raises:
@@ -51,7 +51,7 @@ def find_layout(file: Path, records: Sequence[Record], texts: Sequence[str], ans
     if answer is not None:
         return _named(file, records, texts, answer, talks, pairs)
     if texts:
-        return None  # as options they go with --label or --response, and labels have a usual name
+        return None
     talks = [column for column in talks if column in CONVERSATIONS] or talks
     found = talks or [COLUMNS[pair][TRAINED[pair]] for pair in pairs]
     rivals = [] if talks else label_columns(columns)
@@ -72,7 +72,12 @@ def find_layout(file: Path, records: Sequence[Record], texts: Sequence[str], ans
 
 
 def _named(
-    file: Path, records: Sequence[Record], texts: Sequence[str], answer: str, talks: Sequence[str], pairs: Any
+    file: Path,
+    records: Sequence[Record],
+    texts: Sequence[str],
+    answer: str,
+    talks: Sequence[str],
+    pairs: Sequence[Format],
 ) -> Layout:
     """The layout with a response that is named."""
     if answer in texts:
@@ -115,7 +120,7 @@ def repeats(records: Sequence[Record], column: str, each: int) -> bool:
     return 2 <= len(values_of(records, column)) <= len(records) / each
 
 
-def values_of(records: Sequence[Record], column: str) -> Counter[str | int]:
+def values_of(records: Sequence[Record], column: str) -> Counter[str]:
     """The names or whole numbers in a column, with the examples of each; none if it holds anything else."""
     values = [record.get(column) for record in records]
     if not all((isinstance(value, str) and value.strip()) or isinstance(value, int) for value in values):
