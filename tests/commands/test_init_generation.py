@@ -125,7 +125,7 @@ def test_what_is_written_answers(fedhpc, here, models, case):
     write(here / "all.jsonl", rows)
     status, out, err = fedhpc("init", "mine", "--data", "all.jsonl", "--model", models[model], *options)
     assert (status, err) == (0, "")
-    assert out.startswith("mine: 38 train and 2 validation examples in . (all.jsonl; 5% of it validate)\n")
+    assert out.startswith("mine: 38 train and 2 validation examples in . (all.jsonl; 5% held back to validate)\n")
     task = load_task(here / "mine.task.yaml")
     usual = {"format": "prompt-response", "template": None, "chat": False, "metrics": ("token_f1",), "device": None}
     assert {key: getattr(task, key) for key in ("columns", *usual)} == usual | expected
@@ -173,8 +173,9 @@ def test_every_key_that_is_shown_has_a_comment(fedhpc, here, models, model):
     ("columns", "devices", "said"),
     [
         ({"User_ID": lambda number: number % 5}, 5, "5, values of User_ID with 4 examples or more"),
-        ({"user": lambda number: number % 5, "site": lambda number: number % 4}, None, "user (5 values), site (4"),
+        ({"user": lambda number: number % 5, "site": lambda number: number % 4 > 0}, None, "(5 values), site (2"),
         ({"topic": lambda number: f"t{number % 3}"}, None, "could name them: topic (3 values)"),
+        ({"'a\nb'": lambda number: number % 3}, None, "could name them: \"'a\\nb'\" (3 values)"),
         ({"user": lambda number: "all"}, None, "4 alike\n"),
         ({"user": lambda number: number % 20}, None, "4 alike\n"),
         ({"user": lambda number: number % 4 / 2}, None, "4 alike\n"),
@@ -198,8 +199,8 @@ def test_who_the_devices_are(fedhpc, here, models, columns, devices, said):
         follow(out, fedhpc)
     else:
         assert (federation.partition, federation.num_devices, task.device) == ("iid", 4, None)
-        shown = [line for line in (here / "mine.task.yaml").read_text().splitlines() if line.startswith("# device: ")]
-        assert shown == [f"# device: {name}" for name in columns if name in said]
+        proposed = (here / "mine.task.yaml").read_text().count("\n# device: ")
+        assert proposed == len(columns) * ("(" in said)
 
 
 def test_devices_that_the_validation_examples_do_not_have(fedhpc, here, models):

@@ -83,7 +83,7 @@ def look(name: str, source: Source, records: Sequence[Record], layout: Layout, r
     fit = fit_to_model(task, recipe, model)
     config = run_config(task, recipe.model, fit)
     sizes = " and ".join(f"{len(split.texts)} {which}" for which, split in fit.encoded.items())
-    held_back = f"; {HELD_BACK:.0%} of it validate" if task.held_back else ""
+    held_back = f"; {HELD_BACK:.0%} held back to validate" if task.held_back else ""
     asked = " ".join(['"..."'] * max(1, len(task.columns) - 1))  # all fields but the response
     return Findings(
         examples=f"{sizes} examples",
@@ -220,7 +220,8 @@ def _device_lines(task: GenerationTask, owners: Mapping[str, int], config: Confi
         "# The values of a column can be the devices: the job then needs federation.partition: column, and no more\n"
         f"# num_devices than there are values. It could be {_with_counts(owners)}.\n"
     )
-    return [comment + "\n".join(f"# {block({'device': column})}" for column in owners)] if owners else []
+    lines = [line for column in owners for line in block({"device": column}).split("\n")]
+    return [comment + "\n".join(f"# {line}" for line in lines)] if owners else []
 
 
 def _metric_lines(task: GenerationTask) -> list[str]:
