@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from fedhpc.commands.export.forms import peft_files, peft_form
+from fedhpc.commands.export.generation_readme import generation_readme
 from fedhpc.commands.export.readme import readme
 from fedhpc.commands.trained import Trained, load_trained
 from fedhpc.errors import ConfigError
@@ -46,10 +47,11 @@ def _refusing(out: str) -> Iterator[None]:
 def write_adapter(trained: Trained, folder: Path) -> tuple[PeftForm, list[str]]:
     """Write an adapter's files; its form and their names."""
     form = peft_form(trained)
-    files = {
-        **peft_files(form),
-        "README.md": readme(trained, form, trained.text_encoder()).encode(errors="backslashreplace"),
-    }
+    if trained.job.data.description.generation:
+        text = generation_readme(trained, form)
+    else:
+        text = readme(trained, form, trained.text_encoder())
+    files = {**peft_files(form), "README.md": text.encode(errors="backslashreplace")}
     if trained.job.config.tuning.head == "linear":
         head = {name: trained.tensors[f"head.{name}"] for name in ("weight", "bias")}
         files["head.safetensors"] = save(head, {"format": "pt"})

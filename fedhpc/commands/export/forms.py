@@ -40,8 +40,10 @@ def peft_form(trained: Trained) -> PeftForm:
         held = ", ".join(each for each, part in TUNINGS.items() if part.peft_type is not None)
         raise ConfigError(f"tuning.kind: {tuning.kind} cannot be exported: PEFT holds {held} only")
     model = outline(name, head=tuning.head, kind=kind)
-    form = job.tuning.to_peft(trained.tensors, model, longest=trained.max_length)
-    causal = (tuning.head, kind) == ("verbalizer", "decoder")
+    # What is generated may be longer than any text of the training.
+    answer = job.config.evaluate.max_new_tokens if tuning.head == "language_model" else 0
+    form = job.tuning.to_peft(trained.tensors, model, longest=trained.max_length + answer)
+    causal = kind == "decoder" and tuning.head != "linear"
     general = {
         "base_model_name_or_path": os.path.abspath(name) if Path(name).exists() else name,
         "inference_mode": True,

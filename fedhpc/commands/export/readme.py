@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fedhpc.commands.trained import Trained
 from fedhpc.data.prepared import Description
@@ -18,12 +18,13 @@ IN_TEXT = re.compile(FIELD.format("(.+?)"))
 TEXT = """# {task}: {peft_type} adapter for {base}
 
 Tuned with fedhpc: {whose} after {rounds} rounds, as `tuning.kind: {tuning}`. The lines below need `peft` and
-`transformers` alone. Run in this folder, they print the probability of every class.
+`transformers` alone. Run in this folder, they print {what}.
 
 ```python
 {snippet}
 ```
-
+"""
+CLASSES = """
 The template is `{template}`. Texts are cut to {max_length} tokens, from the end of the longest field, in training and
 by `fedhpc predict`; the lines above cut nothing. Batches are padded on the right, with an `attention_mask`.
 """
@@ -37,19 +38,10 @@ PEFT has no task type for masked words; with this one, it hands on what `AutoMod
 
 
 def readme(trained: Trained, form: PeftForm, encoder: TextEncoder) -> str:
-    """The text of README.md."""
-    job, description = trained.job, trained.job.data.description
-    text = TEXT.format(
-        task=description.task,
-        peft_type=form.config["peft_type"],
-        base=job.config.model.name,
-        whose="global parameters" if trained.device is None else f"parameters of device {trained.device}",
-        rounds=trained.rounds,
-        tuning=job.config.tuning.kind,
-        snippet="\n".join(_snippet(trained, form, encoder)),
-        template=description.template,
-        max_length=trained.max_length,
-    )
+    """The text of README.md of a run that classifies."""
+    description = trained.job.data.description
+    text = beginning(trained, form, "the probability of every class", _snippet(trained, form, encoder))
+    text += CLASSES.format(template=description.template, max_length=trained.max_length)
     if form.first_position is not None:
         text += WITH_POSITIONS
     if (description.kind, description.head) == ("encoder", "verbalizer"):
@@ -57,27 +49,54 @@ def readme(trained: Trained, form: PeftForm, encoder: TextEncoder) -> str:
     return text
 
 
-def _snippet(trained: Trained, form: PeftForm, encoder: TextEncoder) -> Iterator[str]:
+def beginning(trained: Trained, form: PeftForm, what: str, snippet: Iterable[str]) -> str:
+    """What an adapter is, and the lines that use it; `what` says what they print."""
+    return TEXT.format(
+        task=trained.job.data.description.task,
+        peft_type=form.config["peft_type"],
+        base=trained.job.config.model.name,
+        whose="global parameters" if trained.device is None else f"parameters of device {trained.device}",
+        rounds=trained.rounds,
+        tuning=trained.job.config.tuning.kind,
+        what=what,
+        snippet="\n".join(snippet),
+    )
+
+
+def loading(trained: Trained, form: PeftForm) -> Iterator[str]:
+    """The lines that load `tokenizer` and `model`."""
     description, config = trained.job.data.description, trained.job.config.model
-    loader = auto_class(head=description.head, kind=description.kind).__name__
-    fields = template_fields(description.template)
+    loader, generates = auto_class(head=description.head, kind=description.kind).__name__, description.generation
     yield "import torch"
     yield "from peft import PeftModel"
     if description.head == "linear":
         yield "from safetensors.torch import load_file"
-    names, quantization = f"{loader}, AutoTokenizer", ""
+    names, quantization = f"{loader}, AutoTokenizer{', GenerationConfig' if generates else ''}", ""
     if config.quantization is not None:
         options = ", ".join(f"{key}={value!r}" for key, value in options_of(config).items())
         names, quantization = f"{names}, BitsAndBytesConfig", f", quantization_config=BitsAndBytesConfig({options})"
     yield f"from transformers import {names}"
     yield ""
-    yield f"base = {_quoted(form.config['base_model_name_or_path'])}"
+    yield f"base = {quoted(form.config['base_model_name_or_path'])}"
     yield "tokenizer = AutoTokenizer.from_pretrained(base)"
     yield f"model = {loader}.from_pretrained(base, dtype=torch.{config.dtype}{quantization})"
+    if generates:
+        yield "model.generation_config = GenerationConfig()  # its own may ask for more than greedy decoding"
     # Without it, PEFT computes in float32.
     same_type = "" if config.dtype == "float32" else ", autocast_adapter_dtype=False"
     yield f'model = PeftModel.from_pretrained(model, "."{same_type}).eval()'
-    yield f"text = {{{', '.join(f'{_quoted(field)}: {_quoted(EXAMPLE)}' for field in fields)}}}"
+
+
+def text_line(fields: Iterable[str]) -> str:
+    """The line that gives `text`, which has the fields."""
+    return f"text = {{{', '.join(f'{quoted(field)}: {quoted(EXAMPLE)}' for field in fields)}}}"
+
+
+def _snippet(trained: Trained, form: PeftForm, encoder: TextEncoder) -> Iterator[str]:
+    description = trained.job.data.description
+    fields = template_fields(description.template)
+    yield from loading(trained, form)
+    yield text_line(fields)
     whole = encoder.text({field: FIELD.format(field) for field in fields})
     if (description.kind, description.head) == ("encoder", "verbalizer"):
         before, after = _around_slot(whole, description.template, encoder.tokenizer.mask_token)
@@ -90,7 +109,7 @@ def _snippet(trained: Trained, form: PeftForm, encoder: TextEncoder) -> Iterator
         yield f"ids = ids[:, : -{encoder.num_trailing}]"
     yield f'assert ids.shape[1] <= {trained.max_length}, "the text is longer than those of the training"'
     yield from _scores(description, form)
-    yield f"print(dict(zip({_quoted(description.class_names)}, scores.softmax(0).tolist())))"
+    yield f"print(dict(zip({quoted(description.class_names)}, scores.softmax(0).tolist())))"
 
 
 def _scores(description: Description, form: PeftForm) -> Iterator[str]:
@@ -126,13 +145,17 @@ def _around_slot(whole: str, template: str, mask_token: str) -> tuple[str, str]:
 
 
 def _expression(text: str) -> str:
-    """A text with fields in it as an expression of Python."""
+    return expression(text, ".strip()")
+
+
+def expression(text: str, method: str = "") -> str:
+    """A text with fields in it as an expression of Python, in which `method` is called on each field's text."""
     parts = enumerate(IN_TEXT.split(text))
-    terms = [f"text[{_quoted(part)}].strip()" if index % 2 else _quoted(part) for index, part in parts]
+    terms = [f"text[{quoted(part)}]{method}" if index % 2 else quoted(part) for index, part in parts]
     return " + ".join(term for term in terms if term != '""') or '""'
 
 
-def _quoted(value: str | list[str]) -> str:
+def quoted(value: str | list[str]) -> str:
     """A text or texts as Python writes them."""
     return json.dumps(value, ensure_ascii=False)
 
