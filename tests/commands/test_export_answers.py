@@ -16,14 +16,10 @@ from fedhpc.commands.export.forms import peft_form
 from fedhpc.commands.export.readme import EXAMPLE
 from fedhpc.errors import ModelError
 
-ASKED = "dull {prompt} and 'calm'"
-CHAT = (
-    "{% for message in messages %}{% if message.role == 'user' %}the {{ message.content }} It"
-    "{% elif message.role == 'system' %}<s> {{ message.content }} .{% else %} was {{ message.content }} <mask>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %} was{% endif %}"
-)
-MARKED = CHAT.replace(" was {{ message.content }}", " was{% generation %} and {{ message.content }}{% endgeneration %}")
-MARKED = MARKED.replace("%} was{% endif", "%} was and{% endif")
+ASKED = ("dull {prompt} and 'calm'", "plain", "slow and noisy and okay", "the lovely place was bright")
+MARKED = generating.CHAT.replace(
+    " was {{ message.content }}", " was{% generation %} and {{ message.content }}{% endgeneration %}"
+).replace("%} was{% endif", "%} was and{% endif")
 """It asks for an answer with a word more than stands before those that it marks."""
 TURNS = {"format": "messages", "template": None}
 ORDERS = {"format": "alpaca", "template": None, "columns": {"instruction": "prompt", "input": "mood"}}
@@ -35,8 +31,8 @@ CASES = {
     "no offset": ({}, {"position_offset": False}, {}),
     "end behind": ({}, {}, {"ends": True}),
     "instructions": (ORDERS, {}, {}),
-    "instructions, chat": ({**ORDERS, "chat": True}, {}, {"chat": CHAT}),
-    "turns": ({**TURNS, "system": 'the "place" was'}, {"position_offset": False}, {"chat": CHAT}),
+    "instructions, chat": ({**ORDERS, "chat": True}, {}, {}),
+    "turns": ({**TURNS, "system": 'the "place" was'}, {"position_offset": False}, {}),
     "turns, marked": ({**TURNS, "system": "the place"}, {}, {"chat": MARKED}),
     "text": ({"format": "text", "template": None, "columns": {"text": "prompt"}, "metrics": None}, {}, {}),
 }
@@ -60,29 +56,31 @@ def start(folder, monkeypatch, task, tuning, changes):
     world = generating.write_world(folder, num_train=48, num_validation=8, **task)
     more = {"selection": {"strategy": "all"}, "evaluate": {"every": 2, "max_new_tokens": 8}}
     tuning = {"head": "language_model", **({} if "rank" in tuning else {"num_tokens": 3}), **tuning}
-    config = tiny.write_config(world, folder, "short", tuning=tuning, device__learning_rate=0.01, **more)
+    config = tiny.write_config(world, folder, "short", tuning=tuning, device__learning_rate=0.2, **more)
     assert cli.main(["run", str(config)]) == 0
     return tiny.run_dir(config)
 
 
-def answer_of(adapter, monkeypatch, capfd, example=ASKED, before=""):
-    """What the lines of an adapter's README.md print.
+def answers_of(adapter, monkeypatch, capfd, field=""):
+    """What the lines of an adapter's README.md print for each text in place of the example of every field.
 
     Args:
-        example: in place of the example of every field, or of those behind `before`.
+        field: stays blank.
     """
     monkeypatch.chdir(adapter)
     (snippet,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), flags=re.DOTALL)
-    snippet = snippet.replace(f'{before}"{EXAMPLE}"', f'{before}"{example}"').replace(EXAMPLE, ASKED)
+    snippet = snippet.replace(f'"{field}": "{EXAMPLE}"', f'"{field}": ""')
     capfd.readouterr()
-    exec(compile(snippet, "README.md", "exec"), {})
-    return capfd.readouterr().out.removesuffix("\n")
+    for text in ASKED:
+        exec(compile(snippet.replace(EXAMPLE, text), "README.md", "exec"), {})
+    return capfd.readouterr().out.splitlines()
 
 
-def predicted(fedhpc, run, *arguments):
-    status, out, err = fedhpc("predict", run, *arguments)
+def predicted(fedhpc, run, *arguments, fields=1):
+    texts = [argument for text in ASKED for argument in ("--text", *[text] * fields)]
+    status, out, err = fedhpc("predict", run, *texts, *arguments)
     assert status == 0, err
-    return json.loads(out)["answer"]
+    return [json.loads(line)["answer"] for line in out.splitlines()]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,12 +88,12 @@ def test_the_lines_of_the_readme_give_the_answers_of_predict(tmp_path, monkeypat
     run = start(tmp_path, monkeypatch, *CASES[case])
     assert fedhpc("export", run, "--out", tmp_path / "adapter")[0] == 0
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
-    has_input = case.startswith("instructions")
-    answer = predicted(fedhpc, run, "--text", ASKED, *([ASKED] if has_input else []))
-    assert answer_of(tmp_path / "adapter", monkeypatch, capfd) == answer != ""
-    if has_input:
-        answer = predicted(fedhpc, run, "--text", ASKED)
-        assert answer_of(tmp_path / "adapter", monkeypatch, capfd, "", '"input": ') == answer
+    fields = 1 + case.startswith("instructions")
+    answers = answers_of(tmp_path / "adapter", monkeypatch, capfd)
+    assert answers == predicted(fedhpc, run, fields=fields)
+    assert len(set(answers)) > 1
+    if fields > 1:
+        assert answers_of(tmp_path / "adapter", monkeypatch, capfd, "input") == predicted(fedhpc, run)
 
 
 def test_a_device_answers_with_its_own_layers(tmp_path, monkeypatch, fedhpc, capfd):
@@ -109,9 +107,9 @@ def test_a_device_answers_with_its_own_layers(tmp_path, monkeypatch, fedhpc, cap
         if status:
             assert "has not been trained" in err
             continue
-        answers.append(answer_of(adapter, monkeypatch, capfd))
-        assert answers[-1] == predicted(fedhpc, run, "--text", ASKED, "--device", device)
-    assert len(set(answers)) > 1
+        answers.append(answers_of(adapter, monkeypatch, capfd))
+        assert answers[-1] == predicted(fedhpc, run, "--device", device)
+    assert any(own != answers[0] for own in answers)
 
 
 def test_a_window_shorter_than_texts_with_their_answers_is_refused(tmp_path):

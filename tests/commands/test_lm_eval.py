@@ -56,10 +56,14 @@ def exported(config):
     return config
 
 
-def harness(monkeypatch, config, number, records, **changes):
+def harness(monkeypatch, config, number, records, *flags, model_args="", **changes):
     """What lm-eval finds, by the page's command, on the task of this number on the page, some of it changed.
 
     Its metrics, and the examples in their order.
+
+    Args:
+        flags: of the command, beside those of the page.
+        model_args: the same for the flag of this name.
     """
     folder = tiny.run_dir(config).parent
     (folder / "validation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -69,7 +73,8 @@ def harness(monkeypatch, config, number, records, **changes):
     (folder / "tasks/task.yaml").write_text(yaml.safe_dump(task))
     (command,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
     command = command.replace("MODEL", yaml.safe_load(config.read_text())["model"]["name"]).replace("\\\n", "")
-    monkeypatch.setattr("sys.argv", shlex.split(command)[1:])
+    words = shlex.split(command.replace("dtype=float32", f"dtype=float32{model_args}"))
+    monkeypatch.setattr("sys.argv", [*words[1:], *flags])
     monkeypatch.chdir(folder)
     given = HarnessCLI().parse_args()
     found = simple_evaluate(
@@ -79,6 +84,8 @@ def harness(monkeypatch, config, number, records, **changes):
         task_manager=TaskManager(include_path=given.include_path, include_defaults=False),
         device=given.device,
         batch_size=1 if task["output_type"] == "generate_until" else given.batch_size,
+        apply_chat_template=getattr(given, "apply_chat_template", False),
+        system_instruction=getattr(given, "system_instruction", None),
         log_samples=given.log_samples,
         bootstrap_iters=0,
     )
@@ -107,12 +114,26 @@ WORDS = {"doc_to_text": "the place was {{prompt}} . It was", "doc_to_target": " 
 def test_answers_have_the_log_likelihoods_of_fedhpc(moods, tmp_path, monkeypatch, kind):
     config = start(moods, tmp_path, kind)
     _, samples = harness(monkeypatch, config, 0, source(moods), **WORDS)
+    check_log_likelihoods(config, samples)
+
+
+def check_log_likelihoods(config, samples):
     theirs = [sample["filtered_resps"][0][0] for sample in samples]
     ours, num_tokens = log_likelihoods(config)
     assert theirs == pytest.approx(ours, abs=1e-3)
     assert np.std(ours) > 0.3
     reported = tiny.metrics(config)[-1]["perplexity_global"]
     assert -sum(theirs) / num_tokens == pytest.approx(np.log(reported), abs=1e-4)
+
+
+def test_answers_of_an_assistant_have_the_log_likelihoods_of_fedhpc(tmp_path, monkeypatch):
+    system = "fine and calm"
+    world = generating.write_world(tmp_path, num_train=48, num_validation=8, chat=True, template=None, system=system)
+    config = start(world, tmp_path, "lora")
+    task = {"doc_to_text": "{{prompt}}", "doc_to_target": " {{response}} <mask>"}
+    flags = ["--apply_chat_template", "--system_instruction", system]
+    _, samples = harness(monkeypatch, config, 0, source(world), *flags, model_args=",add_bos_token=False", **task)
+    check_log_likelihoods(config, samples)
 
 
 def test_answers_are_those_of_predict(moods, tmp_path, monkeypatch):
