@@ -95,7 +95,7 @@ def _ids(answerer: Answerer) -> Iterator[str]:
     before_answer = whole.text[: whole.trained[-1][0]]
     is_same = checked_tokenizer(answerer.job).chat_template == tokenizer.chat_template
     if is_same and before_answer == renderer.prompt(turns):
-        first = f'{{"role": "system", "content": {quoted(task.system)}}}, ' if system else ""
+        first = "" if task.system is None else f'{{"role": "system", "content": {quoted(task.system)}}}, '
         yield f'messages = [{first}{{"role": "user", "content": prompt}}]'
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         yield f"ids = tokenizer.apply_chat_template(messages, {options}).input_ids"
