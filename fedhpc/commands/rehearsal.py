@@ -26,9 +26,10 @@ from fedhpc.device.local_update import pack_gradients
 from fedhpc.evaluate.predictions import results
 from fedhpc.evaluate.questions import question_split
 from fedhpc.model.attention import forget_masks
-from fedhpc.model.backbone import NOT_TAKEN, Backbone
+from fedhpc.model.backbone import Backbone
 from fedhpc.model.decoding import Decoding, decode
 from fedhpc.model.last_layer import LastLayer
+from fedhpc.model.numbers import NOT_TAKEN
 from fedhpc.model.overlay import Overlay
 from fedhpc.model.pretrained import auto_class, run_config
 from fedhpc.model.quantization import saved_bytes

@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedhpc.data.prepared import Batch
-from fedhpc.model.backbone import Backbone, of_devices
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.forward import of_devices
 from fedhpc.model.overlay import Overlay
 from fedhpc.seeding import generator
 

@@ -559,7 +559,7 @@ def test_a_last_layer_at_the_slots_alone_that_is_almost_the_same_is_not_used(tmp
 def test_architectures_that_number_positions_otherwise_are_refused(tmp_path, monkeypatch, head):
     folder = save_backbone(tmp_path, "roberta")
     load_backbone(folder, "roberta", head=head)
-    monkeypatch.setattr("fedhpc.model.backbone.POSITIONS_COUNT_TOKENS", ())
+    monkeypatch.setattr("fedhpc.model.forward.POSITIONS_COUNT_TOKENS", ())
     with pytest.raises(ModelError, match="a roberta model numbers its positions as fedhpc does not know"):
         load_backbone(folder, "roberta", head=head)
 
