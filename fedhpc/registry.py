@@ -117,6 +117,8 @@ class Registry:
 
 METHODS = Registry("server method", "Method", section="server", key="method", default="fedpeptao")
 TUNINGS = Registry("tuning", "Tuning", section="tuning", key="kind", default="prompt")
+TUNING_OF_TEXTS = "lora"
+"""What `fedhpc init` proposes where texts are generated."""
 PARTITIONS = Registry("partition", "Partitioner", section="federation", key="partition", default="dirichlet")
 STRATEGIES = Registry("selection strategy", "Strategy", section="selection", key="strategy", default="score")
 ENCODINGS = Registry("upload encoding", "Encoding", section="exchange", key="encoding", default="dense")

@@ -31,6 +31,10 @@ class Twin(FedAvg):
 '''
 
 
+OF_TEXTS = ("generations.py", "answers.py", "generation_readme.py", "layout.py")
+"""Of texts to be generated, which have prompts of another kind."""
+
+
 def homes():
     """Name of a method, a variant or a tuning -> the file that registers it."""
     found = {name: part.__module__ for registry in (METHODS, TUNINGS) for name, part in registry.items()}
@@ -41,9 +45,8 @@ def homes():
 def test_no_other_file_names_a_method_or_tuning_by_its_kind():
     named = []
     for path in PACKAGE.rglob("*.py"):
-        if path == PACKAGE / "registry.py" or path.parent.name == "data" or path.name == "generations.py":
-            # It has the defaults; texts have prompts.
-            continue
+        if path == PACKAGE / "registry.py" or path.parent.name == "data" or path.name in OF_TEXTS:
+            continue  # it has the defaults
         texts = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         named += [(path.name, name) for name, home in homes().items() if name in texts and path != home]
     assert named == []

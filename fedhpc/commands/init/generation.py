@@ -28,6 +28,7 @@ from fedhpc.data.readers import Record
 from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
 from fedhpc.model.limits import most_tokens
 from fedhpc.model.pretrained import read_shape
+from fedhpc.registry import TUNING_OF_TEXTS
 
 HELD_BACK = 0.05
 """Share of the examples of a file that is alone."""
@@ -41,7 +42,7 @@ ANSWERS = 32
 LONG_ANSWER, WITHOUT_PROMPT = 128, 64
 """Tokens of an answer, at most; and of how a text goes on that has no prompt."""
 
-TUNED = {"tuning": {"kind": "lora", "head": "language_model"}}
+TUNED = {"tuning": {"kind": TUNING_OF_TEXTS, "head": "language_model"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,7 @@ def run_values(config: Config) -> dict[str, str]:
         "DEVICES": str(federation.num_devices).ljust(17),
         "RATE": f"{federation.sample_rate:g}".ljust(17),
         "PARTITION": federation.partition.ljust(19),
+        "TUNING": config.tuning.kind.ljust(24),
         "GENERATE": str(evaluate.generate).ljust(20),
         "NEW": str(evaluate.max_new_tokens).ljust(14),
     }
