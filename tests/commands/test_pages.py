@@ -621,6 +621,20 @@ def test_how_often_a_run_is_saved_makes_it_no_other_configuration(report, make_r
     assert [row[1:3] for row in rows] == [["2", "0.700 ± 0.141"]]
 
 
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"top_p": 0.5}, {"max_new_tokens": 7}])
+def test_how_texts_are_answered_makes_another_configuration_and_how_many_does_not(report, make_run, other):
+    """The scores of answers depend on it."""
+
+    def run(name, **changes):
+        settings = {"temperature": 0.5, "top_p": 1.0, "max_new_tokens": 64} | changes
+        return make_run(name, [0.5], rounds=2, extra=of_texts(8), seed=len(name), evaluate=settings)
+
+    _, *rows = report(run("a"), run("bb", generate=9), run("c", **other)).tables["final results"]
+    ((key, value),) = other.items()
+    assert [row[1] for row in rows] == ["2", "1"]
+    assert rows[1][0] == f"{key}={value}"
+
+
 def test_the_rounds_that_an_experiment_asks_for_count(report, make_run):
     runs = make_run("a", [0.6, 0.9]), make_run("b", [0.8], rounds=2, seed=2)
     _, *rows = report(*runs, rounds=2).tables["final results"]

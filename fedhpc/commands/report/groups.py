@@ -13,7 +13,9 @@ from fedhpc.config import WITHOUT_EFFECT
 from fedhpc.evaluate.scores import GLOBAL, Score
 
 FREE = ("seed", "data.task", "data.max_length", *(key for key in WITHOUT_EFFECT if key != "data."))
-"""Beginnings of keys in which the runs of a group may differ."""
+"""Beginnings of keys in which the runs of a group may differ, but for those of DECODING."""
+DECODING = ("evaluate.max_new_tokens", "evaluate.temperature", "evaluate.top_p")
+"""Keys on which written answers depend, and with them their scores."""
 AXES = ("tuning.kind", "server.method")
 """Keys that name a configuration before all others."""
 MARGIN = 0.05
@@ -78,7 +80,7 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
     own = Counter(task for task, _ in {(names[id(run)], run.scores[0].name) for run in runs if run.is_evaluated})
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        same = {key: value for key, value in run.config.items() if not key.startswith(FREE)}
+        same = {key: value for key, value in run.config.items() if _counts(key)}
         name = names[id(run)]
         task = name if own[name] < 2 else f"{name} ({run.scores[0].name})"
         found.setdefault(task, {}).setdefault(repr(sorted(same.items())), []).append(run)
@@ -98,9 +100,14 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
     }
 
 
+def _counts(key: str) -> bool:
+    """Whether runs that differ in a key are two configurations."""
+    return key in DECODING or not key.startswith(FREE)
+
+
 def _differing(tasks: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """Keys in which two configurations of a task differ, in the order of the configuration."""
-    keys = dict.fromkeys(key for configs in tasks for config in configs for key in config if not key.startswith(FREE))
+    keys = dict.fromkeys(key for configs in tasks for config in configs for key in config if _counts(key))
     return [key for key in keys if any(len({repr(config.get(key)) for config in configs}) > 1 for configs in tasks)]
 
 
