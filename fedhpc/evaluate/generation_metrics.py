@@ -108,9 +108,10 @@ class Bleu(GenerationMetric):
 
 
 def normal(text: str) -> str:
-    """A text as SQuAD's evaluation compares it."""
+    """A text as SQuAD's evaluation compares it, but that one is never left without a word: `A` may be an answer."""
     words = "".join(character for character in text.lower() if character not in set(string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
+    forms = (re.sub(r"\b(a|an|the)\b", " ", words), words, text.lower())
+    return next((" ".join(form.split()) for form in forms if form.strip()), "")
 
 
 def _f1(words: Sequence[str], others: Sequence[str]) -> float:

@@ -18,8 +18,16 @@ def test_exact_match_takes_no_notice_of_what_squad_takes_none_of():
 
 def test_token_f1_counts_shared_words_with_the_nearest_reference():
     # Two of three words are shared with one of two: 2 * 2 / (3 + 2); nothing with nothing is alike.
-    assert score("token_f1", ["red big house", ""], [["big red", "sea"], ["the"]]) == pytest.approx((0.8 + 1) / 2)
+    assert score("token_f1", ["red big house", ""], [["big red", "sea"], [""]]) == pytest.approx((0.8 + 1) / 2)
     assert score("token_f1", ["red"], [["blue"]]) == 0
+
+
+@pytest.mark.parametrize("name", ["exact_match", "token_f1"])
+@pytest.mark.parametrize(("reference", "wrong"), [("A", ["", "The", "?", "B"]), ("!", ["", "?", "the"])])
+def test_a_reference_of_nothing_but_an_article_or_punctuation_is_not_the_empty_answer(name, reference, wrong):
+    """Choices have letters: SQuAD's rules leave nothing of `A`, and nothing of an answer that says nothing."""
+    assert score(name, wrong, [[reference]] * len(wrong)) == 0
+    assert score(name, [f"{reference.lower()} "], [[reference]]) == 1
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
