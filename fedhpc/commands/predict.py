@@ -91,7 +91,7 @@ def predict_records(
     Raises:
         UserError: the run or a text cannot be used.
     """
-    texts = [texts] if isinstance(texts, str) else texts
+    texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         if not isinstance(text, str | Mapping | Sequence):
             raise DataError(f"predict takes texts, not {type(text).__name__}")

@@ -112,6 +112,7 @@ def test_a_conversation_may_be_a_message_a_file_or_a_list(chat, fedhpc, tmp_path
     assert by_text["text"] == "dull and slow"
     assert result.predict([turns]) == [by_file]
     assert result.predict(["dull and slow"]) == [by_text]
+    assert result.predict(text for text in ["dull and slow"]) == [by_text]
 
 
 def test_options_have_their_way(plain, fedhpc):
