@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from fedhpc.commands.trained import Trained
 from fedhpc.config import EvaluateConfig
+from fedhpc.config_file import describe
 from fedhpc.data.generation import TRAINED, GenerationTask, Renderer
 from fedhpc.data.generation_tokens import Example, GenerationEncoder
 from fedhpc.data.prepared import Split
@@ -153,7 +154,7 @@ def _settings(evaluate: EvaluateConfig, options: Mapping[str, Any]) -> EvaluateC
     try:
         return EvaluateConfig.model_validate(own | dict(options))
     except ValidationError as error:
-        wrong = [": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors()]
+        wrong = describe([{**each, "loc": ("evaluate", *each["loc"])} for each in error.errors()])
         raise ConfigError(f"predict: {'; '.join(wrong)}") from None
 
 

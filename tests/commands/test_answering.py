@@ -143,7 +143,11 @@ def test_what_cannot_be_asked_is_refused(plain, chat, fedhpc, tmp_path):
     assert "--text 1: 2 texts given, this task takes 1: prompt" in refusal(run_dir(plain), "--text", "a", "b")
     assert "--text 1: holds no text" in refusal(run_dir(plain), "--text", " ")
     assert "--all-classes: this run generates text" in refusal(run_dir(plain), "--text", "a", "--all-classes")
-    assert "temperature" in refusal(run_dir(plain), "--text", "a", "--temperature", "-1")
+    for wrong, words in (
+        (["--temperature", "-1"], "evaluate.temperature: should be greater than or equal to 0, found -1.0"),
+        (["--top-p", "0.5"], "predict: evaluate.top_p below 1 needs evaluate.temperature above 0"),
+    ):
+        assert words in refusal(run_dir(plain), "--text", "a", *wrong)
     assert "has 64 positions" in refusal(run_dir(plain), "--text", "dull", "--max-new-tokens", "60")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "dull"}\n{"text": "dull"}\n')
