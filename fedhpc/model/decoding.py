@@ -194,9 +194,9 @@ class Choice(LogitsProcessor):
         self._beat()
         if not self._draws:
             return scores
-        probabilities, tokens = (
-            (scores.double() / self._how.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        )
+        # A tiny temperature would make infinities of the scores themselves.
+        below = scores.double() - scores.amax(-1, keepdim=True)
+        probabilities, tokens = (below / self._how.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         sums = probabilities.cumsum(-1)
         kept = probabilities.where(sums - probabilities < self._how.top_p, 0)
         numbers = torch.tensor([[rng.random()] for rng in self._draws], dtype=torch.float64, device=scores.device)

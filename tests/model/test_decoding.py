@@ -190,3 +190,9 @@ def test_draws_follow_the_probabilities():
     shares = torch.bincount(chosen, minlength=4) / 4000
     assert torch.allclose(shares, kept / kept.sum(), atol=0.03)
     assert shares[3] == 0
+
+
+def test_next_to_no_temperature_is_that_of_the_likeliest_token():
+    scores = torch.tensor([[1.0, 3.0, -torch.inf, 2.0]])
+    how = Decoding(max_new_tokens=1, temperature=5e-324, top_p=1.0, ends=(), pad_id=0, seed=0)
+    assert Choice(how, [np.random.default_rng(0)], lambda: None)(torch.zeros(1, 0), scores).argmax(1) == 1
