@@ -135,9 +135,8 @@ def check_task(description: Description) -> None:
         )
     metrics, form = description.generation["metrics"], description.generation["format"]
     if form == "text":
-        compared = f", and nothing that {', '.join(metrics)} could compare with" if metrics else ""
         raise ConfigError(
-            f"evaluate.generate: task {description.task} has whole texts (format: text), no prompts{compared}; set "
+            f"evaluate.generate: task {description.task} has whole texts (format: text), no prompts; set "
             "evaluate.generate: 0"
         )
     for name in metrics:

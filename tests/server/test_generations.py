@@ -183,7 +183,9 @@ def test_what_cannot_be_answered_is_refused_before_training(moods, world, tmp_pa
         assert f"the metric {name} needs the package" in refusal(capfd, scored)
     texts = tmp_path / "texts"
     texts.mkdir()
-    whole = generating.write_world(texts, format="text", template=None, columns={"text": "prompt"})
-    assert "no prompts, and nothing that exact_match, token_f1 could compare" in refusal(capfd, whole)
+    whole = generating.write_world(texts, format="text", template=None, metrics=None, columns={"text": "prompt"})
+    assert "task moods-chat has whole texts (format: text), no prompts; set evaluate.generate: 0" in refusal(
+        capfd, whole
+    )
     for config in (long, classes, drawn, whole):
         assert not (run_dir(config) / "metrics.jsonl").exists()
