@@ -18,7 +18,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ SHIPPED = (
 )
 """Modules that register fedhpc's own parts; of a folder all files, so that a new part is one file."""
 ENTRY_POINTS = "fedhpc.plugins"
+RECORDED = (
+    *("round", "devices", "absent", "device_steps", "device_bytes", "examples", "steps", "loss", "rejected", "seconds"),
+    *("accuracy", "perplexity", "device_accuracy", "evaluated", "bytes", "bytes_down", "bytes_up", "update_norm"),
+    *("device_learning_rate", "server_learning_rate"),
+)
+"""What a line of metrics.jsonl has beside the metrics of generated text."""
 NO_PLUGINS = sys.stdlib_module_names | {"fedhpc", "numpy", "torch", "pydantic"}
 """Packages whose classes a part may inherit from without their source being a part of the run's identity."""
 
@@ -44,10 +50,20 @@ class Registry:
         section: of the configuration that has the parts' keys; empty where parts have none.
         key: in that section, which names a part.
         default: the part that is meant where the key is not given.
+        taken: names that no part can have.
     """
 
-    def __init__(self, what: str, base: str, *, section: str = "", key: str = "", default: str = "") -> None:
-        self.what, self.base = what, base
+    def __init__(
+        self,
+        what: str,
+        base: str,
+        *,
+        section: str = "",
+        key: str = "",
+        default: str = "",
+        taken: Collection[str] = (),
+    ) -> None:
+        self.what, self.base, self.taken = what, base, taken
         self.section, self.key, self.default = section, key, default
         self._parts: dict[str, type] = {}
 
@@ -81,6 +97,8 @@ class Registry:
 
     def _check(self, name: str, part: type) -> None:
         who = f"{self.what} {name!r}: {_place(part)}"
+        if name in self.taken:
+            raise ConfigError(f"{who} needs another name: metrics.jsonl has something else of this name")
         names = [each.__name__ if each.__module__.startswith("fedhpc.") else "" for each in part.__mro__]
         if self.base not in names:
             raise ConfigError(f"{who} must derive from fedhpc.{self.base}")
@@ -123,7 +141,7 @@ PARTITIONS = Registry("partition", "Partitioner", section="federation", key="par
 STRATEGIES = Registry("selection strategy", "Strategy", section="selection", key="strategy", default="score")
 ENCODINGS = Registry("upload encoding", "Encoding", section="exchange", key="encoding", default="dense")
 METRICS = Registry("metric", "Metric")
-GENERATION_METRICS = Registry("metric of generated text", "GenerationMetric")
+GENERATION_METRICS = Registry("metric of generated text", "GenerationMetric", taken=RECORDED)
 TRACKERS = Registry("tracker", "Tracker")
 SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS)
 """Registries whose parts have keys in a section of the configuration."""

@@ -111,6 +111,18 @@ def test_a_class_that_is_no_such_part_is_refused(part, words):
     assert "x" not in METHODS
 
 
+@pytest.mark.parametrize("name", ["loss", "accuracy", "perplexity", "round"])
+def test_a_metric_of_generated_text_does_not_take_the_place_of_another_number(name):
+    class Mine(fedhpc.GenerationMetric):
+        title = "mine"
+
+        def score(self, answers, references):
+            return 0.5
+
+    with pytest.raises(ConfigError, match=f"metric of generated text '{name}': .*Mine needs another name"):
+        fedhpc.register_generation_metric(name)(Mine)
+
+
 def test_a_decorator_without_a_name_is_refused():
     with pytest.raises(ConfigError, match="a server method is registered under a name"):
         METHODS.register(FedAvg)

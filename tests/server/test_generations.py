@@ -21,6 +21,7 @@ from fedhpc.evaluate.questions import Questions, prompt_of
 from fedhpc.exchange import LocalExchange
 from fedhpc.federation.sampling import held_out_devices
 from fedhpc.job.run_files import RunFiles
+from fedhpc.registry import RECORDED
 from fedhpc.server.job import load_job
 
 sys.path.append(str(Path(__file__).parents[1] / "mpi"))
@@ -70,6 +71,7 @@ def test_every_evaluation_writes_its_answers_and_scores_them(finished):
             assert line["prompt"].startswith("<s> the place was")
             assert line["prompt"].endswith("It was")
             assert generating.END not in line["answer"]
+        assert {key.removesuffix("_global") for key in record} == {*RECORDED, "exact_match", "token_f1"}
         references = [line["references"] for line in lines]
         for key, behind in (("answer", "_global"), ("answer_personal", "")):
             answers = [line[key] for line in lines]
