@@ -150,7 +150,7 @@ GOOD = [{"text": "the place was", "kind": kind} for kind in "abab"]
     ("files", "arguments", "message"),
     [
         ({}, ["--data", "nowhere"], "--data nowhere: there is no such file or folder; give a folder with train.tsv"),
-        ({"a.tsv": GOOD}, ["--data", "a.tsv", "--label", "kind"], "--data a.tsv: labelled texts need a file to vali"),
+        ({"a.tsv": GOOD}, ["--data", "a.tsv", "--label", "kind"], "--data a.tsv: texts with a label (kind) need a fil"),
         ({"a.tsv": GOOD}, ["--data", "a.tsv", "a.tsv", "a.tsv"], "a.tsv: give a folder with train.tsv and dev.tsv (or"),
         ({"train.pkl": GOOD}, ["--data", "train.pkl"], "train.pkl may hold pickled objects, and reading those can run"),
         ({"a.tsv": GOOD}, ["--data", "."], ". has no train split: looked for train.tsv, train.jsonl"),

@@ -274,7 +274,13 @@ TALKS = [{"messages": turns("user", "assistant")}] * 3
             "all.jsonl: about and question may stand before answer; name those that do, in their order: --text COLUMN",
         ),
         ([{"text": "the place", "kind": kind} for kind in "abab"], [], "none is called label, so none is known to be"),
-        ([{"text": "the place", "label": kind} for kind in "abab"], [], "--data all.jsonl: labelled texts need a file"),
+        (
+            [{"instruction": "the place", "response": "it was", "category": kind} for kind in "abab"],
+            [],
+            "--data all.jsonl: texts with a label (category) need a file to validate on as well; give a folder with "
+            "train.tsv and dev.tsv (or .csv, .jsonl, .parquet), or two such files of one folder; of texts to be "
+            "generated name the column: --response COLUMN",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_message(fedhpc, here, models, rows, options, message):

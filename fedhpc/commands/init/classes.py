@@ -66,7 +66,11 @@ def look(
     """
     task = make_task(name, source, records, texts, label)
     if "validation" not in source.files:
-        raise DataError(f"--data {source.train}: labelled texts need a file to validate on as well; {TWO_FILES}")
+        label = task.columns["label"]
+        raise DataError(
+            f"--data {source.train}: texts with a label ({label}) need a file to validate on as well; {TWO_FILES}; of "
+            "texts to be generated name the column: --response COLUMN"
+        )
     rows = read_source(task, str(source.folder), task.splits)
     for split in rows.values():
         split.texts.check_blank(task.fields)
