@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedhpc.config import Config
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.evaluate.metrics import confusion, ratio, score
-from fedhpc.evaluate.scores import ACCURACY, OF_TOKENS, Score
+from fedhpc.evaluate.scores import ACCURACY, HELD_OUT, OF_TOKENS, Score
 from fedhpc.federation.sampling import held_out_devices
 from fedhpc.job.run_files import LARGEST_NUMBER
 from fedhpc.model.backbone import Backbone
@@ -73,6 +73,9 @@ class Outcomes(ABC):
     def scores(self, parts: np.ndarray) -> dict[str, Any]:
         """Of a round's metrics, from all ranks' parts: personalised, with ``_global`` behind the server's, with
         ``_held_out`` the server's for the devices that never train.
+
+        None where no example was evaluated, but the accuracy of devices that train: without one, a round would count as
+        not evaluated.
         """
 
 
@@ -114,8 +117,9 @@ class Classes(Outcomes):
         found: dict[str, Any] = {}
         for name, behind in (("personal", ""), ("global", "_global"), ("held_out", "_held_out")):
             if name in (parts.dtype.names or ()):
-                scores = score(parts[name].sum(axis=0), self.description.metric)
-                found |= {f"{metric}{behind}": value for metric, value in scores.items()}
+                counts = parts[name].sum(axis=0)
+                for metric, value in score(counts, self.description.metric).items():
+                    found[f"{metric}{behind}"] = None if name == "held_out" and not counts.any() else value
         correct, evaluated = (parts[name].sum(axis=0).tolist() for name in ("correct", "evaluated"))
         devices = [round(right / size, 6) if size else None for right, size in zip(correct, evaluated, strict=True)]
         return {
@@ -164,11 +168,12 @@ class Tokens(Outcomes):
         for behind, of, devices in (
             ("", "", training),
             ("_global", "_global", training),
-            *([("_held_out", "_global", self.held_out)] if self.held_out else []),
+            *([(HELD_OUT, "_global", self.held_out)] if self.held_out else []),
         ):
             tokens = sums["tokens"][devices].sum()
-            found[f"accuracy{behind}"] = ratio(sums[f"right{of}"][devices].sum(), tokens)
-            found[f"perplexity{behind}"] = perplexity(sums[f"loss{of}"][devices].sum(), tokens)
+            right, loss = (sums[f"{name}{of}"][devices].sum() for name in ("right", "loss"))
+            found[f"accuracy{behind}"] = ratio(right, tokens) if tokens or behind != HELD_OUT else None
+            found[f"perplexity{behind}"] = perplexity(loss, tokens) if tokens else None
         pairs = list(zip(sums["right"].tolist(), sums["tokens"].tolist(), strict=True))
         return {
             **found,

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from fedhpc.evaluate.metrics import confusion, score
+from fedhpc.evaluate.outcomes import Classes, Tokens
 
 
 def test_confusion_counts_true_by_row_and_predicted_by_column():
@@ -44,3 +47,23 @@ def test_zero_denominators_give_zero(counts):
     assert score(counts, "matthews")["matthews"] == 0.0
     assert score(counts, "accuracy_f1")["f1"] == 0.0
     assert score(counts, "accuracy")["accuracy"] == pytest.approx(counts[0, 0] / max(counts.sum(), 1))
+
+
+def test_no_score_is_made_of_no_example():
+    """A perplexity of no token would be 1, the best there is."""
+    tokens = Tokens(SimpleNamespace(), 2, held_out=[1])
+    for device, behind in ((0, "_held_out"), (1, "")):
+        parts = np.zeros(3, tokens.dtype)
+        parts["tokens"][:, device], parts["right"][:, device], parts["right_global"][:, device] = 4, 2, 2
+        found = tokens.scores(parts)
+        assert found[f"perplexity{behind}"] is None
+        assert {found[f"accuracy{view}"] for view in ("", "_held_out") if view != behind} == {0.5}
+    assert found["perplexity_global"] is None
+    assert (found["perplexity_held_out"], found["accuracy"]) == (1.0, 0.0)
+
+    classes = Classes(SimpleNamespace(class_names=["a", "b"], metric="accuracy_f1"), 2, held_out=[1])
+    parts = np.zeros(3, classes.dtype)
+    parts["personal"] += np.eye(2, dtype=int)
+    found = classes.scores(parts)
+    assert [found[f"{name}_held_out"] for name in ("accuracy", "f1", "accuracy_f1")] == [None] * 3
+    assert found["f1"] == found["accuracy"] == 1
