@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedhpc.checkpoint.files import CONTROL, LOCAL
 from fedhpc.checkpoint.identity import (
     MODEL,
@@ -21,7 +23,7 @@ from fedhpc.checkpoint.identity import (
 from fedhpc.checkpoint.state_file import RunState
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
-from fedhpc.data.prepared import PreparedData, tokenizer_fingerprint
+from fedhpc.data.prepared import Description, PreparedData, tokenizer_fingerprint
 from fedhpc.data.tokens import check_known
 from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.evaluate.questions import Questions, check_task
@@ -35,7 +37,7 @@ from fedhpc.model.limits import check_answers, check_lengths
 from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.model.weight_files import model_sha256, weights_sha256
 from fedhpc.model.word_embeddings import WordEmbeddings
-from fedhpc.registry import METRICS, STRATEGIES
+from fedhpc.registry import METRICS, RECORDED, STRATEGIES
 from fedhpc.selection import make_strategy
 from fedhpc.server.notices import notices
 from fedhpc.tuning import Tuning, make_tuning
@@ -108,13 +110,24 @@ def load_job(config: Config) -> Job:
     shape = read_shape(config.model.name)
     make_strategy(config.selection).check_layers(shape.num_layers)
     check_lengths(config, data.description, shape)
-    if data.description.head != "language_model" and data.description.metric not in METRICS:
-        raise ConfigError(
-            f"data.path: {config.data.path} was prepared for the metric {data.description.metric}, which no plug-in "
-            f"has registered here; name its module under plugins:, or prepare for one of {', '.join(METRICS)}"
-        )
+    if data.description.head != "language_model":
+        _check_metric(config, data.description)
     tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
     return Job(config=config, data=data, shape=shape, tuning=tuning, partition=_partition(config, data))
+
+
+def _check_metric(config: Config, description: Description) -> None:
+    name = description.metric
+    if name not in METRICS:
+        raise ConfigError(
+            f"data.path: {config.data.path} was prepared for the metric {name}, which no plug-in has registered here; "
+            f"name its module under plugins:, or prepare for one of {', '.join(METRICS)}"
+        )
+    some = np.ones((len(description.class_names),) * 2, np.int64)
+    if taken := sorted(METRICS[name]().scores(some, 0.5).keys() & {*RECORDED}):
+        raise ConfigError(
+            f"metric {name!r}: its score {taken[0]} needs another name: metrics.jsonl has something else of this name"
+        )
 
 
 def check_data(job: Job) -> None:

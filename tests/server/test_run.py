@@ -26,9 +26,11 @@ from fedhpc.config_file import load_config
 from fedhpc.device import evaluation
 from fedhpc.device.worker import NO_RECORDS, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from fedhpc.evaluate.metrics import Metric
 from fedhpc.evaluate.predictions import evaluation_examples
 from fedhpc.job.run_files import RunFiles
 from fedhpc.methods.fedpeptao import RELEASED_STEPS
+from fedhpc.registry import METRICS
 from fedhpc.server import job, saving
 
 
@@ -719,3 +721,16 @@ def test_kernels_of_a_few_shapes_are_kept_unless_the_user_says_how_many(fedhpc, 
             monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
         assert fedhpc("run", run_config(f"run {given}", federation__rounds=1))[0] == 0
         assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
+
+
+def test_a_plug_ins_score_does_not_take_the_place_of_another_number(fedhpc, run_config, monkeypatch):
+    class Losses(Metric):
+        def scores(self, counts, accuracy):
+            return {"errors": 1 - accuracy, "loss": 1 - accuracy}
+
+    monkeypatch.setitem(METRICS._parts, "accuracy", Losses)
+    config = run_config()
+    status, _, err = fedhpc("run", config)
+    assert status == EXIT_USER_ERROR
+    assert "metric 'accuracy': its score loss needs another name" in err
+    assert not (run_dir(config) / "metrics.jsonl").exists()
