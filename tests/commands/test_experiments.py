@@ -12,6 +12,7 @@ from fedhpc.commands.report import read_reference
 from fedhpc.commands.sweep import prepared
 from fedhpc.commands.sweep.experiment import load_experiment
 from fedhpc.data.recipe import TargetModel
+from fedhpc.data.task_files import load_task
 from fedhpc.data.tasks import TASKS
 from fedhpc.registry import TUNINGS
 from fedhpc.server.notices import notices
@@ -24,17 +25,19 @@ def stand_in(name):
     """For a model of the hub: knows every class word."""
     tokenizer = bert_like()
     tokenizer.add_tokens([word for task in TASKS.values() for word in task.classes.values()])
-    return TargetModel(tokenizer=tokenizer, kind="encoder", can_score_words=True, vocabulary_size=len(tokenizer))
+    kind = "decoder" if "SmolLM2" in name else "encoder"
+    return TargetModel(tokenizer=tokenizer, kind=kind, can_score_words=True, vocabulary_size=len(tokenizer))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_experiment_is_valid_without_notices(path):
+def test_an_experiment_is_valid_without_notices(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     experiment = load_experiment(path)
     for cell in experiment.cells:
         assert notices(cell.config) == []
         assert cell.config_file.resolve().is_relative_to(ROOT / "jobs")
         assert cell.run_dir == Path("runs") / experiment.out.name / cell.name
-    prepared = {entry.path: entry.task or name for name, entry in experiment.prepare.items()}
+    prepared = {entry.path: load_task(entry.task or name).name for name, entry in experiment.prepare.items()}
     assert {(cell.config.data.path, cell.config.data.task) for cell in experiment.cells} == set(prepared.items())
 
 
@@ -43,10 +46,11 @@ def test_an_experiment_has_all_that_it_needs(path, tmp_path, monkeypatch, capsys
     """One command, where every task has a folder: nothing is to be prepared, run or exported by hand."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepared, "load_target_model", stand_in)
-    for task in TASKS:
+    (tmp_path / "data_prep").symlink_to(ROOT / "data_prep")
+    for task in (*TASKS, "t0", "e2e"):
         (tmp_path / "sources" / task).mkdir(parents=True)
         for split in ("train", "dev", "test"):
-            (tmp_path / "sources" / task / f"{split}.tsv").touch()
+            (tmp_path / "sources" / task / f"{split}.{'tsv' if task in TASKS else 'jsonl'}").touch()
     status = main(
         ["sweep", str(path), "--dry-run", "--sources", str(tmp_path / "sources"), "--out", str(tmp_path / "out")]
     )
