@@ -71,7 +71,7 @@ setup(
             *("pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML"),
             *("accelerate", "bitsandbytes", "peft>=0.21"),
             *GENERATION,
-            *("more-itertools", "pytablewriter", "requests"),  # what lm-eval needs here; the Makefile installs it without the rest
+            *("more-itertools", "pytablewriter", "requests"),  # of what lm-eval needs, that which is used here
         ],
         "bench": ["peft>=0.18"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff"],
