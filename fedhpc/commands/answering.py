@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,19 @@ from fedhpc.data.generation import TRAINED, GenerationTask, Renderer
 from fedhpc.data.generation_tokens import Example, GenerationEncoder
 from fedhpc.data.prepared import Split
 from fedhpc.data.readers import JSON_LINES, TABLES, Record, read_lines, read_table, text_value
-from fedhpc.data.tokens import check_known
+from fedhpc.data.tokens import NO_LIMIT, check_known
 from fedhpc.device.processor import choose_torch_device
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.evaluate.predictions import evaluation_batches, results
-from fedhpc.evaluate.questions import make_decoding, question_split
+from fedhpc.evaluate.questions import answer_tokens, make_decoding, question_split
 from fedhpc.job.environment import JobEnvironment
 from fedhpc.model.backbone import Backbone
-from fedhpc.model.decoding import decode
 from fedhpc.model.limits import check_answers
 from fedhpc.server.job import checked_tokenizer
-from fedhpc.tuning.base import as_parameters
+from fedhpc.tuning.base import Params, as_parameters
 
 STAND_IN = "a"
 """In place of the answer that is not there yet: a prompt is put and tokenised as that of an example is."""
-LONGEST = 1 << 40
 MESSAGES = "messages"
 
 
@@ -204,8 +202,8 @@ class Answerer:
         )
 
     def _prompt(self, asked: Asked) -> Example:
-        renderer = self._conversations if asked.is_conversation else self._renderer
-        encoder = GenerationEncoder(self.tokenizer, chat=renderer.is_chat, max_length=LONGEST)
+        renderer = self.conversations if asked.is_conversation else self._renderer
+        encoder = GenerationEncoder(self.tokenizer, chat=renderer.is_chat, max_length=NO_LIMIT)
         trained = self.task.column_of.get(TRAINED.get(self.task.format, ""), "")
         try:
             if self.task.format == "text":
@@ -229,7 +227,8 @@ class Answerer:
         return Renderer(self.task, self.tokenizer)
 
     @cached_property
-    def _conversations(self) -> Renderer:
+    def conversations(self) -> Renderer:
+        """Of messages, whatever the task's format."""
         return Renderer(replace(self.task, format="messages", columns={}, template=None), self.tokenizer)
 
     def answers(self, prompts: Split) -> list[str]:
@@ -247,15 +246,15 @@ class Answerer:
             self._decoded(prompts, np.array([example]), streamer)
 
     def _decoded(self, prompts: Split, batch: np.ndarray, streamer: Any = None) -> list[list[int]]:
-        backbone, tuning = self.backbone, self.job.tuning
-
-        def of_batch(params: Any, texts: Any) -> list[list[int]]:
-            overlay = tuning.overlay(backbone, params, texts, None)
-            return decode(backbone, overlay, texts, self.decoding, batch.tolist(), streamer=streamer)
-
-        own = as_parameters(self.trained.tensors, backbone.torch_device)
-        ((_, tokens),) = results(of_batch, backbone, prompts, [[(own, batch)]])
+        answer = partial(
+            answer_tokens, self.backbone, self.job.tuning, self.decoding, batch.tolist(), streamer=streamer
+        )
+        ((_, tokens),) = results(answer, self.backbone, prompts, [[(self._params, batch)]])
         return tokens
+
+    @cached_property
+    def _params(self) -> Params:
+        return as_parameters(self.trained.tensors, self.backbone.torch_device)
 
 
 def answer_records(answerer: Answerer, asked: Sequence[Asked]) -> list[dict[str, Any]]:

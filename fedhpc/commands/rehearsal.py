@@ -9,6 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.device.curriculum import fisher_trace
 from fedhpc.device.local_update import pack_gradients
 from fedhpc.evaluate.predictions import results
-from fedhpc.evaluate.questions import question_split
+from fedhpc.evaluate.questions import answer_tokens, question_split
 from fedhpc.model.attention import forget_masks
 from fedhpc.model.backbone import Backbone
-from fedhpc.model.decoding import Decoding, decode
+from fedhpc.model.decoding import Decoding
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.numbers import NOT_TAKEN
 from fedhpc.model.overlay import Overlay
@@ -141,12 +142,19 @@ class Rehearsal:
         split = self._validation
         examples = longest(split, np.arange(len(split)), self._job.config.evaluate.batch_size)
 
-        def predict() -> None:
+        return self._computing(self._outcome, split, examples, count)
+
+    def _computing(
+        self, of_batch: Callable[[Sequence[Params], Batch], object], split: Split, examples: np.ndarray, count: int
+    ) -> int:
+        """What comes of a batch of these examples, of so many devices."""
+
+        def compute() -> None:
             batch = [(self._parameters(), part) for part in np.array_split(examples, count)]
-            for _ in results(self._outcome, self._backbone, split, [batch]):
+            for _ in results(of_batch, self._backbone, split, [batch]):
                 pass
 
-        return self._live.during(predict)
+        return self._live.during(compute)
 
     def _outcome(self, params: Sequence[Params], batch: Batch) -> object:
         backbone, tuning = self._backbone, self._job.tuning
@@ -161,18 +169,9 @@ class Rehearsal:
         texts = [np.zeros(length, np.int32) for length in lengths]
         whole = question_split(texts, [np.zeros(0, np.int64)] * len(texts), pad_id=prompts.pad_id)
         how = Decoding(max_new_tokens=1, temperature=0.0, top_p=1.0, ends=(), pad_id=prompts.pad_id, seed=0)
-
-        def answer(params: Sequence[Params], batch: Batch) -> object:
-            overlay = self._job.tuning.overlay(self._backbone, params, batch, None)
-            return decode(self._backbone, overlay, batch, how, range(len(texts)))
-
-        def predict() -> None:
-            batch = [(self._parameters(), part) for part in np.array_split(np.arange(len(texts)), count)]
-            for _ in results(answer, self._backbone, whole, [batch]):
-                pass
-
+        answer = partial(answer_tokens, self._backbone, self._job.tuning, how, range(len(texts)))
         self._live.answer = True  # all answers have ended
-        found = self._live.during(predict)
+        found = self._computing(answer, whole, np.arange(len(texts)), count)
         self._live.answer = False
         return found
 

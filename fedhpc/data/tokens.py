@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from fedhpc.data.tasks import FIELD, PLACEHOLDER, Kind
 from fedhpc.errors import DataError, ModelError
 
+NO_LIMIT = 1 << 30
+"""Tokens of a text that is not to be shortened."""
+
 
 def check_known(what: str, ids: Iterable[int], tokenizer: Any, vocabulary_size: int | None) -> None:
     """DataError where the model's embeddings have no row for a token; `what` begins the message."""

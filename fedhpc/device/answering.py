@@ -1,22 +1,21 @@
 """Answers in writing on the devices' side: the server's, and those of devices that have layers of their own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
 
 from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.config import Config
-from fedhpc.data.prepared import Batch, PreparedData
+from fedhpc.data.prepared import PreparedData
 from fedhpc.device.loans import lend, params_by_device
 from fedhpc.device.round_context import RoundContext
 from fedhpc.evaluate.predictions import SERVER, DeviceBatch, results
-from fedhpc.evaluate.questions import Questions, answer_dtype, make_decoding
+from fedhpc.evaluate.questions import Questions, answer_dtype, answer_tokens, make_decoding
 from fedhpc.exchange import Exchange
 from fedhpc.federation.partition import Partition
 from fedhpc.federation.sampling import Homes, sampled_before
 from fedhpc.model.backbone import Backbone
-from fedhpc.model.decoding import decode
 from fedhpc.model.pretrained import load_tokenizer
 from fedhpc.tuning import Tuning
 from fedhpc.tuning.base import Params
@@ -60,7 +59,9 @@ class Answering:
 
     def _records(self, batch: DeviceBatch, params_of: Callable[[int], Params]) -> np.ndarray:
         asked = np.concatenate([part for _, part in batch])
-        answer = partial(self._answers, examples=self.questions.examples[asked].tolist())
+        examples = self.questions.examples[asked].tolist()
+        beat = partial(self.exchange.beat, "generating")
+        answer = partial(answer_tokens, self.backbone, self.tuning, self.decoding, examples, beat=beat)
         pairs = [(params_of(device), part) for device, part in batch]
         records = np.zeros(len(asked), self.dtype)
         ((_, answers),) = results(answer, self.backbone, self.questions.prompts, [pairs])
@@ -68,8 +69,3 @@ class Answering:
             record["question"], record["personal"] = question, batch[0][0] != SERVER
             record["length"], record["tokens"][: len(tokens)] = len(tokens), tokens
         return records
-
-    def _answers(self, params: Sequence[Params], batch: Batch, examples: Sequence[int]) -> list[list[int]]:
-        overlay = self.tuning.overlay(self.backbone, params, batch, None)
-        beat = partial(self.exchange.beat, "generating")
-        return decode(self.backbone, overlay, batch, self.decoding, examples, beat=beat)

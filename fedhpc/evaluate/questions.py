@@ -7,11 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.config import EvaluateConfig
-from fedhpc.data.prepared import Description, Split
+from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.errors import ConfigError
 from fedhpc.evaluate.predictions import SERVER, DeviceBatch, device_batches, evaluation_batches, evaluation_examples
-from fedhpc.model.decoding import Decoding
+from fedhpc.model.backbone import Backbone
+from fedhpc.model.decoding import Decoding, decode
 from fedhpc.registry import GENERATION_METRICS
+from fedhpc.tuning import Tuning
+from fedhpc.tuning.base import Params
 
 
 class Questions:
@@ -119,6 +122,19 @@ def make_decoding(config: EvaluateConfig, split: Split, tokenizer: Any, seed: in
         pad_id=split.pad_id,
         seed=seed,
     )
+
+
+def answer_tokens(
+    backbone: Backbone,
+    tuning: Tuning,
+    how: Decoding,
+    examples: Sequence[int],
+    params: Sequence[Params],
+    batch: Batch,
+    **watch: Any,
+) -> list[list[int]]:
+    """The answer to each prompt of a batch, with the trainable tensors of its devices; see `decode`."""
+    return decode(backbone, tuning.overlay(backbone, params, batch, None), batch, how, examples, **watch)
 
 
 def answer_dtype(max_new_tokens: int) -> np.dtype:

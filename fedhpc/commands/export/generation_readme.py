@@ -1,9 +1,8 @@
 """The README.md of an adapter that generates text."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from fedhpc.commands.answering import LONGEST, MESSAGES, STAND_IN, Answerer
+from fedhpc.commands.answering import MESSAGES, STAND_IN, Answerer
 from fedhpc.commands.export.readme import (
     EXAMPLE,
     FIELD,
@@ -15,8 +14,8 @@ from fedhpc.commands.export.readme import (
     text_line,
 )
 from fedhpc.commands.trained import Trained
-from fedhpc.data.generation import Renderer
 from fedhpc.data.generation_tokens import GenerationEncoder
+from fedhpc.data.tokens import NO_LIMIT
 from fedhpc.server.job import checked_tokenizer
 from fedhpc.tuning.peft_form import PeftForm
 
@@ -83,14 +82,14 @@ def _ids(answerer: Answerer) -> Iterator[str]:
     task, tokenizer = answerer.task, answerer.tokenizer
     if not answerer.asker.is_chat:
         yield 'ids = tokenizer(prompt, return_tensors="pt").input_ids'
-        own = GenerationEncoder(tokenizer, chat=False, max_length=LONGEST).prompt(EXAMPLE)
+        own = GenerationEncoder(tokenizer, chat=False, max_length=NO_LIMIT).prompt(EXAMPLE)
         if trailing := len(tokenizer(EXAMPLE).input_ids) - len(own):
             yield f"ids = ids[:, : -{trailing}]"
         return
     system = [] if task.system is None else [{"role": "system", "content": task.system}]
     asked = FIELD.format("prompt")
     turns = [*system, {"role": "user", "content": asked}]
-    renderer = Renderer(replace(task, format="messages", columns={}, template=None), tokenizer)
+    renderer = answerer.conversations
     whole = renderer({MESSAGES: [*turns, {"role": "assistant", "content": STAND_IN}]})
     before_answer = whole.text[: whole.trained[-1][0]]
     is_same = checked_tokenizer(answerer.job).chat_template == tokenizer.chat_template

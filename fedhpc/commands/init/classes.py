@@ -26,7 +26,7 @@ from fedhpc.data.readers import Record
 from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
 from fedhpc.data.tasks import SPLITS, Head, Task
 from fedhpc.data.texts import encode
-from fedhpc.data.tokens import TextEncoder
+from fedhpc.data.tokens import NO_LIMIT, TextEncoder
 from fedhpc.errors import DataError, UserError
 from fedhpc.model.limits import most_tokens
 from fedhpc.model.pretrained import read_shape
@@ -167,7 +167,7 @@ def fit_to_model(task: Task, rows: Examples, recipe: Recipe, backbone: TargetMod
     if why:
         head = "linear"
     template = task.template(kind=backbone.kind, head=head)
-    encoder = TextEncoder(template, backbone.tokenizer, kind=backbone.kind, max_length=1 << 30)
+    encoder = TextEncoder(template, backbone.tokenizer, kind=backbone.kind, max_length=NO_LIMIT)
     encoded = encode(rows.texts.rows, rows.texts.place, encoder, backbone.vocabulary_size)
     tokens = np.array([len(example.ids) for example in encoded])
     most = longest_text(recipe, task, backbone, head)
@@ -176,7 +176,7 @@ def fit_to_model(task: Task, rows: Examples, recipe: Recipe, backbone: TargetMod
 
 def longest_text(recipe: Recipe, task: Task, backbone: TargetModel, head: Head) -> int:
     """Tokens that the model has places for, beside the prompts."""
-    asked = Recipe(**{**vars(recipe), "head": head, "max_length": 1 << 30})
+    asked = Recipe(**{**vars(recipe), "head": head, "max_length": NO_LIMIT})
     description = Description(**describe(asked, task, backbone), splits={}, files={})
     return most_tokens(run_config(task.name, recipe.model, head, 1), description, read_shape(recipe.model))
 

@@ -26,6 +26,7 @@ from fedhpc.data.prepared import Description
 from fedhpc.data.preparing_generation import Encoded, describe, encode_splits, read_splits
 from fedhpc.data.readers import Record
 from fedhpc.data.recipe import Recipe, TargetModel, load_target_model
+from fedhpc.data.tokens import NO_LIMIT
 from fedhpc.model.limits import most_tokens
 from fedhpc.model.pretrained import read_shape
 from fedhpc.registry import TUNING_OF_TEXTS
@@ -34,7 +35,6 @@ HELD_BACK = 0.05
 """Share of the examples of a file that is alone."""
 METRIC = "token_f1"
 """Needs no package."""
-LONGEST = 1 << 30
 SAMPLED = 4
 """Devices that train in a round."""
 ANSWERS = 32
@@ -123,7 +123,7 @@ def fit_to_model(task: GenerationTask, recipe: Recipe, model: TargetModel) -> Fi
     Raises:
         UserError: what `fedhpc prepare` would refuse.
     """
-    whole = replace(recipe, max_length=LONGEST)
+    whole = replace(recipe, max_length=NO_LIMIT)
     description = Description(**describe(whole, task, model), class_names=[], splits={}, files={})
     renderer = Renderer(task, model.tokenizer)
     splits = read_splits(task, renderer, recipe)
