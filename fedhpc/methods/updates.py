@@ -93,7 +93,7 @@ class RoundUploads:
     sums: Sums | None = None
     control_memory: Sequence[Vector] = ()
     """Where the devices' new c_i may be written, m vectors [n] by ascending device id; none: new memory."""
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int64] | NDArray[np.float64]
     """What each upload counts, by `server.weights`: n_i, the trained tokens in the n_i examples, or 1; shape [m]."""
 
     @property
