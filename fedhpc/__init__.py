@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedhpc import methods, testing, tuning
     from fedhpc.api import RunResult, run
+    from fedhpc.attack.attack import Attack, BadDevicesConfig
     from fedhpc.config import (
+        AttackConfig,
         Config,
         ExchangeConfig,
         FederationConfig,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from fedhpc.methods import Method, Population, ServerState, SummedMethod
     from fedhpc.methods.updates import Layout, RoundUploads, Sums
     from fedhpc.registry import (
+        register_attack,
         register_encoding,
         register_generation_metric,
         register_method,
@@ -43,8 +46,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedhpc.api": ("RunResult", "run"),
+    "fedhpc.attack.attack": ("Attack", "BadDevicesConfig"),
     "fedhpc.config": (
-        *("Config", "ExchangeConfig", "FederationConfig", "MethodConfig", "SelectionConfig", "TuningConfig"),
+        *("AttackConfig", "Config", "ExchangeConfig", "FederationConfig", "MethodConfig", "SelectionConfig"),
+        "TuningConfig",
     ),
     "fedhpc.config_file": ("load_config",),
     "fedhpc.errors": ("ConfigError", "UserError"),
@@ -56,8 +61,8 @@ _HOMES = {
     "fedhpc.methods": ("Method", "Population", "ServerState", "SummedMethod"),
     "fedhpc.methods.updates": ("Layout", "RoundUploads", "Sums"),
     "fedhpc.registry": (
-        *("register_encoding", "register_generation_metric", "register_method", "register_metric"),
-        *("register_partition", "register_strategy", "register_tracker", "register_tuning"),
+        *("register_attack", "register_encoding", "register_generation_metric", "register_method"),
+        *("register_metric", "register_partition", "register_strategy", "register_tracker", "register_tuning"),
     ),
     "fedhpc.selection": ("Strategy",),
     "fedhpc.tuning": ("Tuning",),
@@ -65,6 +70,9 @@ _HOMES = {
 _MODULES = ("methods", "testing", "tuning")
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
+    "Attack",
+    "AttackConfig",
+    "BadDevicesConfig",
     "Config",
     "ConfigError",
     "Encoding",
@@ -91,6 +99,7 @@ __all__ = [
     "UserError",
     "load_config",
     "methods",
+    "register_attack",
     "register_encoding",
     "register_generation_metric",
     "register_method",

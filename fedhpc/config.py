@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from fedhpc import yaml_files
 from fedhpc.registry import (
+    ATTACKS,
     ENCODINGS,
     METHODS,
     PARTITIONS,
@@ -325,6 +326,13 @@ class SimulationConfig(Section):
         return self
 
 
+class AttackConfig(Section):
+    """What bad devices do, in an experiment; an attack's own keys come in a subclass."""
+
+    kind: str = ATTACKS.default
+    """`label_flip` trains on wrong classes, `sign_flip` sends the opposite of what was learned, `noise` sends noise."""
+
+
 class CheckpointConfig(Section):
     """When the state is saved."""
 
@@ -388,6 +396,7 @@ class Config(Section):
     server: MethodConfig = MethodConfig()
     exchange: ExchangeConfig = ExchangeConfig()
     simulation: SimulationConfig = SimulationConfig()
+    attack: AttackConfig = AttackConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     trace: bool = False

@@ -1,10 +1,11 @@
 """The parts that a run is put together from, by name, and how anyone adds one.
 
-A part is a class: a server method, a tuning, a partition, a selection strategy, an upload encoding, a metric, a
-tracker. It says in its own ``Config`` which keys it has in its section of the configuration, and in ``check`` what it
-does not go together with. The parts that fedhpc brings are registered in the same way as anybody's: by a decorator in
-a module that is imported before a configuration is read. Such modules are those of SHIPPED, those of installed
-packages that name themselves in the entry-point group ``fedhpc.plugins``, and those under ``plugins:`` in the file.
+A part is a class: a server method, a tuning, a partition, a selection strategy, an upload encoding, an attack, a
+metric, a tracker. It says in its own ``Config`` which keys it has in its section of the configuration, and in ``check``
+what it does not go together with. The parts that fedhpc brings are registered in the same way as anybody's: by a
+decorator in a module that is imported before a configuration is read. Such modules are those of SHIPPED, those of
+installed packages that name themselves in the entry-point group ``fedhpc.plugins``, and those under ``plugins:`` in the
+file.
 
 Nothing here loads PyTorch.
 """
@@ -26,8 +27,9 @@ from typing import Any
 from fedhpc.errors import ConfigError
 
 SHIPPED = (
-    *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.selection.strategies"),
-    *("fedhpc.exchange.encodings", "fedhpc.evaluate.metrics", "fedhpc.evaluate.generation_metrics"),
+    *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.attack.attacks"),
+    *("fedhpc.selection.strategies", "fedhpc.exchange.encodings", "fedhpc.evaluate.metrics"),
+    "fedhpc.evaluate.generation_metrics",
 )
 """Modules that register fedhpc's own parts; of a folder all files, so that a new part is one file."""
 ENTRY_POINTS = "fedhpc.plugins"
@@ -140,10 +142,11 @@ TUNING_OF_TEXTS = "lora"
 PARTITIONS = Registry("partition", "Partitioner", section="federation", key="partition", default="dirichlet")
 STRATEGIES = Registry("selection strategy", "Strategy", section="selection", key="strategy", default="score")
 ENCODINGS = Registry("upload encoding", "Encoding", section="exchange", key="encoding", default="dense")
+ATTACKS = Registry("attack", "Attack", section="attack", key="kind", default="none")
 METRICS = Registry("metric", "Metric")
 GENERATION_METRICS = Registry("metric of generated text", "GenerationMetric", taken=RECORDED)
 TRACKERS = Registry("tracker", "Tracker")
-SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS)
+SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS, ATTACKS)
 """Registries whose parts have keys in a section of the configuration."""
 
 register_method = METHODS.register
@@ -151,6 +154,7 @@ register_tuning = TUNINGS.register
 register_partition = PARTITIONS.register
 register_strategy = STRATEGIES.register
 register_encoding = ENCODINGS.register
+register_attack = ATTACKS.register
 register_metric = METRICS.register
 register_generation_metric = GENERATION_METRICS.register
 register_tracker = TRACKERS.register

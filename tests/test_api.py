@@ -28,11 +28,19 @@ from fedhpc.registry import ENCODINGS, METHODS, METRICS, PARTITIONS, SECTIONS
 from fedhpc.testing import check_encoding, check_method, check_partition
 
 NAMES = [
+    *("Attack", "AttackConfig", "BadDevicesConfig"),
     *("Config", "ConfigError", "Encoding", "ExchangeConfig", "FederationConfig", "GenerationMetric"),
     *("Layout", "Method", "MethodConfig"),
     *("Metric", "Partitioner", "Population", "RoundUploads", "RunResult", "SelectionConfig", "ServerState", "Strategy"),
     *("SummedMethod", "Sums", "Tracker", "TrackerConfig", "Tuning", "TuningConfig", "UserError", "load_config"),
-    *("methods", "register_encoding", "register_generation_metric", "register_method", "register_metric"),
+    *(
+        "methods",
+        "register_attack",
+        "register_encoding",
+        "register_generation_metric",
+        "register_method",
+        "register_metric",
+    ),
     *("register_partition", "register_strategy", "register_tracker", "register_tuning", "run", "testing", "tuning"),
 ]
 SMALL = {"federation": {"num_devices": 6, "sample_rate": 0.5, "rounds": 2}, "selection": {"strategy": "all"}}

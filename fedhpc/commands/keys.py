@@ -87,7 +87,7 @@ def keys_text(sections: Sequence[str]) -> str:
 def keys_markdown(section: str) -> str:
     """A section's keys as a table; it does not list the parts that there are."""
     keys = keys_of(section)
-    choices = {f"{registry.section}.{registry.key}": f"name of a {registry.what}" for registry in SECTIONS}
+    choices = {f"{registry.section}.{registry.key}": f"{registry.what}, by name" for registry in SECTIONS}
     with_parts = any(key.parts for key in keys)
     lines = ["| key | of | type | default | meaning |", "| --- | --- | --- | --- | --- |"]
     if not with_parts:

@@ -7,12 +7,13 @@ from functools import partial
 
 import numpy as np
 
+from fedhpc.attack.attack import bad_devices, make_attack
 from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.files import Position
 from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
-from fedhpc.data.prepared import PreparedData
+from fedhpc.data.prepared import PreparedData, Split
 from fedhpc.device.answering import Answering
 from fedhpc.device.curriculum import Batches, easy_first, some_of
 from fedhpc.device.evaluation import Evaluation
@@ -66,7 +67,8 @@ class Worker:
         exchange: Exchange,
     ) -> None:
         self.config = config
-        self.train = data.split("train")
+        self.attack, self.bad = make_attack(config), bad_devices(config)
+        self.train = self._as_attacked(data.split("train"), partition, len(data.description.class_names))
         self.partition = partition
         self.backbone = backbone
         self.tuning = tuning
@@ -93,6 +95,14 @@ class Worker:
         self.unseen = DeviceState(local=np.empty(0, np.float32))
         """The state of a device before its first round."""
         self.start_over()
+
+    def _as_attacked(self, split: Split, partition: Partition, num_classes: int) -> Split:
+        """The training examples, those of bad devices with the classes that these make of them."""
+        labels = np.array(split.labels)
+        for device in self.bad:
+            own = partition.train[device]
+            labels[own] = self.attack.labels(labels[own], num_classes)
+        return replace(split, labels=labels)
 
     def start_over(self) -> None:
         """Forget all that the server did not tell, and take the share of this rank's new number."""
@@ -260,6 +270,9 @@ class Worker:
     def _upload(self, device: int, update: DeviceUpdate, context: RoundContext, record: np.ndarray) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         before, start = self.states.get(device, self.unseen), context.params
+        if device in self.bad:
+            rng = generator(self.config.seed, purpose="attack", round_index=context.round, device=device)
+            update = replace(update, params=self.attack.upload(update.params, start, rng))
         steps, rate = update.num_steps, learning_rate(self.config, context.round)
         fault = fault_of(update.params, start, num_steps=steps, learning_rate=rate)
         gradient = [] if update.gradient is None else [update.gradient]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedhpc.attack.attack import bad_devices
 from fedhpc.checkpoint.state_file import RunState
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.checkpoint.trace import write_trace
@@ -424,6 +425,8 @@ class Server:
             list(state.layers),
             human_bytes(state.server.params.nbytes),
         )
+        if bad := bad_devices(self.config):
+            log.info("attack.kind: %s: devices %s are bad", self.config.attack.kind, bad)
 
     def _shares(self, devices: Iterable[int]) -> list[int]:
         """How many of the devices are in each worker's share of work that needs no state."""

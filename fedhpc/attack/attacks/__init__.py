@@ -1,0 +1,1 @@
+"""The attacks that fedhpc brings, a file each."""

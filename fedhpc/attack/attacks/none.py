@@ -1,0 +1,12 @@
+"""No attack: every device does what it should."""
+
+from fedhpc.attack.attack import Attack
+from fedhpc.config import AttackConfig
+from fedhpc.registry import ATTACKS
+
+
+@ATTACKS.register("none")
+class NoAttack(Attack):
+    """Nobody is bad."""
+
+    Config = AttackConfig
