@@ -286,6 +286,9 @@ class ExchangeConfig(Section):
     `trace`."""
     encoding: str = ENCODINGS.default
     """What a device sends of its update: `dense` all of it, `topk` the largest changes."""
+    keep: list[Annotated[str, Field(min_length=1)]] = []
+    """Tensors that every device trains for itself and keeps, by patterns of their names: `head.*` (FedPer), or with
+    LoRA `lora_B.*` (FedSA-LoRA). A pattern that matches nothing is refused with the names that there are."""
     timeout_s: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
     """The job ends when a rank has not been heard of for so many seconds, or no file of a checkpoint was finished;
     longer than one local step, and than loading the backbone."""
@@ -474,6 +477,9 @@ class Config(Section):
             raise ValueError(
                 "selection.local_layers: frozen leaves nothing to train in them; sparse.fraction below 1 needs trained"
             )
+        if self.exchange.keep and (self.selection.is_automatic or self.sparse.fraction < 1):
+            other = "selection.ratio: auto" if self.selection.is_automatic else "sparse.fraction below 1"
+            raise ValueError(f"exchange.keep does not go together with {other}, which begins devices' own tensors anew")
         if self.selection.is_automatic and self.model.attention != "sdpa":
             raise ValueError(
                 f"selection.ratio: auto differentiates twice, which model.attention: {self.model.attention} cannot; it "

@@ -112,11 +112,12 @@ def write_config(world, folder, run, **changes):
     return path
 
 
-def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, task="task", **source):
+def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, task="task", head=None, **source):
     """Everything a run needs; the run's configuration file.
 
     Args:
         task: which of the source's task files, `task` or `generation`.
+        head: unless it is what `fedhpc prepare` takes of itself.
     """
     backbone = write_backbone(folder / "backbone", kind=kind, num_layers=num_layers)
     source = write_source(folder / "source", **source)
@@ -129,6 +130,7 @@ def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, task="task", **so
         backbone,
         "--out",
         folder / "prepared",
+        *(("--head", head) if head else ()),
     ]
     assert load_script("prepare").main([str(argument) for argument in arguments]) == 0
     config = {
@@ -136,7 +138,7 @@ def write_world(folder, kind="decoder", num_layers=NUM_LAYERS, task="task", **so
         "model": {"name": str(backbone)},
         "data": {"path": str(folder / "prepared")},
         "federation": {"num_devices": NUM_DEVICES, "sample_rate": 0.5, "rounds": 3},
-        "tuning": {"num_tokens": NUM_TOKENS, "head": "verbalizer" if task == "task" else "language_model"},
+        "tuning": {"num_tokens": NUM_TOKENS, "head": head or ("verbalizer" if task == "task" else "language_model")},
         "selection": {"strategy": "score", "ratio": 0.5},
         "device": {"epochs": 1, "batch_size": 8, "learning_rate": 0.05},
         "evaluate": {"every": 1},

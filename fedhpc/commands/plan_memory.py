@@ -1,6 +1,7 @@
 """The memory that a run's ranks take at most, part by part; `fedhpc plan` shows it."""
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -170,13 +171,14 @@ def exchanged_bytes(job: Job) -> int:
 
 def trainable(job: Job) -> int:
     """Trained parameters of a device."""
-    return job.tuning.exchanged(range(job.shape.num_layers)).size
+    tuning = job.tuning
+    return sum(prod(shape) for name, shape in tuning.shapes.items() if not name.startswith(tuning.untrained))
 
 
 def local_bytes(job: Job) -> int:
-    """Bytes of the layers that a device has for itself."""
-    is_frozen = job.config.selection.local_layers == "frozen"
-    return 0 if is_frozen else job.tuning.local(range(selected(job))).nbytes
+    """Bytes of the tensors that a device has for itself."""
+    layers = range(selected(job))
+    return job.tuning.local(layers).nbytes if job.tuning.trains_local(layers) else 0
 
 
 def devices_in_batch(job: Job) -> int:

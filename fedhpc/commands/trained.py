@@ -66,6 +66,8 @@ def load_trained(run_dir: str, device: int | None = None) -> Trained:
 
     state, local = Checkpoints(run_dir).undisturbed(load)
     tensors = job.tuning.merge(state.server.params, local, state.layers)
+    if device is not None:
+        tensors = job.tuning.on_device(tensors, device)
     return Trained(job=job, device=device, rounds=state.server.round, tensors=tensors)
 
 
@@ -73,7 +75,7 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
     last = job.config.federation.num_devices - 1
     if not 0 <= device <= last:
         raise CheckpointError(f"--device {device}: this run has the devices 0 to {last}")
-    if not state.unseen_local.size or job.config.selection.local_layers == "frozen":
+    if not job.tuning.trains_local(state.layers):
         raise CheckpointError(
             f"--device {device}: this run exchanges everything it trains, so devices have nothing of their own; leave "
             "--device out"

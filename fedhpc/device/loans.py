@@ -50,8 +50,11 @@ def params_by_device(
         own: layers of devices' own, as `lend` gives them.
     """
 
-    def make(local: Vector) -> Params:
-        return as_parameters(tuning.merge(context.params, local, context.layers), backbone.torch_device)
+    def make(local: Vector, device: int) -> Params:
+        tensors = tuning.merge(context.params, local, context.layers)
+        if device != SERVER:
+            tensors = tuning.on_device(tensors, device)
+        return as_parameters(tensors, backbone.torch_device)
 
-    of_server = make(unseen.local)
-    return lambda device: of_server if device == SERVER else make(own.get(device, unseen.local))
+    of_server = make(unseen.local, SERVER)
+    return lambda device: of_server if device == SERVER else make(own.get(device, unseen.local), device)

@@ -131,7 +131,7 @@ class _Lane:
             config, assignment.examples, split.lengths[self.examples], round_index=round_index, device=self.device
         )
         begun, place = assignment.begun, backbone.torch_device
-        tensors = tuning.merge(start, self.state.local, layers)
+        tensors = self._at_start()
         if begun:  # a file gives them in another order, and norms are rounded in the order of their terms
             tensors = {name: begun.tensors[name] for name in tensors}
         self.params = as_parameters(tensors, place)
@@ -180,7 +180,7 @@ class _Lane:
 
     def gradient_at_start(self, backbone: Backbone, split: Split, beat: Callable[[str], None]) -> Vector:
         """The gradient [n] of the mean loss over the whole shard at P^t, its norm clipped like a step's."""
-        params = as_parameters(self.tuning.merge(self.start, self.state.local, self.layers), backbone.torch_device)
+        params = as_parameters(self._at_start(), backbone.torch_device)
         total, size = [torch.zeros_like(p) for p in params.values()], self.config.device.batch_size
         num_terms = split.num_terms[self.examples].sum()
         backbone.training_mode(True, dropout=False)
@@ -212,6 +212,9 @@ class _Lane:
             ),
             gradient=gradient,
         )
+
+    def _at_start(self) -> dict[str, NDArray[np.float32]]:
+        return self.tuning.on_device(self.tuning.merge(self.start, self.state.local, self.layers), self.device)
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         return {name: parameter.detach().cpu().numpy() for name, parameter in self.params.items()}

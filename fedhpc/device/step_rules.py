@@ -62,7 +62,7 @@ class Changes:
 class Sparse:
     """Trains only the neurons, rows of the tensors, that have most Fisher information, in a device's own layers.
 
-    None of them where these layers are frozen.
+    Where these layers are frozen, or a tuning has tensors that stay as they are, it trains none of those.
 
     In a device's first round all of them are trained, and the diagonal Fisher information is measured.
 
@@ -84,17 +84,17 @@ class Sparse:
         self._config, self._tuning, self._layers, self._known = config, tuning, layers, known
         self._measured: dict[str, Tensor] = {}
         self._mask: list[Tensor] = []
-        num_local = tuning.local(layers).size
-        if not num_local or (config.fraction == 1 and not tuning.frozen):
-            return
-        if known is None and not tuning.frozen:
+        if config.fraction == 1 or not tuning.local(layers).size:
+            trained = tuning.trained()
+        elif known is None:
             self._measured = {name: measured.get(name + FISHER, torch.zeros_like(p)) for name, p in params.items()}
             return
-        exchanged = np.ones(tuning.exchanged(layers).size, np.float32)
-        local = np.zeros(num_local, np.float32) if known is None else self._most_informative(known)
-        whole = tuning.merge(exchanged, local, layers)
-        self._mask = [torch.from_numpy(whole[name]).bool().to(p.device) for name, p in params.items()]
-        self._start = [parameter.detach().clone() for parameter in params.values()]
+        else:
+            exchanged = np.ones(tuning.exchanged(layers).size, np.float32)
+            trained = tuning.merge(exchanged, self._most_informative(known), layers)
+        if trained:
+            self._mask = [torch.from_numpy(trained[name]).bool().to(p.device) for name, p in params.items()]
+            self._start = [parameter.detach().clone() for parameter in params.values()]
 
     def of_gradient(self, gradients: list[Tensor]) -> None:
         """Measure, or leave out the other neurons' gradients."""

@@ -88,6 +88,8 @@ class Worker:
             or config.curriculum.order != "random"
         )
         """Whether a device keeps more between its rounds than its own layers."""
+        self.trains_local = False
+        """Whether devices train tensors of their own."""
         self.states: dict[int, DeviceState] = {}
         self.touched: set[int] = set()
         """Devices whose state is newer than the last checkpoint."""
@@ -236,11 +238,6 @@ class Worker:
         """Whether devices keep anything between their rounds; in a warm-up they have taken steps, if no more."""
         return self.keeps or self.trains_local or self.config.selection.is_automatic
 
-    @property
-    def trains_local(self) -> bool:
-        """Whether devices have layers of their own that they train."""
-        return bool(self.unseen.local.size) and not self.tuning.frozen
-
     def _curriculum(self, device: int, round_index: int) -> Batches | None:
         """A device's batches of a round where a curriculum orders them; measured when it first takes part."""
         if self.config.curriculum.order == "random":
@@ -315,7 +312,8 @@ class Worker:
         """Take over the selected layers; every device goes on from the same local tensors."""
         self.method.layout = self.tuning.exchanged(command.layers)
         self.unseen = DeviceState(local=command.payload.copy())
-        if self.config.selection.local_layers == "frozen":
+        self.trains_local = self.tuning.trains_local(command.layers)
+        if self.tuning.freezes_others:
             self.tuning.frozen = self.tuning.other_layers(command.layers)
         kept = self.tuning.kept_elements(command.layers)
         self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}

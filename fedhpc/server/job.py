@@ -112,8 +112,16 @@ def load_job(config: Config) -> Job:
     check_lengths(config, data.description, shape)
     if data.description.head != "language_model":
         _check_metric(config, data.description)
-    tuning = make_tuning(config.tuning, shape, num_classes=len(data.description.class_names))
-    return Job(config=config, data=data, shape=shape, tuning=tuning, partition=_partition(config, data))
+    tuning = make_tuning(
+        config.tuning,
+        shape,
+        num_classes=len(data.description.class_names),
+        keep=config.exchange.keep,
+        freezes_others=config.selection.local_layers == "frozen",
+    )
+    partition = _partition(config, data)
+    tuning.know_devices(config.seed, config.federation.num_devices, partition.names)
+    return Job(config=config, data=data, shape=shape, tuning=tuning, partition=partition)
 
 
 def _check_metric(config: Config, description: Description) -> None:

@@ -397,8 +397,7 @@ class Server:
         records = self.exchange.request(command, record, [1] * self.num_workers)
         scores = self.outcomes.scores(records)
         if self.generations is not None:
-            personal = bool(state.unseen_local.size) and self.config.selection.local_layers != "frozen"
-            scores |= self.generations.ask(state, personal=personal)
+            scores |= self.generations.ask(state, personal=self.tuning.trains_local(state.layers))
         seconds["evaluate"] = time.perf_counter() - start
         return scores
 

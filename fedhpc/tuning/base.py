@@ -1,7 +1,8 @@
 """What every tuning shares: its tensors, and which of them are exchanged once layers are selected.
 
 A tensor is either *per layer* (axis 0 counts the backbone's layers; the selected rows are exchanged, the others stay
-on the device) or *shared* (exchanged whole, for example a linear head).
+on the device) or *shared* (exchanged whole, for example a linear head). Of either kind, some may stay on the device
+whole: those that `exchange.keep` names, and those that are not trained.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -80,6 +83,14 @@ class Tuning(Part, ABC):
     """What it reads beside the backbone, name -> SHA-256 of the content."""
     without_effect: tuple[str, ...] = ()
     """Ends of names of tensors that need not change the scores."""
+    untrained: tuple[str, ...] = ()
+    """Beginnings of names of tensors that stay as they are before round 0, on every device."""
+    has_factors = False
+    """Whether it exchanges changes of low rank as `lora_A.<module>` [L, r, in] and `lora_B.<module>` [L, out, r]."""
+    keep: Sequence[str] = ()
+    """Patterns of names of tensors that stay on the device (`exchange.keep`)."""
+    freezes_others = False
+    """Whether the layers that are not exchanged are not trained either (`selection.local_layers: frozen`)."""
 
     def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         self.config = config
@@ -101,6 +112,8 @@ class Tuning(Part, ABC):
                 f"selection.strategy: {strategy} selects layers, but tuning.kind: {kind} trains nothing in them; it "
                 "needs selection.strategy: all"
             )
+        if cls.untrained and config.sparse.fraction < 1:
+            raise ConfigError(f"tuning.kind: {kind} has tensors that are not trained; it needs sparse.fraction: 1")
         if not cls.packable and config.device.pack != 1:
             raise ConfigError(
                 f"tuning.kind: {kind} changes the weights for one device at a time; it needs device.pack: 1"
@@ -214,31 +227,88 @@ class Tuning(Part, ABC):
         """Standard deviation of a tensor before round 0: `initializer_range` of the backbone, 0 for biases."""
         return 0.0 if name.endswith("bias") else self.shape.initializer_range
 
+    @property
+    def at_home(self) -> set[str]:
+        """Names of the tensors of which nothing is exchanged."""
+        return {
+            name
+            for name in self.shapes
+            if name.startswith(self.untrained) or any(fnmatchcase(name, pattern) for pattern in self.keep)
+        }
+
+    def check_keep(self) -> None:
+        """Raise ConfigError for a pattern in `keep` of no trained tensor, or where nothing is left to exchange."""
+        names = [name for name in self.shapes if not name.startswith(self.untrained)]
+        for pattern in self.keep:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"exchange.keep: {pattern!r} matches none of the tensors of tuning.kind: {self.config.kind}: "
+                    f"{', '.join(names)}"
+                )
+        if not self.at_home.symmetric_difference(self.shapes):
+            raise ConfigError("exchange.keep: nothing is left to exchange; leave some tensors out of it")
+
+    def know_devices(self, seed: int, num_devices: int, names: Sequence[str]) -> None:
+        """What a tuning that differs from device to device may know of them.
+
+        Args:
+            seed: of the run.
+            num_devices: N.
+            names: of the devices, where the data give them some.
+
+        Raises:
+            ConfigError: its keys do not fit the devices.
+        """
+
+    def on_device(self, tensors: dict[str, np.ndarray], device: int) -> dict[str, np.ndarray]:
+        """The part of whole tensors that a device has; the rest is zero."""
+        return tensors
+
     def exchanged(self, layers: Sequence[int]) -> Layout:
         """What crosses the network when ``layers`` are selected."""
-        return Layout({**self._rows(len(layers)), **self.shared})
+        return Layout(_without(self.at_home, {**self._rows(len(layers)), **self.shared}))
 
     def local(self, layers: Sequence[int]) -> Layout:
         """What stays on the device when ``layers`` are selected."""
-        return Layout(self._rows(self.shape.num_layers - len(layers)))
+        home = self.at_home
+        others = _without(home, self._rows(self.shape.num_layers - len(layers)))
+        return Layout({**others, **{name: shape for name, shape in self.shapes.items() if name in home}})
+
+    def trains_local(self, layers: Sequence[int]) -> bool:
+        """Whether devices train tensors of their own when ``layers`` are exchanged."""
+        home = self.at_home
+        return any(
+            prod(shape) > 0 and not name.startswith(self.untrained) and (name in home or not self.freezes_others)
+            for name, shape in self.local(layers).shapes.items()
+        )
+
+    def trained(self) -> dict[str, np.ndarray]:
+        """1 for every element that is trained, 0 for the others, by name; empty where all are."""
+        if not self.frozen and not self.untrained:
+            return {}
+        masks = {name: np.full(shape, not name.startswith(self.untrained)) for name, shape in self.shapes.items()}
+        for name in self.per_layer:
+            masks[name][list(self.frozen)] = False
+        return masks
 
     def split(
         self, tensors: Mapping[str, np.ndarray], layers: Sequence[int], *, out: Vector | None = None
     ) -> tuple[Vector, Vector]:
         """Whole tensors as (exchanged vector, local vector); the first is ``out`` if that is given."""
-        others = self.other_layers(layers)
-        exchanged = {name: tensors[name][list(layers)] for name in self.per_layer}
-        exchanged |= {name: tensors[name] for name in self.shared}
-        local = {name: tensors[name][others] for name in self.per_layer}
-        return self.exchanged(layers).pack(exchanged, out=out), self.local(layers).pack(local)
+        others, home = self.other_layers(layers), self.at_home
+        local = {name: tensors[name] if name in home else tensors[name][others] for name in {*self.per_layer} | home}
+        return self.exchanged(layers).pack(self._taken(tensors, layers), out=out), self.local(layers).pack(local)
 
     def merge(self, exchanged: Vector, local: Vector, layers: Sequence[int]) -> dict[str, np.ndarray]:
         """The whole tensors from an exchanged and a local vector."""
-        others = self.other_layers(layers)
+        others, home = self.other_layers(layers), self.at_home
         global_views, local_views = self.exchanged(layers).views(exchanged), self.local(layers).views(local)
-        tensors = {name: global_views[name].copy() for name in self.shared}
-        for name, shape in self.per_layer.items():
-            tensors[name] = np.empty(shape, np.float32)
+        tensors = {}
+        for name in (*self.shared, *self.per_layer):
+            if name in home or name in self.shared:
+                tensors[name] = (local_views if name in home else global_views)[name].copy()
+                continue
+            tensors[name] = np.empty(self.per_layer[name], np.float32)
             tensors[name][list(layers)] = global_views[name]
             tensors[name][others] = local_views[name]
         return tensors
@@ -247,9 +317,12 @@ class Tuning(Part, ABC):
         """Indices into the vector of all layers that remain when only ``layers`` are exchanged."""
         everything = self.exchanged(range(self.shape.num_layers))
         places = everything.views(np.arange(everything.size))
-        kept = {name: places[name][list(layers)] for name in self.per_layer}
-        kept |= {name: places[name] for name in self.shared}
-        return self.exchanged(layers).pack(kept, np.intp)
+        return self.exchanged(layers).pack(self._taken(places, layers), np.intp)
+
+    def _taken(self, tensors: Mapping[str, np.ndarray], layers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Of the tensors, what is exchanged when ``layers`` are selected."""
+        names = self.exchanged(layers).shapes
+        return {name: tensors[name][list(layers)] if name in self.per_layer else tensors[name] for name in names}
 
     def other_layers(self, layers: Sequence[int]) -> list[int]:
         """The layers whose tensors stay on the device."""
@@ -284,6 +357,10 @@ class Tuning(Part, ABC):
 
     def _rows(self, count: int) -> dict[str, tuple[int, ...]]:
         return {name: (count, *shape[1:]) for name, shape in self.per_layer.items()}
+
+
+def _without(names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name not in names}
 
 
 class ModuleTuning(Tuning):

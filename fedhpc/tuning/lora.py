@@ -17,10 +17,11 @@ import numpy as np
 from pydantic import Field
 
 from fedhpc.config import Positive, PositiveFloat, Probability, TuningConfig
+from fedhpc.errors import ConfigError
 from fedhpc.job.deferred import Tensor, functional
 from fedhpc.model.overlay import Edit, Overlay, each_device
 from fedhpc.registry import TUNINGS
-from fedhpc.seeding import derive_seed
+from fedhpc.seeding import derive_seed, generator
 from fedhpc.tuning.base import ModuleTuning, Params, Rows, dropout
 from fedhpc.tuning.peft_form import PeftForm
 
@@ -41,6 +42,7 @@ PROJECTIONS = (
 )
 """Query and value projections of a layer, or all three in one, in the architectures that have such names."""
 Targets = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Ranks = Annotated[list[Positive], Field(min_length=1)]
 
 
 @TUNINGS.register("lora")
@@ -52,6 +54,10 @@ class LoRA(ModuleTuning):
 
         rank: Positive = 8
         """Rank of the change, r."""
+        ranks: Ranks | dict[str, Positive] | None = None
+        """Devices' own ranks, up to `rank`: a list of which the seed draws one for each device, or a rank for each
+        device by its name, where `federation.partition: column` gives them names. A device trains the first r_i of the
+        r components; the others are zero there and in its upload, which stays as long."""
         alpha: PositiveFloat = 16.0
         """The change of a weight is alpha / r B A."""
         rslora: bool = False
@@ -68,6 +74,7 @@ class LoRA(ModuleTuning):
             return self.dropout > 0
 
     peft_type = "LORA"
+    has_factors = True
 
     def __init__(self, config: Any, shape: BackboneShape, *, num_classes: int) -> None:
         from fedhpc.model.structure import read_structure
@@ -78,11 +85,45 @@ class LoRA(ModuleTuning):
             self.modules = structure.first_match(PROJECTIONS, "tuning.kind: lora")
         else:
             self.modules = structure.matching(["*"] if config.targets == "all-linear" else config.targets)
+        self.ranks: list[int] = []
+        """Of each device, where they differ."""
         self.scaling = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
         for module in self.modules:
             inputs, outputs = structure.linears[module]
             self.per_layer[f"lora_A.{module}"] = (shape.num_layers, config.rank, inputs)
             self.per_layer[f"lora_B.{module}"] = (shape.num_layers, outputs, config.rank)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See `ModuleTuning`; no device has more than all components."""
+        super().check(config)
+        ranks, rank = config.tuning.ranks or [], config.tuning.rank
+        if (largest := max(ranks.values() if isinstance(ranks, dict) else ranks, default=0)) > rank:
+            raise ConfigError(f"tuning.ranks: {largest} is more than tuning.rank: {rank}, which the exchange holds")
+
+    def know_devices(self, seed: int, num_devices: int, names: Sequence[str]) -> None:
+        """See `Tuning`; every device's rank."""
+        ranks = self.config.ranks
+        if isinstance(ranks, list):
+            draws = (generator(seed, purpose="rank", device=device) for device in range(num_devices))
+            self.ranks = [int(draw.choice(ranks)) for draw in draws]
+        elif ranks is not None:
+            if not names:
+                raise ConfigError(
+                    "tuning.ranks: devices have no names here; give a list of ranks, or federation.partition: column"
+                )
+            if odd := sorted({*names} ^ {*ranks}):
+                reason = "has no rank" if odd[0] in names else "is no device"
+                raise ConfigError(f"tuning.ranks: {odd[0]!r} {reason}; there are {', '.join(sorted(names))}")
+            self.ranks = [ranks[name] for name in names]
+
+    def on_device(self, tensors: dict[str, np.ndarray], device: int) -> dict[str, np.ndarray]:
+        """See `Tuning`; its leading components. Zeros on both sides have no gradient and stay zero."""
+        if self.ranks:
+            for module in self.modules:
+                tensors[f"lora_A.{module}"][:, self.ranks[device] :] = 0
+                tensors[f"lora_B.{module}"][..., self.ranks[device] :] = 0
+        return tensors
 
     def initial_scale(self, name: str) -> float:
         """B starts at zero, A with the standard deviation of PEFT's uniform distribution, 1 / sqrt(3 in)."""

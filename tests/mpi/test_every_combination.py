@@ -23,11 +23,12 @@ COMBINATIONS = [
     ("encoder" if (row + column) % 2 or kind == "bitfit" else "decoder", kind, method)  # a LLaMA has no biases
     for row, kind in enumerate(TUNINGS)
     for column, method in enumerate((*(name for name in METHODS if name != "fedpeptao"), *VARIANTS))
+    if method != "flexlora" or TUNINGS[kind].has_factors
 ]
 COMBINATIONS += [
     ("text", kind, method) for kind in TUNINGS if kind != "bitfit" for method in ("fedavg", "drift_corrected")
 ]
-COMBINATIONS += [("text", "lora", "fibecfed")]
+COMBINATIONS += [("text", "lora", "fibecfed"), ("encoder", "lora", "keep"), ("decoder", "lora", "ranks")]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,13 @@ def write_config(folder, where, backbone, kind, method):
     if method == "fibecfed":
         values |= {"server": {"method": "fedavg"}, "selection": {"strategy": "sensitivity", "ratio": 0.5}}
         values |= {"curriculum": {"order": "fisher"}, "sparse": {"fraction": 0.5}}
+    values["server"] |= {"trimmed": 0.0, "bad": 0} if method in ("trimmed_mean", "krum") else {}
+    if method == "krum":
+        values["federation"]["sample_rate"] = 0.75  # it needs three uploads
+    if method == "keep":
+        values |= {"server": {"method": "fedavg"}, "exchange": {"keep": ["lora_B.*"]}}
+    if method == "ranks":
+        values |= {"server": {"method": "flexlora"}, "tuning": {**values["tuning"], "ranks": [1, 2]}}
     if kind == "attempt":
         values["tuning"]["sources"] = [str(folder)]
     path = folder / f"{name}.yaml"

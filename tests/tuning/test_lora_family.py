@@ -1,0 +1,159 @@
+"""Federated LoRA's relatives in whole runs: FFA-LoRA, FedSA-LoRA and others by `exchange.keep`, ranks that differ."""
+
+import h5py
+import numpy as np
+import pytest
+from tiny import metrics, run_dir, write_config, write_world
+
+from fedhpc.commands import cli
+from fedhpc.commands.trained import load_trained
+
+LORA = {"kind": "lora", "rank": 4, "head": "verbalizer"}
+DEVICES = range(4)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("family"), num_layers=2, num_train=60, num_validation=24)
+
+
+def run(world, folder, name, *, rounds=2, status=0, **changes):
+    """So many rounds of all of four devices; the configuration."""
+    federation = {"num_devices": 4, "sample_rate": 1.0, "rounds": rounds, "partition": "iid"}
+    common = {
+        "server": {"method": "fedavg"},
+        "selection": {"strategy": "all"},
+        "tuning": LORA,
+        "federation": federation,
+    }
+    path = write_config(world, folder, name, **common | changes)
+    assert cli.main(["run", str(path)]) == status
+    return path
+
+
+def trace(path, round_index):
+    """Broadcast and uploads [m, ...] of a round by tensor, and what each upload counts, in the order of the devices."""
+    with h5py.File(run_dir(path) / f"traces/round_{round_index:06d}.h5") as file:
+        order = np.argsort(file["device_ids"][()])
+        return (
+            {name: tensor[()] for name, tensor in file["broadcast_params"].items()},
+            {name: tensor[()][order] for name, tensor in file["uploads_params"].items()},
+            file["counts"][()][order] / file["counts"][()].sum(),
+        )
+
+
+def tensors(path, device=None):
+    return load_trained(str(run_dir(path)), device).tensors
+
+
+def test_ffa_lora_trains_and_sends_b_alone(world, tmp_path):
+    path = run(world, tmp_path, "ffa", tuning={**LORA, "kind": "ffa_lora"})
+    whole = run(world, tmp_path, "lora")
+    start, uploads, weights = trace(path, 1)
+    assert uploads
+    assert all(name.startswith("lora_B.") for name in uploads)
+    # A: rank x in, B: out x rank; LLaMA's value projection is half as wide as its query projection
+    a, b = 2 * 4 * (32 + 32), 2 * 4 * (32 + 16)
+    assert metrics(path)[-1]["device_bytes"] == [4 * b, 4 * b]
+    assert metrics(whole)[-1]["device_bytes"] == [4 * (a + b)] * 2
+    result = tensors(path)
+    for name, sent in uploads.items():
+        module, mean = name.removeprefix("lora_B."), np.average(sent, axis=0, weights=weights)
+        assert not np.array_equal(mean, start[name])
+        assert result[name] == pytest.approx(mean, abs=1e-7)
+        # the product of the mean is the mean of the products
+        factor = result[f"lora_A.{module}"]
+        assert result[name] @ factor == pytest.approx(np.average(sent @ factor, axis=0, weights=weights), abs=1e-6)
+        # A is as it was drawn, as LoRA's is before round 0
+        assert np.array_equal(factor, trace(whole, 0)[0][f"lora_A.{module}"])
+        assert factor.any()
+
+
+def test_fedsa_lora_sends_a_and_keeps_b(world, tmp_path):
+    path = run(world, tmp_path, "fedsa", exchange={"keep": ["lora_B.*"]})
+    _, uploads, weights = trace(path, 1)
+    assert all(name.startswith("lora_A.") for name in uploads)
+    shared, own = tensors(path), [tensors(path, device) for device in DEVICES]
+    for name, sent in uploads.items():
+        other = name.replace("lora_A", "lora_B")
+        assert shared[name] == pytest.approx(np.average(sent, axis=0, weights=weights), abs=1e-7)
+        assert not shared[other].any()  # the server never saw one
+        for device in own:
+            assert np.array_equal(device[name], shared[name])
+            assert device[other].any()
+        assert not np.array_equal(own[0][other], own[1][other])
+    assert metrics(path)[-1]["accuracy"] is not None
+
+
+def test_a_devices_own_tensors_go_on_from_round_to_round(world, tmp_path):
+    """With no step that moves them, they are after three rounds what they were after one."""
+    changes = {"exchange": {"keep": ["lora_B.*"]}, "checkpoint": {"every": 1, "keep": 9}}
+    one = run(world, tmp_path, "one", rounds=1, **changes)
+    two = run(world, tmp_path, "two", rounds=2, **changes)
+    before, after = tensors(one, 2), tensors(two, 2)
+    moved = [np.abs(after[name] - before[name]).max() for name in before if name.startswith("lora_B")]
+    first = [np.abs(before[name]).max() for name in before if name.startswith("lora_B")]
+    assert 0 < max(moved) < 2 * max(first)  # a second round of as many steps, not one that began at zero again
+    assert metrics(two)[1]["loss"] < metrics(two)[0]["loss"]
+
+
+def test_a_head_of_ones_own(world, tmp_path):
+    """Deep prompts are exchanged and the head stays, in the layers that a selection leaves, too."""
+    linear = write_world(tmp_path, num_layers=2, head="linear", num_train=60, num_validation=24)
+    path = run(
+        linear,
+        tmp_path,
+        "fedper",
+        tuning={"kind": "prompt", "num_tokens": 3, "head": "linear"},
+        exchange={"keep": ["head.*"]},
+        selection={"strategy": "first", "ratio": 0.5},
+    )
+    own = [tensors(path, device) for device in DEVICES]
+    assert not np.array_equal(own[0]["head.weight"], own[1]["head.weight"])
+    assert np.array_equal(own[0]["prompts"][0], own[1]["prompts"][0])
+    assert not np.array_equal(own[0]["prompts"][1], own[1]["prompts"][1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"exchange": {"keep": ["lora_C.*"]}}, "'lora_C.*' matches none of the tensors of tuning.kind: lora: lora_A."),
+        ({"exchange": {"keep": ["lora_*"]}}, "nothing is left to exchange"),
+        ({"exchange": {"keep": ["lora_A.*"]}, "tuning": {**LORA, "kind": "ffa_lora"}}, "'lora_A.*' matches none"),
+        ({"exchange": {"keep": ["lora_B.*"]}, "selection": {"ratio": "auto"}}, "exchange.keep does not go together"),
+        ({"tuning": {**LORA, "ranks": [2, 8]}}, "tuning.ranks: 8 is more than tuning.rank: 4"),
+        ({"tuning": {**LORA, "ranks": []}}, "tuning.ranks"),
+        ({"tuning": {**LORA, "ranks": {"a": 2}}}, "devices have no names here"),
+        ({"server": {"method": "flexlora"}, "tuning": {**LORA, "kind": "ffa_lora"}}, "valid: lora"),
+        ({"server": {"method": "flexlora"}, "exchange": {"keep": ["lora_B.*"]}}, "exchange.keep"),
+    ],
+)
+def test_refused(world, tmp_path, capsys, changes, words):
+    run(world, tmp_path, "refused", status=2, **changes)
+    assert words in capsys.readouterr().err
+
+
+def test_devices_of_smaller_ranks_train_the_leading_components(world, tmp_path):
+    path = run(world, tmp_path, "ranks", tuning={**LORA, "ranks": [1, 3]}, seed=43)
+    ranks = load_trained(str(run_dir(path))).job.tuning.ranks
+    assert {*ranks} == {1, 3}
+    for round_index in range(2):
+        start, uploads, _ = trace(path, round_index)
+        for name, sent in uploads.items():
+            by_component = np.moveaxis(sent, 2 if "lora_A" in name else 3, 1).reshape(4, 4, -1)
+            for device, rank in enumerate(ranks):
+                assert not by_component[device, rank:].any()
+                assert by_component[device, :rank].any(axis=1).all()
+            if round_index:  # the fourth component is nobody's: zero since the first mean
+                assert not np.moveaxis(start[name], 1 if "lora_A" in name else 2, 0)[3].any()
+
+
+def test_ranks_by_name(tmp_path):
+    named = write_world(tmp_path, num_layers=2, task="generation", num_train=60, num_validation=24)
+    federation = {"num_devices": 3, "sample_rate": 1.0, "rounds": 1, "partition": "column"}
+    ranks = {"bad": 1, "good": 2, "mixed": 4}
+    tuning = {"kind": "lora", "rank": 4, "head": "language_model"}
+    path = run(named, tmp_path, "named", tuning={**tuning, "ranks": ranks}, federation=federation, trace=False)
+    job = load_trained(str(run_dir(path))).job
+    assert dict(zip(job.partition.names, job.tuning.ranks, strict=True)) == ranks
+    run(named, tmp_path, "odd", tuning={**tuning, "ranks": {**ranks, "odd": 1}}, federation=federation, status=2)
