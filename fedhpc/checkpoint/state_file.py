@@ -46,6 +46,8 @@ class RunState:
     """Layer scores, float64 [L], where the selection used them."""
     unseen_local: np.ndarray
     """Local vector of a device before its first round."""
+    added: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What was added to the frozen weights [L, out, in] so far, by module."""
     update_norms: tuple[float, ...] = field(default=())
     """|P^{t+1} - P^t| of every round so far."""
     record: Mapping[str, Any] | None = None
@@ -101,6 +103,7 @@ def server_file(state: RunState, tuning: Tuning, identity: Mapping[str, Any], de
             write_vector(file, FOLDERS.get(name, name), vector, exchanged)
         _write(file, "control/device_ids", np.array(devices, np.int64))
         write_vector(file, "unseen_local", state.unseen_local, tuning.local(state.layers))
+        _write_tensors(file, "added", state.added)
         _write(file, "selection/layers", np.array(state.layers, np.int64)).attrs["ratio"] = state.ratio
         if state.scores is not None:
             _write(file, "selection/scores", state.scores).attrs["ratio"] = state.ratio
@@ -135,6 +138,12 @@ def read_server_file(data: bytes, name: str, tuning: Tuning, check: Callable[[di
             ratio=float(file["selection/layers"].attrs["ratio"]),
             scores=_read(file, "selection/scores", np.float64, (tuning.shape.num_layers,)) if scored else None,
             unseen_local=_finite(_read_vector(file, "unseen_local", tuning.local(layers)), "local parameters"),
+            added={
+                name: _finite(
+                    _read(file, f"added/{name}", np.float32, tuning.added_layout.shapes[name]), "added weights"
+                )
+                for name in file.get("added", ())
+            },
             update_norms=tuple(_read(file, "history/update_norm", np.float64).tolist()),
             record=_record(_read(file, "history/record", np.uint8).tobytes()) if "history/record" in file else None,
             generation=int(file.attrs["generation"]),
@@ -296,6 +305,12 @@ def _read_vector(group: h5py.Group, folder: str, layout: Layout) -> Vector:
     for tensor, view in layout.views(vector).items():
         view[...] = _read(group, _dataset(folder, tensor), np.float32, view.shape)
     return vector
+
+
+def _read_added(file: h5py.File, tuning: Tuning) -> dict[str, np.ndarray]:
+    shapes = tuning.added_layout.shapes
+    found = {name: _read(file, f"added/{name}", np.float32, shapes[name]) for name in file.get("added", ())}
+    return {name: _finite(weight, "the added weights") for name, weight in found.items()}
 
 
 def _read(group: h5py.Group, name: str, dtype: type, shape: tuple[int, ...] | None = None) -> np.ndarray:

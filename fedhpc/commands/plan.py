@@ -6,6 +6,7 @@ import numpy as np
 
 from fedhpc.commands.plan_memory import (
     DTYPE_BYTES,
+    added_bytes,
     exchanged_bytes,
     has_control,
     is_sparse,
@@ -83,6 +84,11 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     yield "bytes per round        selected layers    all layers    full model"
     for direction, copies, payload, header in (
         ("down, broadcast", ranks - 1, lambda nbytes: (1.0 + len(method.sends)) * nbytes, HEADER.itemsize + 4 * packs),
+        *(
+            [("down, factors", ranks - 1, lambda nbytes: devices * nbytes, HEADER.itemsize)]
+            if method.adds_weights
+            else []
+        ),
         up,
     ):
         sizes = [human_bytes(copies * (size + header)) for size in (payload(exchanged), payload(everything), model)]
@@ -95,7 +101,7 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
     n = exchanged_bytes(job)
     sampled = config.federation.devices_per_round
     unwritten = config.checkpoint.every * sampled
-    server = n * (server_vectors(job) + unwritten * has_control(job))
+    server = n * (server_vectors(job) + unwritten * has_control(job)) + added_bytes(job)
     finished = sampled * upload_of(job).nbytes + unwritten * kept_bytes(job)
     begun = sampled if config.device.pack == "auto" else min(num_workers * config.device.pack, sampled)
     unfinished = (3 + is_sparse(job)) * 4 * trainable(job) * begun

@@ -43,6 +43,7 @@ TOKENIZER_FACTOR = 15
 """Bytes of memory that a tokenizer takes while it is loaded, for each byte of its file."""
 TOKENIZER_LEFT = 0.1
 """Share of these bytes that the allocator cannot use for anything else."""
+ADDED = "what rounds add to the frozen weights"
 STRUCTURE = "a look into the model's layers"
 TOKENIZER = "tokenizer, while the data are checked"
 Parts = dict[str, float]
@@ -95,6 +96,7 @@ def _server(job: Job) -> Parts:
     state: Parts = {
         f"prompts and server state ({vectors} vectors), and the next prompts": n * (vectors + 1),
         f"control variates not on disk ({controls})": n * controls,
+        ADDED: 2 * added_bytes(job),
         f"buffer of {arriving}": size,
     }
     tokenizer = TOKENIZER_FACTOR * _tokenizer_bytes(config.model.name)
@@ -139,6 +141,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
         f"backbone, {config.model.quantization or config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
+        ADDED: added_bytes(job) * (1 + DTYPE_BYTES[config.model.dtype] / 4),
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         f"{first}: tensors at once (at other times: {then})": phases[first],
     }
@@ -173,6 +176,11 @@ def trainable(job: Job) -> int:
     """Trained parameters of a device."""
     tuning = job.tuning
     return sum(prod(shape) for name, shape in tuning.shapes.items() if not name.startswith(tuning.untrained))
+
+
+def added_bytes(job: Job) -> int:
+    """Bytes of what rounds add to the frozen weights."""
+    return job.tuning.added_layout.nbytes * method_of(job).adds_weights
 
 
 def local_bytes(job: Job) -> int:

@@ -65,6 +65,7 @@ def load_trained(run_dir: str, device: int | None = None) -> Trained:
         return state, state.unseen_local if device is None else _local_of(device, job, state)
 
     state, local = Checkpoints(run_dir).undisturbed(load)
+    job.tuning.added = state.added
     tensors = job.tuning.merge(state.server.params, local, state.layers)
     if device is not None:
         tensors = job.tuning.on_device(tensors, device)

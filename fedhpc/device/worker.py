@@ -126,6 +126,7 @@ class Worker:
             Op.EVALUATE: self.evaluate,
             Op.GENERATE: self.generate,
             Op.SAVE: self.save,
+            Op.ADD: self.add,
         }
         if command.op not in actions:
             return NO_RECORDS
@@ -311,12 +312,20 @@ class Worker:
     def select(self, command: Command) -> np.ndarray:
         """Take over the selected layers; every device goes on from the same local tensors."""
         self.method.layout = self.tuning.exchanged(command.layers)
-        self.unseen = DeviceState(local=command.payload.copy())
+        local, added = np.split(command.payload, [self.tuning.local(command.layers).size])
+        self.unseen = DeviceState(local=local.copy())
+        self.tuning.added = self.tuning.added_layout.views(added.copy()) if added.size else {}
         self.trains_local = self.tuning.trains_local(command.layers)
         if self.tuning.freezes_others:
             self.tuning.frozen = self.tuning.other_layers(command.layers)
         kept = self.tuning.kept_elements(command.layers)
         self.states = {device: state.narrowed(kept, self.unseen.local) for device, state in self.states.items()}
+        return NO_RECORDS
+
+    def add(self, command: Command) -> np.ndarray:
+        """Add what the server's last step adds to the frozen weights."""
+        size = self.tuning.exchanged(command.layers).size
+        self.tuning.added = self.tuning.with_products(list(command.payload.reshape(-1, size)), command.layers)
         return NO_RECORDS
 
     def evaluate(self, command: Command) -> np.ndarray:

@@ -20,7 +20,8 @@ class Op(IntEnum):
     SCORE = 1
     """Score the layers on every device; reply `score_record`."""
     SELECT = 2
-    """These layers are exchanged from now on; the payload is the local vector of a device not seen before."""
+    """These layers are exchanged from now on; the payload is the local vector of a device not seen before, and what was
+    added to the frozen weights so far."""
     RESTORE = 3
     """Read the device states of this round's checkpoint; `placed` is that of the round that follows it."""
     TRAIN = 4
@@ -37,6 +38,8 @@ class Op(IntEnum):
     """Time a step of 1, 2, 4 ... up to `pack` devices side by side; reply `probe_record`."""
     GENERATE = 10
     """Answer prompts with the payload P^t; reply answers as `fedhpc.evaluate.questions` has them."""
+    ADD = 11
+    """Add products to the frozen weights; the payload are the vectors [n] with their factors."""
 
 
 HEADER = np.dtype(

@@ -140,6 +140,8 @@ class Method(Part, ABC):
     """Whether devices upload, beside P_i, the gradient of their whole shard at P^t."""
     has_control = False
     """Whether there is a control variate for each device; of a SummedMethod, `change` renews it."""
+    adds_weights = False
+    """Whether its rounds also change the frozen weights, see `added`."""
     if_it_diverges = " or device.learning_rate"
     """Ends the advice to lower server.learning_rate."""
     layout = Layout({})
@@ -188,6 +190,10 @@ class Method(Part, ABC):
     def usual_growth(self) -> float:
         """How many times as long as round 0's the server's updates may become although the devices' stay alike."""
         return 1.0
+
+    def added(self, uploads: RoundUploads) -> list[Vector]:
+        """Vectors [n] whose factors' products B A are added to the frozen weights of every rank after the round."""
+        return []
 
     def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
         """How a device steps, from what it was sent and what it has kept."""

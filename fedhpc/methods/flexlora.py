@@ -4,46 +4,26 @@ Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Cli
 NeurIPS 2024. https://arxiv.org/abs/2402.11505. The mean of the As times the mean of the Bs is not the mean of the
 products; and where devices have ranks of their own (`tuning.ranks`), zeros would be averaged in.
 
-Shapes: L exchanged layers, r rank, m devices.
+Shapes: r rank, m devices.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.errors import ConfigError
-from fedhpc.methods.base import Method, ServerState, f32, weighted_mean
-from fedhpc.methods.updates import Layout, RoundUploads, Vector
-from fedhpc.registry import METHODS, TUNINGS
+from fedhpc.methods.base import ServerState
+from fedhpc.methods.factors import FactorMethod, factors
+from fedhpc.methods.updates import RoundUploads
+from fedhpc.registry import METHODS
 
 
 @METHODS.register("flexlora")
-class FlexLoRA(Method):
+class FlexLoRA(FactorMethod):
     """B A = the r leading singular values and vectors of sum_i w_i B_i A_i; the mean of what is no factor.
 
     The singular values go into B, so that A has orthonormal rows; a device of rank r_i takes the leading r_i.
     """
-
-    @classmethod
-    def check(cls, config: Any) -> None:
-        """See `Method`; it needs both factors."""
-        super().check(config)
-        tuning = config.parts["tuning"]
-        if not tuning.has_factors:
-            raise ConfigError(
-                f"server.method: {config.server.method} needs the factors A and B of changes of low rank, which "
-                f"tuning.kind: {config.tuning.kind} does not exchange; valid: "
-                f"{', '.join(name for name, part in TUNINGS.items() if part.has_factors)}"
-            )
-        if config.exchange.keep:
-            raise ConfigError(f"server.method: {config.server.method} needs exchange.keep: []")
-
-    def init(self, params: Vector) -> ServerState:
-        """No state but the parameters."""
-        return ServerState(round=0, params=params)
 
     def update(self, state: ServerState, uploads: RoundUploads) -> ServerState:
         """See `Method`; it looks at whole tensors."""
@@ -59,17 +39,6 @@ class FlexLoRA(Method):
                     uploads.weights,
                 )
         return replace(new, params=params)
-
-    def step(self, state: ServerState, uploads: RoundUploads) -> ServerState:
-        """The mean of every element, of which that of the factors is not used."""
-        return replace(state, round=state.round + 1, params=f32(weighted_mean(uploads)))
-
-
-def factors(layout: Layout) -> Iterator[tuple[str, str]]:
-    """The names of A [L, r, in] and B [L, out, r] of every changed module."""
-    for name in layout.shapes:
-        if name.startswith("lora_A."):
-            yield name, name.replace("lora_A.", "lora_B.", 1)
 
 
 def leading(

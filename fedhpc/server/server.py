@@ -356,7 +356,23 @@ class Server:
                 uploads=uploads,
                 result=server.params,
             )
-        return replace(state, server=replace(server, control={}), update_norms=norms, record=record, part=0)
+        added = self.add_weights(state, uploads, record) if self.method.adds_weights else state.added
+        return replace(
+            state, server=replace(server, control={}), added=added, update_norms=norms, record=record, part=0
+        )
+
+    def add_weights(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> Mapping[str, np.ndarray]:
+        """What the round adds to the frozen weights, here and on every worker; all of it so far."""
+        terms = self.method.added(uploads)
+        self.tuning.added = state.added
+        added = self.tuning.with_products(terms, state.layers)
+        self._command(Command(op=Op.ADD, layers=state.layers, payload=np.concatenate(terms)))
+        self.tuning.added = added
+        nbytes = sum(term.nbytes for term in terms)
+        record["device_bytes"] = [record["device_bytes"][0] + nbytes, record["device_bytes"][1]]
+        record["bytes"] += nbytes * len(record["devices"])
+        record["bytes_down"] += self.exchange.traffic.bytes_down
+        return added
 
     def _server_learning_rate(self, server: ServerState) -> float | None:
         return self.method.server_learning_rate(server)
@@ -437,7 +453,9 @@ class Server:
 
     def _announce_layers(self, state: RunState) -> None:
         self.method.layout = self.tuning.exchanged(state.layers)
-        self._command(Command(op=Op.SELECT, layers=state.layers, payload=state.unseen_local))
+        added = self.tuning.added_layout.pack(state.added) if state.added else np.empty(0, np.float32)
+        payload = np.concatenate([state.unseen_local, added]) if added.size else state.unseen_local
+        self._command(Command(op=Op.SELECT, layers=state.layers, payload=payload))
 
     def _command(self, command: Command) -> None:
         self.exchange.request(command, messages.NO_RECORD, [0] * self.num_workers)

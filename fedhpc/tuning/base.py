@@ -99,6 +99,8 @@ class Tuning(Part, ABC):
         """Name -> shape [L, ...]."""
         self.frozen: Sequence[int] = ()
         """Layers whose tensors stay as they are."""
+        self.added: Mapping[str, np.ndarray] = {}
+        """What was added to the frozen weights [L, out, in] of modules, see `fedhpc.methods.Method.added`."""
         self.shared: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
             self.shared = {"head.weight": (num_classes, shape.output_width), "head.bias": (num_classes,)}
@@ -263,6 +265,15 @@ class Tuning(Part, ABC):
     def on_device(self, tensors: dict[str, np.ndarray], device: int) -> dict[str, np.ndarray]:
         """The part of whole tensors that a device has; the rest is zero."""
         return tensors
+
+    @property
+    def added_layout(self) -> Layout:
+        """The weights [L, out, in] that may have something added to them."""
+        return Layout({})
+
+    def with_products(self, terms: Sequence[Vector], layers: Sequence[int]) -> Mapping[str, np.ndarray]:
+        """`added` with the products B A of the factors in these vectors [n] of the exchanged layers."""
+        raise NotImplementedError
 
     def exchanged(self, layers: Sequence[int]) -> Layout:
         """What crosses the network when ``layers`` are selected."""

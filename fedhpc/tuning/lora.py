@@ -18,7 +18,8 @@ from pydantic import Field
 
 from fedhpc.config import Positive, PositiveFloat, Probability, TuningConfig
 from fedhpc.errors import ConfigError
-from fedhpc.job.deferred import Tensor, functional
+from fedhpc.job.deferred import Tensor, functional, torch
+from fedhpc.methods.updates import Layout, Vector
 from fedhpc.model.overlay import Edit, Overlay, each_device
 from fedhpc.registry import TUNINGS
 from fedhpc.seeding import derive_seed, generator
@@ -85,6 +86,8 @@ class LoRA(ModuleTuning):
             self.modules = structure.first_match(PROJECTIONS, "tuning.kind: lora")
         else:
             self.modules = structure.matching(["*"] if config.targets == "all-linear" else config.targets)
+        self._on_backbone: tuple[Mapping[str, np.ndarray], dict[str, Tensor]] | None = None
+        """`added`, and the same in the backbone's type where it computes."""
         self.ranks: list[int] = []
         """Of each device, where they differ."""
         self.scaling = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
@@ -125,6 +128,26 @@ class LoRA(ModuleTuning):
                 tensors[f"lora_B.{module}"][..., self.ranks[device] :] = 0
         return tensors
 
+    @property
+    def added_layout(self) -> Layout:
+        """See `Tuning`."""
+        shapes = {
+            module: (self.per_layer[f"lora_B.{module}"], self.per_layer[f"lora_A.{module}"]) for module in self.modules
+        }
+        return Layout({module: (*b[:2], a[2]) for module, (b, a) in shapes.items()})
+
+    def with_products(self, terms: Sequence[Vector], layers: Sequence[int]) -> Mapping[str, np.ndarray]:
+        """See `Tuning`; with the scaling of the changes."""
+        views = [self.exchanged(layers).views(term) for term in terms]
+        added = {}
+        for module, shape in self.added_layout.shapes.items():
+            added[module] = self.added[module].copy() if self.added else np.zeros(shape, np.float32)
+            for row, layer in enumerate(layers):
+                left = np.concatenate([each[f"lora_B.{module}"][row] for each in views], axis=1, dtype=np.float64)
+                right = np.concatenate([each[f"lora_A.{module}"][row] for each in views], dtype=np.float64)
+                added[module][layer] += self.scaling * (left @ right)
+        return added
+
     def initial_scale(self, name: str) -> float:
         """B starts at zero, A with the standard deviation of PEFT's uniform distribution, 1 / sqrt(3 in)."""
         if name.startswith("lora_B"):
@@ -141,6 +164,9 @@ class LoRA(ModuleTuning):
         dropout_seeds: Sequence[int] | None,
     ) -> Overlay:
         """See `Tuning`."""
+        if self._on_backbone is None or self._on_backbone[0] is not self.added:
+            placed = {module: torch.from_numpy(weight).to(backbone.base.dtype) for module, weight in self.added.items()}
+            self._on_backbone = self.added, {name: weight.to(backbone.torch_device) for name, weight in placed.items()}
         overlay = super().overlay(backbone, params, batch, dropout_seeds)
         if not self.config.dropout or dropout_seeds is None:
             return overlay
@@ -160,12 +186,15 @@ class LoRA(ModuleTuning):
 
     def edit(self, module: str, rows: Sequence[Rows]) -> Edit:
         """See `ModuleTuning`."""
+        added = self._on_backbone[1].get(module) if self._on_backbone else None
 
         def adapt(layer: int, inputs: Tensor, output: Tensor, sizes: Sequence[int]) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
                 a, b = (rows[place][f"lora_{part}.{module}"][layer].to(x) for part in "AB")
                 return functional.linear(functional.linear(x, a), b * self.scaling)
 
+            if added is not None:
+                output = output + functional.linear(inputs, added[layer].to(inputs))
             return output + each_device(of_device, inputs, sizes)
 
         return adapt
@@ -176,14 +205,18 @@ class LoRA(ModuleTuning):
 
         from fedhpc.model.structure import read_structure
 
+        rank, alpha, rslora = self.config.rank, self.config.alpha, self.config.rslora
+        if self.added:
+            tensors, rank = self._whole_changes(tensors)
+            alpha, rslora = rank, False
         inside = "" if model.base_model is model else f"{model.base_model_prefix}."
         layers = [f"{inside}{layer}" for layer in read_structure(self.shape.name).layers]
         return PeftForm(
             config={
                 "peft_type": self.peft_type,
-                "r": self.config.rank,
-                "lora_alpha": self.config.alpha,
-                "use_rslora": self.config.rslora,
+                "r": rank,
+                "lora_alpha": alpha,
+                "use_rslora": rslora,
                 "lora_dropout": self.config.dropout,
                 "bias": "none",
                 "target_modules": [f"{layer}.{module}" for layer in layers for module in self.modules],
@@ -196,3 +229,21 @@ class LoRA(ModuleTuning):
                 for part in "AB"
             },
         )
+
+    def _whole_changes(self, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+        """Factors of each change and what was added to its weight, together of any rank; and that rank.
+
+        The scaling is one, and the product with the identity exact.
+        """
+        shapes = self.added_layout.shapes
+        rank = max(min(shape[1:]) for shape in shapes.values())
+        found: dict[str, np.ndarray] = {}
+        for module, (num_layers, outputs, inputs) in shapes.items():
+            change = self.scaling * (tensors[f"lora_B.{module}"] @ tensors[f"lora_A.{module}"]) + self.added[module]
+            a, b = np.zeros((num_layers, rank, inputs), np.float32), np.zeros((num_layers, outputs, rank), np.float32)
+            if outputs <= inputs:
+                a[:, :outputs], b[:] = change, np.eye(outputs, rank)
+            else:
+                a[:], b[..., :inputs] = np.eye(rank, inputs), change
+            found |= {f"lora_A.{module}": a, f"lora_B.{module}": b}
+        return found, rank

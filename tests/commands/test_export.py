@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import backbones
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -103,6 +104,25 @@ def test_peft_gives_the_same_logits(tmp_path, name, tuning):
     assert ours.std() > 0.3
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-gqa"])
+def test_what_was_added_to_the_frozen_weights_is_in_the_adapter(tmp_path, name, targets):
+    path = backbones.save_backbone(tmp_path, name)
+    trained, batch = (
+        make_trained(path, backbones.describe(name), kind="lora", targets=targets),
+        backbones.make_batch(name),
+    )
+    before, layout = expected_scores(trained, batch), trained.job.tuning.added_layout
+    added = 0.1 * np.random.default_rng(0).normal(size=layout.size).astype(np.float32)
+    trained.job.tuning.added = layout.views(added)
+    form = peft_form(trained)
+    model = load_with_peft(form, path, tmp_path / "adapter", PLAIN[backbones.kind_of(name)])
+    logits = plain_output(model, form, batch).logits[range(3), batch.slots]
+    ours = expected_scores(trained, batch)
+    assert torch.allclose(logits[:, [word for (word,) in backbones.WORDS]], ours, rtol=0, atol=1e-4)
+    assert (ours - before).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("tuning", TUNINGS[:3], ids=KINDS)
 @pytest.mark.parametrize("name", ["bert", "llama-gqa"])
 def test_peft_gives_the_hidden_states_of_a_linear_head(tmp_path, name, tuning):
@@ -196,7 +216,7 @@ def test_attempt_refuses_a_prompt_of_another_backbone_of_the_same_width(tmp_path
             "bert",
             {},
             {"kind": "bitfit"},
-            "tuning.kind: bitfit cannot be exported: PEFT holds lora, prompt, prompt_tuning",
+            "tuning.kind: bitfit cannot be exported: PEFT holds ffa_lora, lora, prompt, prompt_tuning",
         ),
         ("mistral", {"sliding_window": 15}, {}, "window of 15 positions, but texts and prompts have up to 16"),
     ],

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import final_tensors, metrics, traces, write_world
 
 from fedhpc.exchange.messages import Op
+from fedhpc.methods.factors import FactorMethod
 from fedhpc.registry import METHODS, TUNINGS
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
@@ -23,7 +24,7 @@ COMBINATIONS = [
     ("encoder" if (row + column) % 2 or kind == "bitfit" else "decoder", kind, method)  # a LLaMA has no biases
     for row, kind in enumerate(TUNINGS)
     for column, method in enumerate((*(name for name in METHODS if name != "fedpeptao"), *VARIANTS))
-    if method != "flexlora" or TUNINGS[kind].has_factors
+    if not issubclass(METHODS[method if method in METHODS else "fedpeptao"], FactorMethod) or TUNINGS[kind].has_factors
 ]
 COMBINATIONS += [
     ("text", kind, method) for kind in TUNINGS if kind != "bitfit" for method in ("fedavg", "drift_corrected")

@@ -117,6 +117,8 @@ def test_a_head_of_ones_own(world, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"server": {"method": "flora"}, "tuning": {"kind": "bitfit"}}, "valid: lora"),
+        ({"server": {"method": "fedex_lora"}, "exchange": {"mode": "reduce"}, "trace": False}, "exchange.mode: gather"),
         ({"exchange": {"keep": ["lora_C.*"]}}, "'lora_C.*' matches none of the tensors of tuning.kind: lora: lora_A."),
         ({"exchange": {"keep": ["lora_*"]}}, "nothing is left to exchange"),
         ({"exchange": {"keep": ["lora_A.*"]}, "tuning": {**LORA, "kind": "ffa_lora"}}, "'lora_A.*' matches none"),
@@ -131,6 +133,67 @@ def test_a_head_of_ones_own(world, tmp_path):
 def test_refused(world, tmp_path, capsys, changes, words):
     run(world, tmp_path, "refused", status=2, **changes)
     assert words in capsys.readouterr().err
+
+
+def products(uploads, weights):
+    """sum_i w_i B_i A_i by module, float64."""
+    found = {}
+    for name, a in uploads.items():
+        if name.startswith("lora_A."):
+            b = uploads[name.replace("lora_A", "lora_B")].astype(np.float64)
+            found[name.removeprefix("lora_A.")] = np.einsum("m,mlor,mlri->loi", weights, b, a)
+    return found
+
+
+SCALING = 16 / 4
+
+
+def test_fedex_lora_computes_with_the_mean_of_the_devices_weights(world, tmp_path):
+    path = run(world, tmp_path, "fedex", rounds=3, server={"method": "fedex_lora"})
+    before = {}
+    for round_index in range(3):
+        _, uploads, weights = trace(path, round_index)
+        with h5py.File(run_dir(path) / f"traces/round_{round_index:06d}.h5") as file:
+            result = {name: tensor[()] for name, tensor in file["result_params"].items()}
+        for module, product in products(uploads, weights).items():
+            mean = result[f"lora_B.{module}"].astype(np.float64) @ result[f"lora_A.{module}"]
+            # what every device computed with on average, less what it computes with by the means of the factors
+            before[module] = before.get(module, 0) + SCALING * (product - mean)
+    state = load_trained(str(run_dir(path)))
+    for module, expected in before.items():
+        assert np.abs(expected).max() > 1e-3
+        assert np.abs(state.job.tuning.added[module] - expected).max() < 1e-6
+    size = sum(tensor[0].nbytes for tensor in uploads.values())
+    assert [record["device_bytes"] for record in metrics(path)] == [[5 * size, size]] * 3  # and four devices' factors
+
+
+def test_flora_adds_the_mean_product_and_begins_anew(world, tmp_path):
+    path = run(world, tmp_path, "flora", server={"method": "flora"})
+    expected, first = {}, trace(path, 0)[0]
+    for round_index in range(2):
+        start, uploads, weights = trace(path, round_index)
+        assert all(np.array_equal(start[name], first[name]) for name in first)
+        for module, product in products(uploads, weights).items():
+            expected[module] = expected.get(module, 0) + SCALING * product
+    state = load_trained(str(run_dir(path)))
+    for module, weight in expected.items():
+        assert np.abs(weight).max() > 1e-3
+        assert np.abs(state.job.tuning.added[module] - weight).max() < 1e-6
+        assert not state.tensors[f"lora_B.{module}"].any()
+    assert metrics(path)[1]["loss"] < metrics(path)[0]["loss"]
+
+
+def test_what_was_added_survives_a_stop(world, tmp_path):
+    """Two rounds, then two more, are four; and prediction knows what was added."""
+    server = {"method": "flora"}
+    whole = run(world, tmp_path, "whole", rounds=4, server=server)
+    run(world, tmp_path, "parts", rounds=2, server=server)
+    parts = run(world, tmp_path, "parts", rounds=4, server=server)
+    one, other = (load_trained(str(run_dir(path))).job.tuning.added for path in (whole, parts))
+    assert all(np.array_equal(one[module], other[module]) for module in one)
+    assert [record["accuracy_global"] for record in metrics(whole)] == [
+        record["accuracy_global"] for record in metrics(parts)
+    ]
 
 
 def test_devices_of_smaller_ranks_train_the_leading_components(world, tmp_path):
