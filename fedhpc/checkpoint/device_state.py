@@ -9,6 +9,8 @@ from fedhpc.methods.updates import Vector
 
 Moments = dict[str, NDArray[np.float32]]
 """Adam's moments and step count by name, `<tensor>.<exp_avg|exp_avg_sq|step>`."""
+PERSONAL = "personal"
+"""Of what a device keeps, the parameters of its own that it trains beside P_i."""
 FISHER = ".fisher"
 """What a tensor's name ends with where its Fisher information is stored beside the optimizer's moments."""
 
@@ -30,6 +32,11 @@ class DeviceState:
     """Vectors in the layout of the exchanged tensors: what is left of its uploads, see
     `fedhpc.exchange.encoding.Encoding`, and what the server's method asks it to keep, see
     `fedhpc.methods.Method.keeps`."""
+
+    @property
+    def own(self) -> Vector:
+        """What makes a device's tensors its own: its parameters beside P_i, if it has some, and p_i."""
+        return np.concatenate([self.kept[PERSONAL], self.local]) if PERSONAL in self.kept else self.local
 
     def narrowed(self, kept_elements: NDArray[np.intp], unseen_local: Vector) -> "DeviceState":
         """The state after layers have left the exchange; their tensors start anew."""

@@ -206,7 +206,7 @@ def devices_in_batch(job: Job) -> int:
 def kept_bytes(job: Job) -> int:
     """What a device keeps between its rounds: its own layers, what is left of its uploads, Adam's moments."""
     local, method = local_bytes(job), method_of(job)
-    uploads = make_encoding(job.config, method).keeps + len(method.keeps)
+    uploads = make_encoding(job.config, method).keeps + len(method.keeps) + method.has_personal
     moments = 2 * 4 * trainable(job) if job.config.device.keeps_moments else 0
     return local * (1 + is_sparse(job)) + exchanged_bytes(job) * uploads + moments
 

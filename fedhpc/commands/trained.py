@@ -6,6 +6,7 @@ from typing import cast
 
 import numpy as np
 
+from fedhpc.checkpoint.device_state import PERSONAL, DeviceState
 from fedhpc.checkpoint.files import LOCAL, SERVER_FILE, Position, files_of, stem_of
 from fedhpc.checkpoint.state_file import RunState
 from fedhpc.checkpoint.store import Checkpoints
@@ -14,7 +15,6 @@ from fedhpc.data.tasks import Kind
 from fedhpc.data.tokens import TextEncoder
 from fedhpc.errors import CheckpointError
 from fedhpc.job.run_files import RunFiles
-from fedhpc.methods.updates import Vector
 from fedhpc.model.limits import most_tokens
 from fedhpc.server.job import Job, checked_tokenizer, load_job, load_state
 
@@ -56,34 +56,35 @@ def load_trained(run_dir: str, device: int | None = None) -> Trained:
     job = load_job(load_config(path).model_copy(update={"run_dir": run_dir}))
     needed = {SERVER_FILE} if device is None else {SERVER_FILE, f"{LOCAL}/{device:06d}"}
 
-    def load() -> tuple[RunState, Vector]:
+    def load() -> tuple[RunState, DeviceState]:
         state = load_state(job, "auto", needs=lambda name: stem_of(name) in needed, to_train=False)
         if state is None:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint yet; `fedhpc run` writes one every checkpoint.every rounds"
             )
-        return state, state.unseen_local if device is None else _local_of(device, job, state)
+        return state, DeviceState(local=state.unseen_local) if device is None else _state_of(device, job, state)
 
-    state, local = Checkpoints(run_dir).undisturbed(load)
+    state, own = Checkpoints(run_dir).undisturbed(load)
     job.tuning.added = state.added
-    tensors = job.tuning.merge(state.server.params, local, state.layers)
+    tensors = job.tuning.merge(own.kept.get(PERSONAL, state.server.params), own.local, state.layers)
     if device is not None:
         tensors = job.tuning.on_device(tensors, device)
     return Trained(job=job, device=device, rounds=state.server.round, tensors=tensors)
 
 
-def _local_of(device: int, job: Job, state: RunState) -> Vector:
+def _state_of(device: int, job: Job, state: RunState) -> DeviceState:
     last = job.config.federation.num_devices - 1
     if not 0 <= device <= last:
         raise CheckpointError(f"--device {device}: this run has the devices 0 to {last}")
-    if not job.tuning.trains_local(state.layers):
+    has_personal = job.config.parts["server"].has_personal
+    if not has_personal and not job.tuning.trains_local(state.layers):
         raise CheckpointError(
             f"--device {device}: this run exchanges everything it trains, so devices have nothing of their own; leave "
             "--device out"
         )
     checkpoints, position = Checkpoints(job.config.run_dir), Position.of(state)
     states = checkpoints.load_states(position, {device}, job.tuning, state.layers, state.unseen_local)
-    if device in states and np.array_equal(states[device].local, state.unseen_local):
+    if not has_personal and device in states and np.array_equal(states[device].local, state.unseen_local):
         when = "in the warm-up of selection.ratio: auto only" if job.config.selection.is_automatic else "in vain so far"
         raise CheckpointError(
             f"--device {device}: has nothing of its own up to round {state.server.round}: it was trained {when}; leave "
@@ -94,4 +95,4 @@ def _local_of(device: int, job: Job, state: RunState) -> Vector:
         raise CheckpointError(
             f"--device {device}: has not been trained up to round {state.server.round}; those that have: {seen}"
         )
-    return states[device].local
+    return states[device]

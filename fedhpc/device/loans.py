@@ -1,4 +1,4 @@
-"""Layers of devices' own, lent to the workers that evaluate with them."""
+"""What devices have of their own, lent to the workers that evaluate with it."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,7 +22,7 @@ def lend(
     worker: int,
     exchange: Exchange,
 ) -> dict[int, Vector]:
-    """The own layers of devices that live here or are lent here; those that have none yet are left out.
+    """`DeviceState.own` of devices that live here or are lent here; those that have nothing yet are left out.
 
     Args:
         placed: all workers' batches, and where each is computed; devices below 0 have no home.
@@ -32,7 +32,7 @@ def lend(
     """
     needed = sorted({(device, at) for batch, at in placed for device, _ in batch if device >= 0})
     loans = [(device, homes[device], at) for device, at in needed if homes[device] != at]
-    own = {device: state.local for device, state in states.items()}
+    own = {device: state.own for device, state in states.items()}
     outgoing = [(at, own[d].tobytes() if d in own else b"") for d, home, at in loans if home == worker]
     incoming = [(device, home) for device, home, at in loans if at == worker]
     received = exchange.move_states(outgoing, [home for _, home in incoming])
@@ -47,11 +47,12 @@ def params_by_device(
 
     Args:
         unseen: the state of a device before its first round.
-        own: layers of devices' own, as `lend` gives them.
+        own: what devices have of their own, as `lend` gives it.
     """
 
-    def make(local: Vector, device: int) -> Params:
-        tensors = tuning.merge(context.params, local, context.layers)
+    def make(vector: Vector, device: int) -> Params:
+        params, local = np.split(vector, [vector.size - unseen.local.size])
+        tensors = tuning.merge(params if params.size else context.params, local, context.layers)
         if device != SERVER:
             tensors = tuning.on_device(tensors, device)
         return as_parameters(tensors, backbone.torch_device)

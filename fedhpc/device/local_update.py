@@ -57,6 +57,8 @@ class Assignment:
     """How the server's method changes this device's steps."""
     out: Vector | None = None
     """Memory for P_i; new memory if there is none."""
+    begin: Vector | None = None
+    """Where it begins; at P^t unless given."""
 
 
 def local_updates(
@@ -126,7 +128,7 @@ class _Lane:
     ) -> None:
         self.config, self.tuning, self.layers, self.round_index = config, tuning, layers, round_index
         self.device, self.state, self.examples = assignment.device, assignment.state, assignment.examples
-        self.start, self.out = start, assignment.out
+        self.start, self.out, self.begin = start, assignment.out, assignment.begin
         self.plan = assignment.plan or batches(
             config, assignment.examples, split.lengths[self.examples], round_index=round_index, device=self.device
         )
@@ -214,7 +216,8 @@ class _Lane:
         )
 
     def _at_start(self) -> dict[str, NDArray[np.float32]]:
-        return self.tuning.on_device(self.tuning.merge(self.start, self.state.local, self.layers), self.device)
+        begin = self.start if self.begin is None else self.begin
+        return self.tuning.on_device(self.tuning.merge(begin, self.state.local, self.layers), self.device)
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         return {name: parameter.detach().cpu().numpy() for name, parameter in self.params.items()}

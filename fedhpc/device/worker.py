@@ -1,14 +1,14 @@
 """The devices' side: a worker holds the devices that live on its rank and answers the server's commands."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from fedhpc.attack.attack import bad_devices, make_attack
-from fedhpc.checkpoint.device_state import DeviceState, UnfinishedUpdate
+from fedhpc.checkpoint.device_state import PERSONAL, DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.files import Position
 from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.checkpoint.store import Checkpoints
@@ -38,7 +38,7 @@ from fedhpc.federation.sampling import (
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
 from fedhpc.methods import make_method
-from fedhpc.methods.updates import Fault, distance, fault_of
+from fedhpc.methods.updates import Fault, Vector, distance, fault_of
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
@@ -83,7 +83,7 @@ class Worker:
         self.method = make_method(config.server, population(config, self.counts))
         self.encoding = make_encoding(config, self.method)
         self.keeps = (
-            bool(self.encoding.keeps or self.method.keeps)
+            bool(self.encoding.keeps or self.method.keeps or self.method.has_personal)
             or config.device.keeps_moments
             or config.curriculum.order != "random"
         )
@@ -194,7 +194,9 @@ class Worker:
         if not waiting:
             return
         upload = self._upload_of(context.params.size)
-        plans = {device: self._curriculum(device, context.round) for device in waiting}  # before anything is taken out
+        # Before anything is taken out: what a stop interrupts here is computed again.
+        plans = {device: self._curriculum(device, context.round) for device in waiting}
+        personal = self._personal(waiting, plans, context)
         assignments = [
             Assignment(
                 device=device,
@@ -208,23 +210,11 @@ class Worker:
             for device in waiting
         ]
         try:
-            for device, update in local_updates(
-                self.config,
-                self.backbone,
-                self.tuning,
-                context.layers,
-                start=context.params,
-                assignments=assignments,
-                split=self.train,
-                round_index=context.round,
-                pack=context.pack,
-                with_gradient=self.method.uploads_gradient,
-                beat=self.exchange.beat,
-            ):
+            for device, update in self._updates(assignments, context, with_gradient=self.method.uploads_gradient):
                 if isinstance(update, UnfinishedUpdate):
                     unfinished[device] = update
                 else:
-                    self._upload(device, update, context, records[device])
+                    self._upload(device, update, context, records[device], personal.get(device))
                     finished[device] = records[device]
         finally:
             sizes = {device: len(self.partition.train[device]) for device in waiting}
@@ -233,6 +223,44 @@ class Worker:
             for device in waiting:
                 if device in finished:
                     messages.upload_headers(finished[device][None])["seconds"] = share * steps[device]
+
+    def _updates(
+        self, assignments: Sequence[Assignment], context: RoundContext, *, with_gradient: bool = False
+    ) -> Iterator[tuple[int, DeviceUpdate | UnfinishedUpdate]]:
+        return local_updates(
+            self.config,
+            self.backbone,
+            self.tuning,
+            context.layers,
+            start=context.params,
+            assignments=assignments,
+            split=self.train,
+            round_index=context.round,
+            pack=context.pack,
+            with_gradient=with_gradient,
+            beat=self.exchange.beat,
+        )
+
+    def _personal(
+        self, devices: Sequence[int], plans: Mapping[int, Batches | None], context: RoundContext
+    ) -> dict[int, Vector]:
+        """The devices' parameters of their own after the round, where the method has them."""
+        if not self.method.has_personal:
+            return {}
+        states = {device: self.states.get(device, self.unseen) for device in devices}
+        assignments = [
+            Assignment(
+                device=device,
+                state=replace(state, moments=None),
+                examples=self.partition.train[device],
+                rule=self.method.personal_rule(),
+                plan=plans[device],
+                begin=state.kept.get(PERSONAL),
+            )
+            for device, state in states.items()
+        ]
+        updates = self._updates(assignments, context)
+        return {device: update.params for device, update in updates if isinstance(update, DeviceUpdate)}
 
     @property
     def has_states(self) -> bool:
@@ -265,7 +293,14 @@ class Worker:
         named = dict(zip(sends, sent, strict=True))
         return RoundContext(round=command.round, layers=command.layers, pack=command.pack, params=params, sent=named)
 
-    def _upload(self, device: int, update: DeviceUpdate, context: RoundContext, record: np.ndarray) -> None:
+    def _upload(
+        self,
+        device: int,
+        update: DeviceUpdate,
+        context: RoundContext,
+        record: np.ndarray,
+        personal: Vector | None = None,
+    ) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         before, start = self.states.get(device, self.unseen), context.params
         if device in self.bad:
@@ -281,6 +316,8 @@ class Worker:
             kept |= self.method.kept_after(
                 start, update.params, context.sent, before.kept, num_steps=steps, learning_rate=rate
             )
+            if personal is not None:
+                kept[PERSONAL] = personal if np.isfinite(personal).all() else before.kept.get(PERSONAL, start)
             upload = self._upload_of(start.size)
             for part, vector in zip((upload.payloads, upload.gradients), [payload, *gradient], strict=False):
                 (place,) = part(record[None])
@@ -330,13 +367,13 @@ class Worker:
 
     def evaluate(self, command: Command) -> np.ndarray:
         """Right and wrong with the devices' own local tensors, and with the server's."""
-        own = self.states if self.trains_local else None
+        own = self.states if self.trains_local or self.method.has_personal else None
         return self.evaluation.record(self._context(command), self.unseen, own, self.homes, self.index)
 
     def generate(self, command: Command) -> np.ndarray:
         """Answers with the server's tensors, and with the devices' own."""
         assert self.answering is not None
-        own = self.states if self.trains_local else None
+        own = self.states if self.trains_local or self.method.has_personal else None
         return self.answering.records(self._context(command), self.unseen, own, self.homes, self.index)
 
     def save(self, command: Command) -> np.ndarray:

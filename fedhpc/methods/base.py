@@ -140,6 +140,8 @@ class Method(Part, ABC):
     """Whether devices upload, beside P_i, the gradient of their whole shard at P^t."""
     has_control = False
     """Whether there is a control variate for each device; of a SummedMethod, `change` renews it."""
+    has_personal = False
+    """Whether devices train, beside P_i, parameters of their own from round to round, by `personal_rule`."""
     adds_weights = False
     """Whether its rounds also change the frozen weights, see `added`."""
     if_it_diverges = " or device.learning_rate"
@@ -197,6 +199,10 @@ class Method(Part, ABC):
 
     def local_rule(self, sent: Mapping[str, Vector], kept: Mapping[str, Vector]) -> LocalRule:
         """How a device steps, from what it was sent and what it has kept."""
+        return UNCHANGED
+
+    def personal_rule(self) -> LocalRule:
+        """How a device steps with the parameters of its own."""
         return UNCHANGED
 
     def kept_after(

@@ -413,7 +413,8 @@ class Server:
         records = self.exchange.request(command, record, [1] * self.num_workers)
         scores = self.outcomes.scores(records)
         if self.generations is not None:
-            scores |= self.generations.ask(state, personal=self.tuning.trains_local(state.layers))
+            personal = self.method.has_personal or self.tuning.trains_local(state.layers)
+            scores |= self.generations.ask(state, personal=personal)
         seconds["evaluate"] = time.perf_counter() - start
         return scores
 

@@ -57,7 +57,7 @@ def write_config(folder, where, backbone, kind, method):
         "checkpoint": {"every": 3},
         "evaluate": {"every": 3},
     }
-    if TUNINGS[kind].has_layers and method == "fedavgm":
+    if TUNINGS[kind].has_layers and method in ("fedavgm", "ditto"):
         values["selection"]["local_layers"] = "frozen"
     values["device"] |= {"optimizer": "sgd" if method == "mime" else "adamw"}
     if method == "fibecfed":
