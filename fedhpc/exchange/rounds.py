@@ -24,7 +24,7 @@ class Round:
     sampled: list[int]
     """S_t, in sampled order."""
     absent: dict[int, str]
-    """Those of them that drop out or would miss the deadline, and which of both."""
+    """Those of them that drop out, would miss the deadline or are not among the first, and which of these."""
     steps: Sequence[int]
     """K_i of every device."""
     load: Load
@@ -73,20 +73,32 @@ def plan_round(config: Config, partition: Partition, index: int, load: Load) -> 
         load: what the round asks of a device.
     """
     sampled, steps = sample_devices(config, index), round_steps(config, partition, index)
-    reasons = {device: _reason_to_be_absent(config, index, device, steps[device], load) for device in sampled}
-    absent = {device: reason for device, reason in reasons.items() if reason}
+    absent = _absent(config, index, sampled, steps, load)
     eta = learning_rate(config, index)
     return Round(index=index, sampled=sampled, absent=absent, steps=steps, load=load, learning_rate=eta)
 
 
-def _reason_to_be_absent(config: Config, index: int, device: int, steps: int, load: Load) -> str | None:
-    simulation = config.simulation
-    if simulation.drop_out:
-        rng = generator(config.seed, purpose="drop out", round_index=index, device=device)
-        if rng.random() < simulation.drop_out:
-            return "dropped out"
-    if simulation.deadline_s is not None:
-        seconds = device_seconds(simulation, config.seed, device, steps=steps, load=load)
-        if seconds > simulation.deadline_s:
-            return f"late ({seconds:.3g} s)"
-    return None
+def _absent(config: Config, index: int, sampled: list[int], steps: Sequence[int], load: Load) -> dict[int, str]:
+    """Who of the sampled devices does not take part, and why."""
+    absent = {device: "dropped out" for device in sampled if _drops_out(config, index, device)}
+    if not config.clock_decides:
+        return absent
+    seconds = {
+        device: device_seconds(config.simulation, config.seed, device, steps=steps[device], load=load)
+        for device in sampled
+        if device not in absent
+    }
+    deadline, wanted = config.simulation.deadline_s, config.federation.devices_per_round
+    in_time = [device for device in seconds if deadline is None or seconds[device] <= deadline]
+    first = sorted(in_time, key=seconds.__getitem__)[:wanted]
+    for device in seconds.keys() - first:
+        others = f", not of the first {wanted}" if device in in_time else ""
+        absent[device] = f"late ({seconds[device]:.3g} s{others})"
+    return {device: absent[device] for device in sampled if device in absent}
+
+
+def _drops_out(config: Config, index: int, device: int) -> bool:
+    probability = config.simulation.drop_out
+    if not probability:
+        return False
+    return generator(config.seed, purpose="drop out", round_index=index, device=device).random() < probability

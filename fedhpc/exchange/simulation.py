@@ -61,7 +61,7 @@ def _slowness(seed: int, device: int, sigma: float) -> float:
 def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, Any]) -> float | None:
     """A round's time: that of its slowest device, and the server's own; None without a clock.
 
-    A server with a deadline waits until then for a device that is absent.
+    A server with a deadline waits until then for a device that is absent, unless it has as many as it wants.
 
     Args:
         simulation: the clock; need not be the run's.
@@ -78,6 +78,7 @@ def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, 
         for device, steps in zip(record["devices"], record["device_steps"], strict=True)
         if device not in absent
     ]
-    if absent and simulation.deadline_s is not None:
+    wanted = int(len(record["devices"]) / (1 + simulation.over_selection) + 1e-9)
+    if len(waited) < wanted and simulation.deadline_s is not None:
         waited = [simulation.deadline_s]
     return max(waited, default=0.0) + float(record["seconds"]["server"])

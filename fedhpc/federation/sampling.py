@@ -42,7 +42,7 @@ def training_devices(config: Config) -> list[int]:
 def sample_devices(config: Config, round_index: int) -> list[int]:
     """S_t in sampled order: uniform without replacement from those that can train."""
     rng = generator(config.seed, purpose="sample devices", round_index=round_index)
-    return rng.choice(_devices(config)[1], size=config.federation.devices_per_round, replace=False).tolist()
+    return rng.choice(_devices(config)[1], size=config.devices_sampled, replace=False).tolist()
 
 
 def sampled_before(config: Config, round_index: int) -> set[int]:
