@@ -446,7 +446,9 @@ class Config(Section):
     @property
     def clock_decides(self) -> bool:
         """Whether the run's numbers depend on the simulated clock."""
-        return self.simulation.deadline_s is not None or self.simulation.over_selection > 0
+        simulation = self.simulation
+        by_choice = simulation.deadline_s is not None or simulation.over_selection > 0
+        return by_choice or self.parts[METHODS.section].concurrency(self) > 0
 
     @property
     def tracker_sections(self) -> list[Any]:
