@@ -53,8 +53,8 @@ def most_at_once(config: Config) -> int:
 
 
 def sampled_before(config: Config, round_index: int) -> set[int]:
-    """The devices that were sampled in any round before this one; where the server waits for none of them, all that may
-    have been: when they were follows from more than the configuration."""
+    """The devices that were sampled in any round before this one; where the server waits for none of them, all that can
+    train: who was sent out, its state alone knows."""
     if METHODS[config.server.method].concurrency(config):
         return set(training_devices(config)) if round_index else set()
     return {device for t in range(round_index) for device in sample_devices(config, t)}

@@ -22,7 +22,7 @@ from fedhpc.registry import METHODS
 
 @METHODS.register("fedbuff")
 class FedBuff(Method):
-    """v = beta v + sum_i w_i (1 + tau_i)^-alpha Delta_i; P^{t+1} = P^t + eta_g v; Delta_i = P_i - P^{t - tau_i}."""
+    """v = beta v + sum_i w_i (1 + tau_i)^-alpha Delta_i; P^{t+1} = P^t + eta_s v; Delta_i = P_i - P^{t - tau_i}."""
 
     class Config(MethodConfig):
         """Keys."""
