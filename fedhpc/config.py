@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -54,7 +55,7 @@ WITHOUT_EFFECT = (
 """Keys, and beginnings of keys, that do not determine a run's numbers; those of the data and plug-ins say where they
 are and what is expected of them, and their content counts by itself."""
 CLOCK = ("down_mbit", "up_mbit", "latency_s", "step_seconds", "slowness")
-"""Keys of the simulation that tell the time alone, unless a deadline depends on it."""
+"""Keys of the simulation that tell the time alone, unless it decides who takes part (`Config.clock_decides`)."""
 
 
 class Section(BaseModel):
@@ -119,9 +120,14 @@ class FederationConfig(Section):
         return _share(self.held_out, self.num_devices) if self.held_out else 0
 
     @property
+    def num_training(self) -> int:
+        """Devices that can train."""
+        return self.num_devices - self.num_held_out
+
+    @property
     def devices_per_round(self) -> int:
-        """Devices sampled in each round."""
-        return _share(self.sample_rate, self.num_devices - self.num_held_out)
+        """Devices of each round, beside those of over-selection."""
+        return _share(self.sample_rate, self.num_training)
 
     @model_validator(mode="after")
     def _a_device_trains(self) -> "FederationConfig":
@@ -314,18 +320,23 @@ class SimulationConfig(Section):
     deadline_s: Duration | None = None
     """A sampled device that would take longer does not take part; needs `simulation.step_seconds` as a number."""
 
+    over_selection: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """A round samples this share of devices more, rounded up, and takes those that would arrive first; needs
+    `simulation.step_seconds` as a number."""
+
     @property
     def has_clock(self) -> bool:
         """Whether there is any time to simulate."""
         return self != SimulationConfig(drop_out=self.drop_out)
 
     @model_validator(mode="after")
-    def _deadline_is_certain(self) -> "SimulationConfig":
-        if self.deadline_s is not None and self.step_seconds == "measured":
-            raise ValueError(
-                "simulation.deadline_s needs simulation.step_seconds as a number: who is late must not depend on how "
-                "fast a machine is today"
-            )
+    def _who_is_late_is_certain(self) -> "SimulationConfig":
+        for key in ("deadline_s", "over_selection"):
+            if getattr(self, key) and self.step_seconds == "measured":
+                raise ValueError(
+                    f"simulation.{key} needs simulation.step_seconds as a number: who is late must not depend on how "
+                    "fast a machine is today"
+                )
         return self
 
 
@@ -440,6 +451,18 @@ class Config(Section):
         return self
 
     @property
+    def devices_sampled(self) -> int:
+        """Devices that a round samples, those of over-selection included."""
+        return math.ceil((1 + self.simulation.over_selection) * self.federation.devices_per_round - 1e-9)
+
+    @property
+    def clock_decides(self) -> bool:
+        """Whether the run's numbers depend on the simulated clock."""
+        simulation = self.simulation
+        by_choice = simulation.deadline_s is not None or simulation.over_selection > 0
+        return by_choice or self.parts[METHODS.section].concurrency(self) > 0
+
+    @property
     def tracker_sections(self) -> list[Any]:
         """The entries of `trackers`, each as its tracker's Config."""
         return [TRACKERS[entry["kind"]].Config.model_validate(entry) for entry in self.trackers]
@@ -473,6 +496,12 @@ class Config(Section):
             )
         if self.exchange.mode == "reduce" and self.trace:
             raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
+        if self.devices_sampled > self.federation.num_training:
+            raise ValueError(
+                f"simulation.over_selection: {self.simulation.over_selection:g} samples {self.devices_sampled} devices "
+                f"for {self.federation.devices_per_round} a round, of {self.federation.num_training} that can train; "
+                "lower it or federation.sample_rate"
+            )
         if self.selection.local_layers == "frozen" and self.sparse.fraction < 1:
             raise ValueError(
                 "selection.local_layers: frozen leaves nothing to train in them; sparse.fraction below 1 needs trained"
@@ -510,7 +539,7 @@ class Config(Section):
         would use, and the number of rounds unless a schedule depends on it. Those may change when a run is resumed.
         """
         free = [*WITHOUT_EFFECT]
-        if self.simulation.deadline_s is None:
+        if not self.clock_decides:
             free += [f"simulation.{key}" for key in CLOCK]
         if not self.selection.is_automatic:
             free += ["selection.auto_by", "selection.warmup_rounds"]

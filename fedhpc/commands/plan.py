@@ -22,7 +22,7 @@ from fedhpc.commands.plan_memory import (
 from fedhpc.config import Config
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
-from fedhpc.federation.sampling import Homes, count_packs, local_steps, training_devices
+from fedhpc.federation.sampling import Homes, count_packs, local_steps, most_at_once, training_devices
 from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
 from fedhpc.server.job import Job, check_data, check_run_dir, job_notices, load_job
@@ -99,7 +99,7 @@ def _stop(job: Job, num_workers: int) -> Iterator[str]:
     """What a stop within a round writes: at most, if it comes when all but the last step of each rank is done."""
     config = job.config
     n = exchanged_bytes(job)
-    sampled = config.federation.devices_per_round
+    sampled = most_at_once(config)
     unwritten = config.checkpoint.every * sampled
     server = n * (server_vectors(job) + unwritten * has_control(job)) + added_bytes(job)
     finished = sampled * upload_of(job).nbytes + unwritten * kept_bytes(job)

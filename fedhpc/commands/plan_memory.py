@@ -14,11 +14,12 @@ from fedhpc.evaluate.predictions import device_batches, evaluation_examples
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import UPLOAD_HEADER
 from fedhpc.federation.packing import largest_pack
-from fedhpc.federation.sampling import count_packs, population, upload_counts
+from fedhpc.federation.sampling import count_packs, most_at_once, population, upload_counts
 from fedhpc.job.progress import human_bytes
 from fedhpc.methods import Method, make_method
 from fedhpc.model.numbers import no_surprise
 from fedhpc.model.pretrained import run_config
+from fedhpc.registry import METHODS
 from fedhpc.selection import make_strategy
 from fedhpc.selection.spectrum import LANCZOS_STEPS
 from fedhpc.server.job import Job
@@ -88,13 +89,14 @@ def _one_process(server: Parts, device: Parts) -> Parts:
 
 def _server(job: Job) -> Parts:
     config, n = job.config, exchanged_bytes(job)
-    vectors, method, sampled = server_vectors(job), method_of(job), config.federation.devices_per_round
+    vectors, method, sampled = server_vectors(job), method_of(job), most_at_once(config)
     summed, uploaded = make_encoding(config, method).num_sums, sampled * method.num_uploaded
     arriving, size = (f"{summed} sums", 4 * n * summed) if summed else (f"{sampled} uploads", 2 * n * uploaded)
     # The sampled devices' own, and those that a checkpoint has not written yet.
     controls = (1 + config.checkpoint.every) * sampled * has_control(job)
     state: Parts = {
         f"prompts and server state ({vectors} vectors), and the next prompts": n * (vectors + 1),
+        "changes under way, copied in a step": n * changes_under_way(job),
         f"control variates not on disk ({controls})": n * controls,
         ADDED: 2 * added_bytes(job),
         f"buffer of {arriving}": size,
@@ -111,7 +113,7 @@ def _server(job: Job) -> Parts:
 def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     config = job.config
     method, n, everything = method_of(job), exchanged_bytes(job), 4 * trainable(job)
-    sampled = config.federation.devices_per_round
+    sampled = most_at_once(config)
     here = -(-sampled // max(1, ranks - 1))
     record = UPLOAD_HEADER.itemsize + upload_of(job).nbytes
     room = ROOM[config.model.dtype]
@@ -217,8 +219,13 @@ def is_sparse(job: Job) -> bool:
 
 
 def server_vectors(job: Job) -> int:
-    """The parameters and the method's own vectors."""
-    return 1 + len(method_of(job).init(np.zeros(1, np.float32)).vectors)
+    """The parameters and the method's own vectors, the most changes under way included."""
+    return 1 + len(method_of(job).init(np.zeros(1, np.float32)).vectors) + changes_under_way(job)
+
+
+def changes_under_way(job: Job) -> int:
+    """Vectors that a server which waits for no device keeps between two steps, at most."""
+    return max(0, METHODS[job.config.server.method].concurrency(job.config) - 1)
 
 
 def has_control(job: Job) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from fedhpc.config import SimulationConfig
+from fedhpc.config import Config, SimulationConfig
 from fedhpc.exchange.encoding import Encoding, Upload
 from fedhpc.exchange.messages import FLOAT
 from fedhpc.methods import Method
@@ -58,10 +58,19 @@ def _slowness(seed: int, device: int, sigma: float) -> float:
     return float(generator(seed, purpose="slowness", device=device).lognormal(0.0, sigma))
 
 
+def drops_out(config: Config, round_index: int, device: int) -> bool:
+    """Whether a device that is sampled in a round does not take part, by `simulation.drop_out`."""
+    probability = config.simulation.drop_out
+    if not probability:
+        return False
+    return generator(config.seed, purpose="drop out", round_index=round_index, device=device).random() < probability
+
+
 def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, Any]) -> float | None:
     """A round's time: that of its slowest device, and the server's own; None without a clock.
 
-    A server with a deadline waits until then for a device that is absent.
+    Of a server that waits for no device, the time between two of its steps, by the run's own clock. A server with a
+    deadline waits until then for a device that is absent, unless it has as many as it wants.
 
     Args:
         simulation: the clock; need not be the run's.
@@ -70,6 +79,8 @@ def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, 
     """
     if not simulation.has_clock or "device_steps" not in record:
         return None
+    if "between_steps_s" in record:
+        return float(record["between_steps_s"]) + float(record["seconds"]["server"])
     down, up = record["device_bytes"]
     absent = {entry["device"] for entry in record["absent"]}
     measured = record["seconds"]["step"]
@@ -78,6 +89,7 @@ def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, 
         for device, steps in zip(record["devices"], record["device_steps"], strict=True)
         if device not in absent
     ]
-    if absent and simulation.deadline_s is not None:
+    wanted = int(len(record["devices"]) / (1 + simulation.over_selection) + 1e-9)
+    if len(waited) < wanted and simulation.deadline_s is not None:
         waited = [simulation.deadline_s]
     return max(waited, default=0.0) + float(record["seconds"]["server"])

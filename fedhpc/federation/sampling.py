@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedhpc.config import Config
 from fedhpc.federation.partition import Partition
 from fedhpc.methods import Population
+from fedhpc.registry import METHODS
 from fedhpc.seeding import generator
 
 Packs = list[list[int]]
@@ -42,11 +43,20 @@ def training_devices(config: Config) -> list[int]:
 def sample_devices(config: Config, round_index: int) -> list[int]:
     """S_t in sampled order: uniform without replacement from those that can train."""
     rng = generator(config.seed, purpose="sample devices", round_index=round_index)
-    return rng.choice(_devices(config)[1], size=config.federation.devices_per_round, replace=False).tolist()
+    return rng.choice(_devices(config)[1], size=config.devices_sampled, replace=False).tolist()
+
+
+def most_at_once(config: Config) -> int:
+    """Devices that train in one round, at most."""
+    wanted, at_work = config.federation.devices_per_round, METHODS[config.server.method].concurrency(config)
+    return min(config.federation.num_training, at_work + wanted - 1) if at_work else wanted
 
 
 def sampled_before(config: Config, round_index: int) -> set[int]:
-    """The devices that were sampled in any round before this one."""
+    """The devices that were sampled in any round before this one; where the server waits for none of them, all that can
+    train: who was sent out, its state alone knows."""
+    if METHODS[config.server.method].concurrency(config):
+        return set(training_devices(config)) if round_index else set()
     return {device for t in range(round_index) for device in sample_devices(config, t)}
 
 

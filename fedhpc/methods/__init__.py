@@ -9,6 +9,7 @@ from typing import Any
 from fedhpc.methods.base import LocalRule, Method, Population, ServerState, SummedMethod
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.fedavgm import FedAvgM, MomSAdamD
+from fedhpc.methods.fedbuff import FedBuff
 from fedhpc.methods.fedopt import FedAdam, FedYogi
 from fedhpc.methods.fedpeptao import FedPepTAO
 from fedhpc.methods.fedprox import FedProx
@@ -27,6 +28,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedPepTAO",
     "FedProx",
     "FedYogi",

@@ -183,6 +183,15 @@ class Method(Part, ABC):
         rate: float | None = getattr(self.config, "learning_rate", None)
         return rate
 
+    @classmethod
+    def concurrency(cls, config: Any) -> int:
+        """Devices at work at any time where the server waits for none of them (`RoundUploads.arrivals`); 0: it waits.
+
+        Args:
+            config: the whole `Config`.
+        """
+        return 0
+
     @property
     def num_uploaded(self) -> int:
         """Vectors in a device's upload."""

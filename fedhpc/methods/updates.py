@@ -9,6 +9,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.methods.in_flight import Arrivals
+
 Vector = NDArray[np.float32]
 """Shape [n]: all exchanged tensors, one behind the other."""
 
@@ -95,6 +97,9 @@ class RoundUploads:
     """Where the devices' new c_i may be written, m vectors [n] by ascending device id; none: new memory."""
     counts: NDArray[np.int64] | NDArray[np.float64]
     """What each upload counts, by `server.weights`: n_i, the trained tokens in the n_i examples, or 1; shape [m]."""
+
+    arrivals: Arrivals | None = None
+    """Which changes arrive when, at a server that waits for no device; None: all of these, together."""
 
     @property
     def weights(self) -> NDArray[np.float64]:

@@ -122,7 +122,7 @@ class Server:
                 state = self.narrow(state)
             # 2. Sample devices, broadcast P^t, let them update locally, gather their P_i.
             this = self.next_round(state)
-            if this.present:
+            if not this.is_empty:
                 uploads, record = self.train(state, this)
                 # 3. Server update: P^{t+1}.
                 state = self.update(state, uploads, record)
@@ -255,7 +255,7 @@ class Server:
     def next_round(self, state: RunState) -> Round:
         """The round after the state's."""
         load = Load.of(state.server.params.size, self.method, self.encoding)
-        return plan_round(self.config, self.partition, state.server.round, load)
+        return plan_round(self.config, self.partition, state.server.round, load, state.server.scalars)
 
     def train(self, state: RunState, this: Round) -> tuple[RoundUploads, dict[str, Any]]:
         """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
@@ -279,6 +279,8 @@ class Server:
         self.state = state
         if self.exchange.stop:
             raise Halt
+        if not devices:  # changes that are under way arrive all the same
+            return self._no_uploads(this), this.record()
         self.in_round, self.has_trained = True, True
         records = self.exchange.request(command, upload.record, counts, summed=summed if encoding.num_sums else None)
         self.in_round = False
@@ -301,6 +303,7 @@ class Server:
             gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
             device_learning_rate=this.learning_rate,
             sums=self._sums(headers) if encoding.num_sums else None,
+            arrivals=this.arrivals,
         )
         record = this.record()
         record["seconds"] |= {
@@ -328,6 +331,18 @@ class Server:
         log.warning("round %d skipped, nobody takes part: %s", this.index, who)
         record = this.record() | {"server_learning_rate": self._server_learning_rate(state.server)}
         return replace(state, server=replace(state.server, round=this.index + 1), record=record, part=0)
+
+    def _no_uploads(self, this: Round) -> RoundUploads:
+        none = np.zeros(0, np.int64)
+        return RoundUploads(
+            device_ids=none,
+            num_examples=none,
+            counts=none,
+            num_steps=none,
+            params=[],
+            device_learning_rate=this.learning_rate,
+            arrivals=this.arrivals,
+        )
 
     def _sums(self, headers: np.ndarray) -> Sums:
         """What came with the headers of the uploads in use."""

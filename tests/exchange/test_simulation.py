@@ -187,6 +187,12 @@ def test_a_report_has_the_accuracy_by_simulated_time_and_can_set_the_clock_anew(
     [
         ({"drop_out": 1}, "simulation.drop_out: should be less than 1, found 1"),
         ({"deadline_s": 5.0}, "simulation.deadline_s needs simulation.step_seconds as a number"),
+        ({"over_selection": 0.3}, "simulation.over_selection needs simulation.step_seconds as a number"),
+        ({"over_selection": -0.1}, "simulation.over_selection: should be greater than or equal to 0, found -0.1"),
+        (
+            {"over_selection": 1.5, "step_seconds": 1.0},
+            "simulation.over_selection: 1.5 samples 15 devices for 6 a round, of 12 that can train",
+        ),
         ({"step_seconds": 0}, "simulation.step_seconds: should be greater than 0 or 'measured', found 0"),
         ({"up_mbit": -1}, "simulation.up_mbit: should be greater than or equal to 0.000001, found -1"),
         # With these a round's time were infinite, and its line of the metrics none.
@@ -233,3 +239,73 @@ def test_another_deadline_or_drop_out_is_another_run(fedhpc, run_config):
         status, _, err = fedhpc("run", config, "--set", override)
         assert status == 2
         assert f"{override.partition('=')[0]}: " in err
+
+
+# Seconds of a device's round, one a step, and the order in which devices 0 to 5 arrive.
+STEPS = [3, 6, 4, 2, 1, 5]
+IN_ORDER = [4, 3, 0, 2, 5, 1]
+
+
+def over_selected(share=0.5, index=0, **simulation):
+    """A round of 4 of 6 devices with so many steps, 6 of them sampled."""
+    partition = Partition(train=[np.arange(8 * steps) for steps in STEPS], validation=[np.arange(8)] * 6)
+    config = make_config(
+        "unused",
+        federation={"num_devices": 6, "sample_rate": 4 / 6},
+        device={"epochs": 1, "batch_size": 8},
+        simulation={"step_seconds": 1.0, "over_selection": share, **simulation},
+    )
+    return config, plan_round(config, partition, index, LOAD)
+
+
+def test_of_more_devices_than_wanted_the_first_that_arrive_take_part():
+    _, this = over_selected()
+    assert sorted(this.sampled) == list(range(6))
+    assert sorted(this.present) == sorted(IN_ORDER[:4])
+    assert this.absent == {5: "late (5 s, not of the first 4)", 1: "late (6 s, not of the first 4)"}
+    assert list(this.absent) == [device for device in this.sampled if device in (1, 5)]
+    # All have received the prompts, four have sent theirs.
+    assert this.record()["bytes"] == 6 * LOAD.down + 4 * LOAD.up
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 4), (0.1, 5), (0.25, 5), (0.3, 6), (0.5, 6)])
+def test_so_many_more_are_sampled_rounded_up(share, count):
+    config, this = over_selected(share)
+    assert len(this.sampled) == config.devices_sampled == count
+    assert len(this.present) == 4
+
+
+def test_over_selection_makes_up_for_drop_outs_and_for_a_deadline():
+    _, this = over_selected(drop_out=0.4, deadline_s=5.0)
+    gone = [device for device, reason in this.absent.items() if reason == "dropped out"]
+    left = [device for device in IN_ORDER if device not in gone]
+    assert gone
+    assert sorted(this.present) == sorted(device for device in left[:4] if STEPS[device] <= 5)
+    assert over_selected(deadline_s=3.0)[1].absent == {
+        2: "late (4 s)",
+        1: "late (6 s)",
+        5: "late (5 s)",
+    }
+
+
+@pytest.mark.parametrize(("deadline", "seconds"), [(None, 4.25), (10.0, 4.25), (3.5, 3.75)])
+def test_the_server_waits_for_the_first_or_until_the_deadline(deadline, seconds):
+    config, this = over_selected(deadline_s=deadline)
+    record = this.record() | {"seconds": {"step": 0.0, "server": 0.25}}
+    assert round_seconds(config.simulation, config.seed, record) == pytest.approx(seconds)
+
+
+def test_what_does_not_take_part_has_no_part_in_the_mean_and_keeps_its_clock(fedhpc, run_config, tmp_path):
+    simulation = {**LINK, "over_selection": 0.5, "slowness": 1.0}
+    config = run_config(simulation=simulation)
+    assert fedhpc("run", config)[0] == 0
+    for record in metrics(config):
+        assert [len(record["devices"]), len(record["absent"])] == [9, 3]
+        with h5py.File(run_dir(config) / f"traces/round_{record['round']:06d}.h5") as trace:
+            absent = {entry["device"] for entry in record["absent"]}
+            assert trace["device_ids"][()].tolist() == [each for each in record["devices"] if each not in absent]
+    for override in ("simulation.over_selection=0.2", "simulation.up_mbit=1.0"):
+        assert fedhpc("run", config, "--set", override)[0] == 2
+    page = ("--out", tmp_path / "page.html", "--set", "simulation.up_mbit=2")
+    status, _, err = fedhpc("report", run_dir(config), *page)
+    assert (status, "went by over-selection; it keeps its clock" in err) == (2, True)

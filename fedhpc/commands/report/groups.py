@@ -199,12 +199,19 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
         is_known = bool(values.any())  # a single process moves no bytes
         numbers[name] = float(values[-1]) if is_known else math.nan
         numbers[f"{name}_to_target"] = float(values[reached[0]]) if is_known and reached.size else math.nan
-    skipped = [len(record.get("absent") or ()) == len(record.get("devices") or (0,)) for record in run.records]
+    skipped = [_is_skipped(record) for record in run.records]
     numbers["skipped_rounds"] = float(sum(skipped)) if any(skipped) else math.nan
     numbers |= _spread(run)
     for phase in PHASES:
         numbers[f"seconds_{phase}"] = float(np.nanmean(run.phase(phase))) if run.records else math.nan
     return numbers
+
+
+def _is_skipped(record: Mapping[str, Any]) -> bool:
+    """Whether a round left everything as it was."""
+    if "taken" in record:
+        return not record["taken"]
+    return len(record.get("absent") or ()) == len(record.get("devices") or (0,))
 
 
 def deviation_of_last(values: Floats, count: int = 5) -> float:

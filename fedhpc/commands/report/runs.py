@@ -196,12 +196,23 @@ def read_run(
         saved = CheckpointFiles(path).newest_readable(lambda file: json.loads(file.attrs["config"]))
         config |= as_called_now(saved) if saved is not None else {}
     anew = {key: value for name, value in clock.items() if config.get(key := f"simulation.{name}") != value}
-    if anew and config.get("simulation.deadline_s") is not None:
-        raise ReportError(f"--set {next(iter(anew))}: the run in {path} went by a deadline; it keeps its clock")
-    config |= anew
     recorded = files.read_metrics()
+    if anew and (what := _decided_by_clock(config, recorded)):
+        raise ReportError(f"--set {next(iter(anew))}: the run in {path} went by {what}; it keeps its clock")
+    config |= anew
     records = counted(recorded, rounds, budget_bytes)
     return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))
+
+
+DECIDED_BY_CLOCK = {"simulation.deadline_s": "a deadline", "simulation.over_selection": "over-selection"}
+"""Keys that make the simulated clock determine a run's numbers -> what they are called."""
+
+
+def _decided_by_clock(config: Mapping[str, Any], records: Sequence[RoundRecord]) -> str | None:
+    """What of a run followed from its simulated clock, if anything but the time."""
+    if any("between_steps_s" in record for record in records):
+        return "the order of arrival"
+    return next((what for key, what in DECIDED_BY_CLOCK.items() if config.get(key)), None)
 
 
 def counted(records: Sequence[RoundRecord], rounds: int | None, budget_bytes: float | None) -> Sequence[RoundRecord]:
