@@ -21,7 +21,7 @@ class Ditto(FedAvg):
         """Keys."""
 
         pull: NonNegativeFloat = 1.0
-        """lambda, how strongly a device's own model is held to the global one."""
+        """How strongly a device's own model is held to the global one, lambda."""
 
     has_personal = True
 
