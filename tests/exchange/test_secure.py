@@ -168,8 +168,8 @@ def both(run_config, fedhpc):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"server__method": "fedavg", "evaluate__every": 2},
-        {"federation__rounds": 3, "simulation": {"drop_out": 0.15}, "device__pack": 2},
+        {"server__method": "fedavg", "federation__rounds": 1},
+        {"simulation": {"drop_out": 0.15}, "device__pack": 2},
     ],
     ids=["fedavg", "two sums, control variates at home, drop-outs"],
 )
@@ -228,8 +228,16 @@ def test_a_round_with_too_few_devices_is_skipped(run_config, fedhpc, spoil):
     assert len(metrics(bad)[0]["rejected"]) == 5
 
 
-def test_bytes_are_counted_as_a_device_sends_them(both):
+def test_all_sampled_devices_send_keys_and_their_bytes_are_counted(both, monkeypatch):
     """By hand, for 12 devices: keys of 4 + 2 * 32, boxes of 88 for each in 4 more, shares of 36 for each in 4 more."""
+    taking_part = []
+
+    class Noted(Participants):
+        def __init__(self, devices):
+            super().__init__(devices)
+            taking_part.append(sorted(devices))
+
+    monkeypatch.setattr(device_module, "Participants", Noted)
     (summed, _), (secure, _) = both(simulation={"drop_out": 0.1}, federation__rounds=1)
     n = 2 * 2 * NUM_TOKENS * KEY_WIDTH
     (ours,), (theirs,) = metrics(secure), metrics(summed)
@@ -239,6 +247,7 @@ def test_bytes_are_counted_as_a_device_sends_them(both):
     assert ours["device_bytes"] == [down, up]
     there = 12 - len(ours["absent"])
     assert there < 12
+    assert list(range(12)) in taking_part
     assert ours["bytes"] == 12 * (down + first) + there * (up - first)
     clock = make_config("unused", simulation={"latency_s": 1.0, "step_seconds": 1.0}).simulation
     load = Load(down=down, up=up, trips=ours["device_trips"])
