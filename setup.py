@@ -67,9 +67,10 @@ setup(
         "multi-gpu": ["accelerate>=1.0"],
         "generation": GENERATION,
         "quantization": ["bitsandbytes>=0.50", "accelerate>=1.0"],
+        "secure": ["cryptography>=43"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML"),
-            *("accelerate", "bitsandbytes", "peft>=0.21"),
+            *("accelerate", "bitsandbytes", "cryptography>=43", "peft>=0.21"),
             *GENERATION,
             *("more-itertools", "pytablewriter", "requests"),  # of what lm-eval needs, that which is used here
         ],

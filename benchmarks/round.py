@@ -4,7 +4,9 @@
 
 All devices are sampled, one on each device rank; 2.6 MB go down to and up from each. The local work is nothing at all.
 Blocks of the engine's rounds and of raw mpi4py `Bcast` and `Gatherv` of the same bytes take turns; figures are medians
-over all rounds. At the end one device works for ten seconds, and the CPU time of a rank that waits for it is measured.
+over all rounds. So do blocks of `fedavg` with each way to exchange, whose bytes and time stand side by side: what a
+device sends, what crosses ranks, a round's time, and how much longer that is than with `gather`. At the end one device
+works for ten seconds, and the CPU time of a rank that waits for it is measured.
 """
 
 import argparse
@@ -27,6 +29,14 @@ from fedhpc.job.stopping import StopRequest
 RATIO = 2 / 3
 BLOCKS, ROUNDS, WARM = 5, 12, 2
 WAIT_S = 10.0
+WAYS = {
+    "gather": {},
+    "reduce": {"mode": "reduce"},
+    "secure": {"mode": "secure"},
+    "topk": {"encoding": "topk"},
+    "16 bits": {"dtype": "bfloat16"},
+}
+"""Sections `exchange`."""
 
 
 class StandIn:
@@ -51,19 +61,19 @@ class StandIn:
         yield assignment.device, self.update
 
 
-def engine_rounds(exchange, stand_in, folder, *, rounds, method):
-    """Seconds of each round and of its parts, on rank 0."""
+def engine_rounds(exchange, stand_in, folder, *, rounds, method="fedavg", way="gather"):
+    """Seconds of each round and its metrics, on rank 0."""
     workers = exchange.num_workers
     job = make_job(
         folder, ratio=RATIO, rounds=rounds, num_devices=workers, sampled=workers, server={"method": method},
-        evaluate={"every": rounds},
+        evaluate={"every": rounds}, exchange=WAYS[way],
     )  # fmt: skip
     stand_in.update = None
     server = run_job(job, exchange)
     if server is None:
         return [], []
     shutil.rmtree(folder)
-    return np.diff(server.began)[WARM:].tolist(), [record["seconds"] for record in server.records[WARM:-1]]
+    return np.diff(server.began)[WARM:].tolist(), server.records[WARM:-1]
 
 
 def raw_rounds(comm, size):
@@ -86,12 +96,34 @@ def waiting_cpu(exchange, stand_in, folder):
     if exchange.rank == exchange.size - 1:
         stand_in.work_s = WAIT_S
     began = time.process_time()
-    engine_rounds(exchange, stand_in, folder, rounds=1, method="fedavg")
+    engine_rounds(exchange, stand_in, folder, rounds=1)
     return time.process_time() - began
+
+
+def print_ways(by_way):
+    """Side by side what each way to exchange sends and takes."""
+    rows = {}
+    for way, (seconds, records) in by_way.items():
+        record = records[-1]
+        rows[way] = {
+            "device_bytes": record["device_bytes"],
+            "bytes_down": record["bytes_down"],
+            "bytes_up": record["bytes_up"],
+            "seconds": statistics.median(seconds),
+        }
+    print("fedavg      a device sends  ranks down      up  ms a round  beside gather")
+    for way, row in rows.items():
+        more = 1e3 * (row["seconds"] - rows["gather"]["seconds"])
+        print(
+            f"{way:10s} {row['device_bytes'][1] / 1e6:12.2f} MB {row['bytes_down'] / 1e6:8.1f} MB "
+            f"{row['bytes_up'] / 1e6:5.1f} MB {1e3 * row['seconds']:8.1f} {more:+10.1f}"
+        )
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="turns of each")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     start_log(0, 1, "benchmark")
@@ -102,14 +134,20 @@ def main():
     size = make_job(folder, ratio=RATIO).tuning.exchanged(range(int(RATIO * 24))).size
     times = {"raw": [], "fedavg": [], "fedpeptao": []}
     parts = {"fedavg": [], "fedpeptao": []}
-    for block in range(BLOCKS):
+    by_way = {way: ([], []) for way in WAYS}
+    for block in range(arguments.blocks):
         times["raw"] += raw_rounds(comm, size)
         for method in ("fedavg", "fedpeptao"):
             seconds, found = engine_rounds(
                 exchange, stand_in, folder / f"{method}{block}", rounds=ROUNDS, method=method
             )
             times[method] += seconds
-            parts[method] += found
+            parts[method] += [record["seconds"] for record in found]
+        for number, way in enumerate(WAYS):
+            place = folder / f"way{number}_{block}"
+            seconds, found = engine_rounds(exchange, stand_in, place, rounds=ROUNDS, way=way)
+            by_way[way][0].extend(seconds)
+            by_way[way][1].extend(found)
     cpu = comm.gather(waiting_cpu(exchange, stand_in, folder / "waiting"))
     if exchange.rank == 0:
         median = {name: statistics.median(found) for name, found in times.items()}
@@ -128,7 +166,8 @@ def main():
             f"CPU seconds of ranks that wait {WAIT_S:.0f} s: server {cpu[0]:.2f}, "
             f"device ranks at most {max(cpu[1:-1]):.2f}"
         )
-        figures = {"seconds": median, "floats": size, "parts": by_part, "waiting_cpu_s": cpu}
+        ways = print_ways(by_way)
+        figures = {"ways": ways, "seconds": median, "floats": size, "parts": by_part, "waiting_cpu_s": cpu}
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
         shutil.rmtree(folder)

@@ -54,6 +54,8 @@ WITHOUT_EFFECT = (
 )
 """Keys, and beginnings of keys, that do not determine a run's numbers; those of the data and plug-ins say where they
 are and what is expected of them, and their content counts by itself."""
+FEWEST_MASKED = 3
+"""Devices of a round whose sum is made known; the sum of two tells each of them the other's upload."""
 CLOCK = ("down_mbit", "up_mbit", "latency_s", "step_seconds", "slowness")
 """Keys of the simulation that tell the time alone, unless it decides who takes part (`Config.clock_decides`)."""
 
@@ -285,11 +287,13 @@ class MethodConfig(Section):
 class ExchangeConfig(Section):
     """What crosses the network; an encoding's own keys come in a subclass."""
 
-    mode: Literal["gather", "reduce"] = "gather"
+    mode: Literal["gather", "reduce", "secure"] = "gather"
     """`gather`: every upload goes to the server. `reduce`: the device ranks add them up, in a tree or on the server's
     host in memory that they share, exactly, so that the bits do not depend on the ranks, and the server receives one
     sum however many there are; control variates stay with the devices. Not with methods that need each upload, nor with
-    `trace`."""
+    `trace`. `secure`: the same sums to the bit, of uploads that are masked before they leave their rank, so that the
+    server learns the sums alone; at least three devices a round, of which a third may drop out; needs the extra
+    `secure`."""
     encoding: str = ENCODINGS.default
     """What a device sends of its update: `dense` all of it, `topk` the largest changes."""
     keep: list[Annotated[str, Field(min_length=1)]] = []
@@ -300,6 +304,11 @@ class ExchangeConfig(Section):
     longer than one local step, and than loading the backbone."""
     on_rank_failure: Literal["stop", "continue"] = "stop"
     """`continue` needs `mpirun --with-ft ulfm`: when device ranks die, the others go on from the last checkpoint."""
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether the server gets the sums of the uploads, and none of them by itself."""
+        return self.mode != "gather"
 
 
 class SimulationConfig(Section):
@@ -494,13 +503,23 @@ class Config(Section):
             raise ValueError(
                 f"device.warmup: {self.device.warmup} must be fewer than federation.rounds: {self.federation.rounds}"
             )
-        if self.exchange.mode == "reduce" and self.trace:
+        if self.exchange.sums_only and self.trace:
             raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
         if self.devices_sampled > self.federation.num_training:
             raise ValueError(
                 f"simulation.over_selection: {self.simulation.over_selection:g} samples {self.devices_sampled} devices "
                 f"for {self.federation.devices_per_round} a round, of {self.federation.num_training} that can train; "
                 "lower it or federation.sample_rate"
+            )
+        if self.exchange.mode == "secure" and (sampled := self.federation.devices_per_round) < FEWEST_MASKED:
+            raise ValueError(
+                f"exchange.mode: secure needs at least {FEWEST_MASKED} devices a round, and federation.sample_rate: "
+                f"{self.federation.sample_rate:g} gives {sampled}: the sum of two tells each the other's upload"
+            )
+        if self.exchange.mode == "secure" and 3 * self.federation.devices_per_round < 2 * self.devices_sampled:
+            raise ValueError(
+                f"simulation.over_selection: {self.simulation.over_selection:g} leaves out more than a third of the "
+                "devices that a round samples, which exchange.mode: secure does not survive; valid: at most 0.5"
             )
         if self.selection.local_layers == "frozen" and self.sparse.fraction < 1:
             raise ValueError(

@@ -34,7 +34,8 @@ SHIPPED = (
 """Modules that register fedhpc's own parts; of a folder all files, so that a new part is one file."""
 ENTRY_POINTS = "fedhpc.plugins"
 RECORDED = (
-    *("round", "devices", "absent", "device_steps", "device_bytes", "examples", "steps", "loss", "rejected", "seconds"),
+    *("round", "devices", "absent", "device_steps", "device_bytes", "device_trips", "examples", "steps", "loss"),
+    *("rejected", "seconds"),
     *("accuracy", "perplexity", "device_accuracy", "evaluated", "bytes", "bytes_down", "bytes_up", "update_norm"),
     *("device_learning_rate", "server_learning_rate", "taken", "staleness", "between_steps_s"),
 )

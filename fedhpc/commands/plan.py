@@ -1,6 +1,6 @@
 """`fedhpc plan`: what a run would need, from shapes and counts alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fedhpc.commands.plan_memory import (
 from fedhpc.config import Config
 from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER
+from fedhpc.exchange.secure.records import device_bytes, rank_bytes
 from fedhpc.federation.sampling import Homes, count_packs, local_steps, most_at_once, training_devices
 from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
@@ -78,18 +79,23 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
     def summed(nbytes: float) -> float:
         return 2.0 * encoding.num_sums * nbytes
 
-    up = ("up, uploads", uploads, uploaded, headers)
+    rows: list[tuple[str, int, Callable[[float], float], float]] = [("up, uploads", uploads, uploaded, headers)]
     if encoding.num_sums:
-        up = ("up, sums", min(1, uploads), summed, headers * devices)
+        rows = [("up, sums", min(1, uploads), summed, headers * devices)]
+    if uploads and (among := encoding.masked_among):
+        down, (_, first, last) = rank_bytes(among), device_bytes(among)
+        sending = min(ranks - 1, devices)  # of ranks beside rank 0; those of other hosts send one sum together
+        rows = [
+            ("up, masked sums", sending, summed, headers * devices / sending),
+            ("down, keys", ranks - 1, lambda nbytes: down, 0),
+            ("up, keys", devices, lambda nbytes: first + last, 0),
+        ]
+    factors = [("down, factors", ranks - 1, lambda nbytes: devices * nbytes, HEADER.itemsize)] * method.adds_weights
     yield "bytes per round        selected layers    all layers    full model"
     for direction, copies, payload, header in (
         ("down, broadcast", ranks - 1, lambda nbytes: (1.0 + len(method.sends)) * nbytes, HEADER.itemsize + 4 * packs),
-        *(
-            [("down, factors", ranks - 1, lambda nbytes: devices * nbytes, HEADER.itemsize)]
-            if method.adds_weights
-            else []
-        ),
-        up,
+        *factors,
+        *rows,
     ):
         sizes = [human_bytes(copies * (size + header)) for size in (payload(exchanged), payload(everything), model)]
         yield f"  {direction:<15} x{copies:<4} {sizes[0]:>15} {sizes[1]:>13} {sizes[2]:>13}"

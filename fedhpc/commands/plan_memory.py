@@ -90,8 +90,9 @@ def _one_process(server: Parts, device: Parts) -> Parts:
 def _server(job: Job) -> Parts:
     config, n = job.config, exchanged_bytes(job)
     vectors, method, sampled = server_vectors(job), method_of(job), most_at_once(config)
-    summed, uploaded = make_encoding(config, method).num_sums, sampled * method.num_uploaded
-    arriving, size = (f"{summed} sums", 4 * n * summed) if summed else (f"{sampled} uploads", 2 * n * uploaded)
+    encoding, uploaded = make_encoding(config, method), sampled * method.num_uploaded
+    summed, copies = encoding.num_sums, 4 if encoding.masked_among else 2
+    arriving, size = (f"{summed} sums", 2 * copies * n * summed) if summed else (f"{sampled} uploads", 2 * n * uploaded)
     # The sampled devices' own, and those that a checkpoint has not written yet.
     controls = (1 + config.checkpoint.every) * sampled * has_control(job)
     state: Parts = {
@@ -113,6 +114,7 @@ def _server(job: Job) -> Parts:
 def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     config = job.config
     method, n, everything = method_of(job), exchanged_bytes(job), 4 * trainable(job)
+    encoding = make_encoding(config, method)
     sampled = most_at_once(config)
     here = -(-sampled // max(1, ranks - 1))
     record = UPLOAD_HEADER.itemsize + upload_of(job).nbytes
@@ -144,6 +146,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         f"backbone, {config.model.quantization or config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
         ADDED: added_bytes(job) * (1 + DTYPE_BYTES[config.model.dtype] / 4),
+        "masked sums": 2 * n * encoding.num_sums * (encoding.masked_among > 0),
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         f"{first}: tensors at once (at other times: {then})": phases[first],
     }
@@ -230,7 +233,7 @@ def changes_under_way(job: Job) -> int:
 
 def has_control(job: Job) -> bool:
     """Whether the server holds control variates."""
-    return method_of(job).has_control and job.config.exchange.mode == "gather"
+    return method_of(job).has_control and not job.config.exchange.sums_only
 
 
 def method_of(job: Job) -> Method:

@@ -23,8 +23,10 @@ from fedhpc.device.round_context import RoundContext
 from fedhpc.errors import CheckpointError, Halt
 from fedhpc.exchange import Exchange, MpiExchange, messages
 from fedhpc.exchange.encoding import Upload, make_encoding
-from fedhpc.exchange.exact_sum import SumSize
+from fedhpc.exchange.exact_sum import SumSize, Terms
 from fedhpc.exchange.messages import Command, Op
+from fedhpc.exchange.secure.participants import Participants
+from fedhpc.exchange.secure.records import PUBLIC_KEYS
 from fedhpc.federation.partition import Partition
 from fedhpc.federation.sampling import (
     Homes,
@@ -96,6 +98,8 @@ class Worker:
         self.progress = RoundProgress(round=NO_ROUND)
         self.unseen = DeviceState(local=np.empty(0, np.float32))
         """The state of a device before its first round."""
+        self.participants = Participants([])
+        """In the present round of secure aggregation."""
         self.start_over()
 
     def _as_attacked(self, split: Split, partition: Partition, num_classes: int) -> Split:
@@ -127,6 +131,9 @@ class Worker:
             Op.GENERATE: self.generate,
             Op.SAVE: self.save,
             Op.ADD: self.add,
+            Op.KEYS: self.draw_keys,
+            Op.SHARES: self.send_shares,
+            Op.UNMASK: self.unmask,
         }
         if command.op not in actions:
             return NO_RECORDS
@@ -142,7 +149,9 @@ class Worker:
         (packs, workers), context = command.packs(), self._context(command, self.method.sends)
         self._take_over(self.homes.move(packs, workers), context)
         mine = [pack for pack, worker in zip(packs, workers, strict=True) if worker == self.index]
-        records = self.exchange.rows(self._upload_of(context.params.size).record, sum(map(len, mine)))
+        record, count = self._upload_of(context.params.size).record, sum(map(len, mine))
+        is_masked = self.encoding.masked_among > 0
+        records = (self.exchange.buffer if is_masked else self.exchange.rows)(record, count)
         rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
         for device in rows.keys() & self.progress.finished.keys():
             rows[device][:] = self.progress.finished[device]
@@ -156,9 +165,30 @@ class Worker:
             if not self.encoding.num_sums:
                 self.exchange.send_ahead(records, done)
         if num_sums := self.encoding.num_sums:
-            of = SumSize(num_sums=num_sums, size=context.params.size, num_terms=command.placed.size)
-            self.exchange.add_up(of)
+            of = SumSize(num_sums=num_sums, size=context.params.size, num_terms=command.placed.size, masked=is_masked)
+            terms = Terms.of_uploads(records, of)
+            if is_masked:
+                headers = messages.upload_headers(records)
+                sound = headers["device"][headers["fault"] == Fault.NONE].tolist()
+                terms = self.participants.masked(terms, sound, self.exchange.progress)
+                records = records[:, : messages.UPLOAD_HEADER_FLOATS]
+            self.exchange.add_up(terms)
         return records
+
+    def draw_keys(self, command: Command) -> np.ndarray:
+        """Step 0 of secure aggregation, of the round's devices that are here."""
+        placed = command.placed[command.placed["worker"] == self.index]
+        self.participants = Participants(placed["device"].tolist())
+        return self.participants.public_keys()
+
+    def send_shares(self, command: Command) -> np.ndarray:
+        """Step 1."""
+        return self.participants.boxes(command.payload.view(PUBLIC_KEYS.dtype))
+
+    def unmask(self, command: Command) -> np.ndarray:
+        """Step 3; the secrets are of no more use then."""
+        done, self.participants = self.participants, Participants([])
+        return done.answers(command.payload, command.placed["device"].tolist())
 
     def _upload_of(self, size: int) -> Upload:
         return Upload.of(size, self.encoding, self.method)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedhpc.config import ExchangeConfig
 from fedhpc.errors import Halt
-from fedhpc.exchange.exact_sum import SumSize
+from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.exchange.messages import Command, Note, NoteKind, Op, RecordType
 from fedhpc.job.stopping import StopRequest
 
@@ -28,6 +28,11 @@ class Traffic:
     bytes_up: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each part: broadcast, local (until the last worker was done), gather."""
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Of two requests together; beside local work, the other's is part of the gather."""
+        seconds = {**self.seconds, "gather": self.seconds["gather"] + sum(other.seconds.values())}
+        return Traffic(self.bytes_down + other.bytes_down, self.bytes_up + other.bytes_up, seconds)
 
 
 class Exchange(ABC):
@@ -47,9 +52,11 @@ class Exchange(ABC):
         self.timeout_s = timeout_s
         self.traffic = Traffic()
         """What the latest request moved."""
-        self.sums: NDArray[np.float64] = np.empty((0, 0))
-        """Server: the sums that came with the latest reply, shape [k, n]."""
-        self._summed: SumSize | None = None
+        self.sums: NDArray[np.int64] = np.empty((0, 0), np.int64)
+        """Server: the sums that came with the latest reply, in fixed point [k, n], valid until the next request."""
+        self.exponent = ZERO_EXPONENT
+        """Server: that of their unit."""
+        self._terms: Terms | None = None
         self.on_saved: Callable[[Note], None] = lambda note: None
         """Server: takes the workers' notes about checkpoint files."""
         self._failure: BaseException | None = None
@@ -65,7 +72,8 @@ class Exchange(ABC):
             command: what is asked; its payload is broadcast as one contiguous float32 buffer.
             record: form of one reply record.
             counts: records that each worker will send.
-            summed: the workers reply with uploads that are added up to such sums, see `add_up`; they go to `sums`.
+            summed: the workers reply with uploads that are added up to such sums, see `add_up`; they go to `sums`, the
+                exponent of their unit to `exponent`.
 
         Returns:
             Records [sum(counts)], valid until the next request with the same record type; of uploads that are added up,
@@ -114,9 +122,9 @@ class Exchange(ABC):
             incoming: from which workers data will come, in the order of the result.
         """
 
-    def add_up(self, of: SumSize) -> None:
-        """Worker: the next reply are uploads of which only the headers and these sums go to the server."""
-        self._summed = of
+    def add_up(self, terms: Terms) -> None:
+        """Worker: the next reply are uploads of which only the headers and the sums of these terms go to the server."""
+        self._terms = terms
 
     def fail(self, error: BaseException) -> None:
         """From a thread beside the main one: raise this error in the main thread, at its next call of `progress`."""

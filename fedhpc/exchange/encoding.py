@@ -32,6 +32,8 @@ class Encoding(Part, ABC):
     """Of the payload's elements."""
     num_sums = 0
     """Vectors that all devices' payloads are added up to on their way; 0: every payload goes to the server."""
+    masked_among = 0
+    """m, the devices of a round that mask their terms of the sums (secure aggregation); 0: they do not."""
     is_plain = False
     """Whether the payload is P_i itself."""
     keeps = False
@@ -53,7 +55,7 @@ class Encoding(Part, ABC):
     @classmethod
     def check(cls, config: Any) -> None:
         """See `fedhpc.config.Part.check`; only what is sent whole adds up exactly on its way."""
-        if config.exchange.mode == "reduce" and (found := cls.approximates(config.exchange)) is not None:
+        if config.exchange.sums_only and (found := cls.approximates(config.exchange)) is not None:
             raise ConfigError(f"{found} needs exchange.mode: gather; sums are exact")
 
     def length(self, size: int) -> int:

@@ -30,6 +30,8 @@ class SumSize:
     """n, the length of the vectors."""
     num_terms: int
     """An upper bound of the number of terms of all ranks together."""
+    masked: bool = False
+    """Whether a rank's sums leave it as they are, masked, and nothing else of its uploads does."""
 
     @property
     def nbytes(self) -> int:

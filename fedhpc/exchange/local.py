@@ -7,7 +7,7 @@ import numpy as np
 
 from fedhpc.errors import Halt, UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
-from fedhpc.exchange.exact_sum import SumSize, Terms
+from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Note, RecordType
 from fedhpc.job.background import settle
 from fedhpc.job.stopping import StopRequest
@@ -36,9 +36,9 @@ class LocalExchange(Exchange):
         if records is None:
             raise Halt
         if summed:
-            terms = Terms.of_uploads(records, summed)
-            exponent = terms.exponent
-            self.sums = summed.floats(terms.fixed(exponent), exponent)
+            assert self._terms is not None
+            self.exponent = self._terms.exponent
+            self.sums = self._terms.fixed(self.exponent)
         self.traffic = Traffic(seconds={"broadcast": 0.0, "local": time.perf_counter() - start, "gather": 0.0})
         return records
 

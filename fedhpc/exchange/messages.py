@@ -38,7 +38,14 @@ class Op(IntEnum):
     """Time a step of 1, 2, 4 ... up to `pack` devices side by side; reply `probe_record`."""
     GENERATE = 10
     """Answer prompts with the payload P^t; reply answers as `fedhpc.evaluate.questions` has them."""
-    ADD = 11
+    KEYS = 11
+    """Secure aggregation, step 0: `placed` are the sampled devices; reply `secure.records.PUBLIC_KEYS`."""
+    SHARES = 12
+    """Step 1: the payload are all public keys; reply `secure.records.boxes_record`."""
+    UNMASK = 13
+    """Step 3: the payload are all boxes, `placed` the devices whose masked integers have arrived; those reply
+    `secure.records.answer_record`."""
+    ADD = 14
     """Add products to the frozen weights; the payload are the vectors [n] with their factors."""
 
 

@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedhpc.errors import Halt, RanksLost, UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.exchange.connection import Connection
 from fedhpc.exchange.control_channel import ControlChannel
-from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
+from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize
 from fedhpc.exchange.memory import ADDRESS, ring
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER, Command, Note, Op, RecordType, Tag
+from fedhpc.exchange.reduction import Reduction
 from fedhpc.exchange.repair import repair
 from fedhpc.exchange.shared_layout import PAYLOAD, PLACES, SharedLayout
 from fedhpc.exchange.transfer import RecordTransfer, Types
@@ -95,13 +95,16 @@ class MpiExchange(Exchange):
         if command.op in (Op.FINISH, Op.SUSPEND):
             return record.zeros(0)
         ready, exponent = self._collect(records, counts if record.nbytes else [0] * self.num_workers, summed)
+        bytes_up = records.nbytes
         if summed:
-            self._take_sums(sums)
-            self.sums = summed.floats(sums, exponent)
+            with self._inside("a reduction"):
+                arrived = self._reduction.take(sums, counts, masked=summed.masked)
+            self.sums, self.exponent = sums, exponent
+            bytes_up = len(records) * UPLOAD_HEADER.itemsize + arrived * summed.nbytes
         end = time.perf_counter()
         self.traffic = Traffic(
             bytes_down=self.num_workers * command.nbytes,
-            bytes_up=len(records) * UPLOAD_HEADER.itemsize + summed.nbytes if summed else records.nbytes,
+            bytes_up=bytes_up,
             seconds={"broadcast": sent - start, "local": ready - sent, "gather": end - ready},
         )
         return records
@@ -132,15 +135,14 @@ class MpiExchange(Exchange):
     def reply(self, records: np.ndarray | None) -> None:
         """Worker: send this worker's records; None if it was halted."""
         self._control.activity = "waiting for the other ranks"
-        summed, self._summed = self._summed, None
-        terms = Terms.of_uploads(records, summed) if summed and records is not None else None
+        terms, self._terms = self._terms, None
         if records is not None and records.nbytes:
             if self._connection.shares_memory:
                 rows = self.rows(RecordType.of(records), len(records))
                 if not np.may_share_memory(records, rows):
                     rows[:] = records
             with self._losses():
-                self._transfer.send(records, summed)
+                self._transfer.send(records, terms.of if terms else None)
         exponent = terms.exponent if terms else ZERO_EXPONENT
         reply = np.array([(records is None, len(self._transfer.leaving), exponent)], REPLY)
         with self._inside("the gather"):
@@ -151,7 +153,8 @@ class MpiExchange(Exchange):
         if terms and records is not None:
             self._receive_from_server(reply, Tag.EXPONENT)
             if not reply[0]["halted"]:
-                self._send_sums(records, terms, int(reply[0]["exponent"]))
+                with self._inside("a reduction"):
+                    self._reduction.send(records, terms, int(reply[0]["exponent"]))
 
     def send_ahead(self, records: np.ndarray, count: int) -> None:
         """See `Exchange`; those that are added up have to wait for all others."""
@@ -249,6 +252,7 @@ class MpiExchange(Exchange):
         self._buffers = {}  # after a loss, a transfer of before may still write in the old ones
         self._transfer = RecordTransfer(self._connection, self._types)
         self._layout = SharedLayout(self._connection.memory, self._connection.near)
+        self._reduction = Reduction(self._mpi, self._connection, self._layout, self._types, self._wait_for_transfer)
         self._control = ControlChannel(
             self._mpi, comm, self._connection.hosts, self.stop, deliver=self._deliver, ring=self._connection.ring
         )
@@ -310,40 +314,6 @@ class MpiExchange(Exchange):
         self._wait(self._comm.Irecv([data, pages, self._types.of(PAGE_BYTES)], source=rank, tag=Tag.STATE))
         return data[: size[0]].tobytes()
 
-    def _send_sums(self, records: np.ndarray, terms: Terms, exponent: int) -> None:
-        """Write a share of the sums in the server's memory; remote workers reduce theirs to one, which sends them.
-
-        They do so within each host first: less passes between hosts, however ranks are placed.
-        """
-        with self._inside("a reduction"):
-            if self._connection.shares_memory:
-                self._layout.add_up(self.rank - 1, RecordType.of(records), terms.of, exponent)
-                self._wait(self._comm.Isend([np.zeros(1, np.uint8), self._mpi.BYTE], dest=0, tag=Tag.SUMS))
-                self._connection.ring(0)
-                return
-            part = terms.fixed(exponent)  # by a name: a request that is not root's does not keep it
-            for comm in (self._connection.remote_here, self._connection.remote_hosts):
-                source, target = (part, None) if comm.rank else (self._mpi.IN_PLACE, part)
-                self._wait(comm.Ireduce(source, target, self._mpi.SUM, root=0))
-                if comm.rank:
-                    return
-            self._wait(self._connection.remote.Isend([part, 1, self._types.of(part.nbytes)], dest=0, tag=Tag.SUMS))
-
-    def _take_sums(self, sums: NDArray[np.int64]) -> None:
-        """Wait until the workers of this host have written the sums of theirs, and add the remote workers' sums."""
-        with self._inside("a reduction"):
-            pending = [
-                self._comm.Irecv([np.zeros(1, np.uint8), self._mpi.BYTE], source=peer, tag=Tag.SUMS)
-                for peer in self._connection.doorbells
-            ]
-            self._wait_until(lambda: self._mpi.Request.Testall(pending), TRANSFER_SLEEP_S, with_doorbell=True)
-            if self._connection.remote.size > 1:
-                (part,) = self.buffer(RecordType(sums.dtype, sums.shape), 1)
-                self._wait(
-                    self._connection.remote.Irecv([part, 1, self._types.of(part.nbytes)], source=1, tag=Tag.SUMS)
-                )
-                sums += part
-
     def _barrier(self) -> None:
         """Wait for all ranks without spinning, so that waiters leave the cores alone."""
         with self._losses():
@@ -352,6 +322,9 @@ class MpiExchange(Exchange):
     def _wait(self, request: Any, longest_sleep_s: float = TRANSFER_SLEEP_S, *, with_doorbell: bool = False) -> None:
         """Wait for an operation."""
         self._wait_until(request.Test, longest_sleep_s, with_doorbell=with_doorbell)
+
+    def _wait_for_transfer(self, is_over: Callable[[], bool], *, with_doorbell: bool = False) -> None:
+        self._wait_until(is_over, TRANSFER_SLEEP_S, with_doorbell=with_doorbell)
 
     def _wait_until(self, is_over: Callable[[], bool], longest_sleep_s: float, *, with_doorbell: bool = False) -> None:
         """Wait, and make progress meanwhile.

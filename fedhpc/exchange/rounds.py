@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.config import Config
+from fedhpc.exchange.base import Traffic
 from fedhpc.exchange.simulation import Load, device_seconds, drops_out
 from fedhpc.exchange.timeline import plan_interval
 from fedhpc.federation.partition import Partition
@@ -63,13 +64,15 @@ class Round:
             "absent": [{"device": device, "reason": reason} for device, reason in self.absent.items()],
             "device_steps": [self.steps[device] for device in self.sampled],
             "device_bytes": [self.load.down, self.load.up],
+            "device_trips": self.load.trips,
             "examples": 0,
             "steps": 0,
             "loss": None,
             "accuracy": None,
             "accuracy_global": None,
             "device_learning_rate": self.learning_rate,
-            "bytes": len(self.sampled) * self.load.down + num_uploads * self.load.up,
+            "bytes": len(self.sampled) * (self.load.down + self.load.up_first)
+            + num_uploads * (self.load.up - self.load.up_first),
             "bytes_down": 0,
             "bytes_up": 0,
             "seconds": dict.fromkeys(("broadcast", "local", "gather", "server", *WITHIN_LOCAL), 0.0),
@@ -84,6 +87,25 @@ class Round:
             "staleness": {"mean": float(np.mean(stale)), "max": max(stale)} if stale else None,
             "between_steps_s": self.arrivals.now - self.arrivals.began,
         }
+
+    def measured(self, headers: np.ndarray, busy: Sequence[float], traffic: Traffic) -> dict[str, Any]:
+        """The round's metrics with what its uploads took.
+
+        Args:
+            headers: of all uploads.
+            busy: seconds of local work of each worker.
+            traffic: of the round's requests; of a round that was interrupted, only of the rest.
+        """
+        local = max(traffic.seconds["local"], *busy)
+        record = self.record() | {"bytes_down": traffic.bytes_down, "bytes_up": traffic.bytes_up}
+        record["seconds"] |= {
+            **traffic.seconds,
+            "local": local,
+            "idle": local - float(np.mean(busy)),
+            "slowest_device": float(headers["seconds"].max(initial=0.0)),
+            "step": float(np.median(headers["seconds"] / headers["num_steps"])),
+        }
+        return record
 
 
 def plan_round(

@@ -10,7 +10,9 @@ from typing import Any
 
 from fedhpc.config import Config, SimulationConfig
 from fedhpc.exchange.encoding import Encoding, Upload
+from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import FLOAT
+from fedhpc.exchange.secure.records import STEPS, device_bytes
 from fedhpc.methods import Method
 from fedhpc.seeding import generator
 
@@ -24,12 +26,20 @@ class Load:
 
     down: int
     up: int
+    trips: int = 1
+    """How often a device receives something and answers."""
+    up_first: int = 0
+    """Of `up`, what a device sends before it may turn out to be absent."""
 
     @classmethod
     def of(cls, size: int, method: Method, encoding: Encoding) -> "Load":
         """Where so many floats are exchanged."""
         down = FLOAT.itemsize * size * (1 + len(method.sends))
-        return cls(down=down, up=Upload.of(size, encoding, method).nbytes)
+        if not (among := encoding.masked_among):
+            return cls(down=down, up=Upload.of(size, encoding, method).nbytes)
+        extra, first, last = device_bytes(among)
+        sums = SumSize(num_sums=encoding.num_sums, size=size, num_terms=among)
+        return cls(down=down + extra, up=first + sums.nbytes + last, trips=STEPS, up_first=first)
 
 
 def device_seconds(
@@ -46,7 +56,7 @@ def device_seconds(
         measured: seconds a step, for a clock that gives none.
     """
     step = measured if simulation.step_seconds == "measured" else simulation.step_seconds
-    seconds = 2 * simulation.latency_s + steps * step * _slowness(seed, device, simulation.slowness)
+    seconds = 2 * load.trips * simulation.latency_s + steps * step * _slowness(seed, device, simulation.slowness)
     for count, rate in ((load.down, simulation.down_mbit), (load.up, simulation.up_mbit)):
         seconds += 0.0 if rate is None else BITS_PER_BYTE * count / (MEGA * rate)
     return seconds
@@ -82,10 +92,11 @@ def round_seconds(simulation: SimulationConfig, seed: int, record: Mapping[str, 
     if "between_steps_s" in record:
         return float(record["between_steps_s"]) + float(record["seconds"]["server"])
     down, up = record["device_bytes"]
+    load = Load(down=down, up=up, trips=record.get("device_trips", 1))
     absent = {entry["device"] for entry in record["absent"]}
     measured = record["seconds"]["step"]
     waited = [
-        device_seconds(simulation, seed, device, steps=steps, load=Load(down=down, up=up), measured=measured)
+        device_seconds(simulation, seed, device, steps=steps, load=load, measured=measured)
         for device, steps in zip(record["devices"], record["device_steps"], strict=True)
         if device not in absent
     ]

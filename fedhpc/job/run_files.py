@@ -97,7 +97,8 @@ def _is_timed(record: Mapping[str, Any]) -> bool:
         return True
     if not record.keys() >= set(TIMED) or len(devices) != len(steps) or len(sizes) != 2:
         return False
-    numbers = [*devices, *steps, *sizes, *(entry.get("device") for entry in absent), record.get("between_steps_s", 0)]
+    numbers = [*devices, *steps, *sizes, *(entry.get("device") for entry in absent)]
+    numbers += [record.get("between_steps_s", 0), record.get("device_trips", 1)]
     return _are_numbers([*numbers, *(record.get("seconds", {}).get(key) for key in ("step", "server"))])
 
 

@@ -163,14 +163,14 @@ class Method(Part, ABC):
     @classmethod
     def check(cls, config: Any) -> None:
         """See `fedhpc.config.Part.check`; a method that needs each upload by itself cannot have sums alone."""
-        if config.exchange.mode == "reduce" and not cls.works_with_sums(config.server):
+        if config.exchange.sums_only and not cls.works_with_sums(config.server):
             raise ConfigError(
                 f"server.method: {cls.label(config.server)} needs each upload by itself; it needs exchange.mode: gather"
             )
 
     @classmethod
     def works_with_sums(cls, config: Any) -> bool:
-        """Whether it needs no more of the uploads than a `SummedMethod` (`exchange.mode: reduce`)."""
+        """Whether it needs no more of the uploads than a `SummedMethod` (`exchange.mode: reduce`, `secure`)."""
         return issubclass(cls, SummedMethod)
 
     @classmethod

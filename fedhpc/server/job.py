@@ -27,6 +27,7 @@ from fedhpc.data.prepared import Description, PreparedData, tokenizer_fingerprin
 from fedhpc.data.tokens import check_known
 from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.evaluate.questions import Questions, check_task
+from fedhpc.exchange.secure.ciphers import check_installed
 from fedhpc.federation.partition import Partition, divide
 from fedhpc.federation.sampling import count_packs, held_out_devices
 from fedhpc.files import check_folder, names_in
@@ -108,6 +109,8 @@ def load_job(config: Config) -> Job:
     _check_data(config, data)
     _check_attention(config, data)
     shape = read_shape(config.model.name)
+    if config.exchange.mode == "secure":
+        check_installed()
     make_strategy(config.selection).check_layers(shape.num_layers)
     check_lengths(config, data.description, shape)
     if data.description.head != "language_model":

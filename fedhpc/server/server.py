@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fedhpc.attack.attack import bad_devices
 from fedhpc.checkpoint.state_file import RunState
@@ -22,6 +22,7 @@ from fedhpc.exchange.encoding import Upload, make_encoding
 from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
+from fedhpc.exchange.secure.records import threshold
 from fedhpc.exchange.simulation import Load, round_seconds
 from fedhpc.federation.packing import choose_pack, largest_pack
 from fedhpc.federation.sampling import Placement, population, sample_devices, training_devices, upload_counts
@@ -39,6 +40,7 @@ from fedhpc.selection.strategy import global_scores
 from fedhpc.server.generations import Generations
 from fedhpc.server.job import Job
 from fedhpc.server.saving import CheckpointWriter
+from fedhpc.server.secure_sums import SecureSums
 from fedhpc.server.soundness import check_finite, sift, warn_of_growth
 
 
@@ -122,12 +124,14 @@ class Server:
                 state = self.narrow(state)
             # 2. Sample devices, broadcast P^t, let them update locally, gather their P_i.
             this = self.next_round(state)
-            if not this.is_empty:
+            self.state = state
+            if self.exchange.stop:
+                raise Halt
+            uploads, record = None, this.record()
+            if not this.is_empty and len(this.present) >= self.fewest(this):
                 uploads, record = self.train(state, this)
-                # 3. Server update: P^{t+1}.
-                state = self.update(state, uploads, record)
-            else:
-                state = self.skip(state, this)
+            # 3. Server update: P^{t+1}.
+            state = self.update(state, uploads, record) if uploads else self.skip(state, this, record)
             # 4. Evaluate and checkpoint, when due; metrics.
             state = self.finish_round(state, progress)
         progress.close()
@@ -257,8 +261,15 @@ class Server:
         load = Load.of(state.server.params.size, self.method, self.encoding)
         return plan_round(self.config, self.partition, state.server.round, load, state.server.scalars)
 
-    def train(self, state: RunState, this: Round) -> tuple[RoundUploads, dict[str, Any]]:
-        """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics."""
+    def fewest(self, this: Round) -> int:
+        """How many of the round's devices there must be for an update."""
+        return threshold(len(this.sampled)) if self.encoding.masked_among else 0
+
+    def train(self, state: RunState, this: Round) -> tuple[RoundUploads | None, dict[str, Any]]:
+        """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics.
+
+        None where too few of them are sound.
+        """
         t, devices, packs = this.index, this.present, this.packs(state.pack)
         workers = self.placement.place(packs, this.steps)
         counts = self._count(workers, [len(pack) for pack in packs])
@@ -273,63 +284,61 @@ class Server:
             placed=messages.place_packs(packs, workers),
             payload=payload,
         )
-        summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices))
+        masked, summed = encoding.masked_among > 0, None
+        if encoding.num_sums:
+            summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices), masked=masked)
         upload = Upload.of(start.size, encoding, self.method)
         self.saving.control.prefetch(devices, state.layers)
-        self.state = state
-        if self.exchange.stop:
-            raise Halt
         if not devices:  # changes that are under way arrive all the same
             return self._no_uploads(this), this.record()
+        secure = SecureSums(self.exchange, this, command.placed, self.placement.homes) if masked else None
         self.in_round, self.has_trained = True, True
-        records = self.exchange.request(command, upload.record, counts, summed=summed if encoding.num_sums else None)
+        record_type = messages.upload_record(0) if masked else upload.record
+        records = self.exchange.request(command, record_type, counts, summed=summed)
         self.in_round = False
-        traffic = self.exchange.traffic
-        headers = messages.upload_headers(records)
+        traffic, headers = self.exchange.traffic, messages.upload_headers(records)
         busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
-        local = max(traffic.seconds["local"], *busy)
         for header in headers:
             self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
         place = {int(device): row for row, device in enumerate(headers["device"])}
         order = np.array([place[device] for device in devices])
-        kept, rejected = sift(self.config, t, start, headers[order])
-        order, headers = order[kept], headers[order[kept]]
+        headers = headers[order]
+        kept, rejected = sift(self.config, t, start, headers)
+        enough, sums = len(kept) >= self.fewest(this), self.exchange.sums
+        if secure and enough:
+            sums = secure.open(sorted(headers["device"][kept].tolist()))
+        record = this.measured(headers, busy, sum(secure.traffic, traffic) if secure else traffic)
+        record["rejected"] = rejected
+        if not enough:
+            return None, record
+        order, headers = order[kept], headers[kept]
         uploads = RoundUploads(
             device_ids=headers["device"],
             num_examples=headers["num_examples"],
             counts=headers["count"],
             num_steps=headers["num_steps"],
-            params=[] if encoding.num_sums else [encoding.decode(upload.payloads(records)[i], start) for i in order],
+            params=[] if summed else [encoding.decode(upload.payloads(records)[i], start) for i in order],
             gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
             device_learning_rate=this.learning_rate,
-            sums=self._sums(headers) if encoding.num_sums else None,
+            sums=self._sums(summed.floats(sums, self.exchange.exponent), headers) if summed else None,
             arrivals=this.arrivals,
         )
-        record = this.record()
-        record["seconds"] |= {
-            **traffic.seconds,  # of a round that was interrupted, as the bytes below, only the rest
-            "local": local,
-            "idle": local - float(np.mean(busy)),
-            "slowest_device": float(headers["seconds"].max(initial=0.0)),
-            "step": float(np.median(headers["seconds"] / headers["num_steps"])),
-        }
         return uploads, record | {
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
             "loss": float(uploads.weights @ headers["loss"]),
-            "bytes_down": traffic.bytes_down,
-            "bytes_up": traffic.bytes_up,
-            "rejected": rejected,
         }
 
-    def skip(self, state: RunState, this: Round) -> RunState:
-        """A round in which no device takes part: all stays as it was."""
-        self.state = state
-        if self.exchange.stop:
-            raise Halt
-        who = ", ".join(f"{device} {reason}" for device, reason in this.absent.items())
-        log.warning("round %d skipped, nobody takes part: %s", this.index, who)
-        record = this.record() | {"server_learning_rate": self._server_learning_rate(state.server)}
+    def skip(self, state: RunState, this: Round, record: dict[str, Any]) -> RunState:
+        """A round in which no device takes part, or too few do: the server's state stays as it was."""
+        who = [f"{device} {reason}" for device, reason in this.absent.items()]
+        who += [f"{bad['device']} rejected" for bad in record["rejected"]]
+        why = "nobody takes part"
+        if there := len(this.sampled) - len(who):
+            why = f"{there} of {len(this.sampled)} devices are too few for a sum, exchange.mode: secure needs "
+            why += f"{self.fewest(this)}"
+        log.warning("round %d skipped, %s: %s", this.index, why, ", ".join(who))
+        record |= {"server_learning_rate": self._server_learning_rate(state.server)}
         return replace(state, server=replace(state.server, round=this.index + 1), record=record, part=0)
 
     def _no_uploads(self, this: Round) -> RoundUploads:
@@ -344,9 +353,9 @@ class Server:
             arrivals=this.arrivals,
         )
 
-    def _sums(self, headers: np.ndarray) -> Sums:
-        """What came with the headers of the uploads in use."""
-        weighted, *total = self.exchange.sums
+    def _sums(self, sums: NDArray[np.float64], headers: np.ndarray) -> Sums:
+        """Of the uploads in use, from their headers and what these add up to."""
+        weighted, *total = sums
         return Sums(mean=weighted / headers["count"].sum(), total=total[0] if total else None)
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:

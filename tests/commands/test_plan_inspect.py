@@ -54,6 +54,7 @@ def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
     [
         ({"exchange__dtype": "bfloat16"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 6 * (2 * n + 64)),
         ({"exchange__mode": "reduce"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 2 * 8 * n + 6 * 64),
+        ({"exchange__mode": "secure"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 4 * 2 * 8 * n + 6 * 64),
         ({"server__method": "scaffold"}, lambda n: 4 * (2 * 4 * n + 64 + 4 * 6), lambda n: 6 * (4 * n + 64)),
     ],
 )
@@ -63,6 +64,15 @@ def test_plan_counts_the_bytes_of_each_way_to_exchange(fedhpc, run_config, chang
     found = re.search(r"^  down, broadcast .*?([\d.]+ kB).*\n  up, .*?([\d.]+ kB)", out, re.MULTILINE).groups()
     n = 2 * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
     assert found == tuple(f"{count(n) / 1000:.1f} kB" for count in (down, up))
+
+
+@pytest.mark.usefixtures("nothing_rehearsed")
+def test_plan_counts_the_bytes_of_keys(fedhpc, run_config):
+    """As tests/mpi/test_secure_ranks.py counts them in runs, of 6 devices."""
+    out = fedhpc("plan", run_config(exchange__mode="secure", trace=False), "--ranks", 5)[1]
+    down, up = 4 * (3 * 64 + 6 * (68 + 4 + 6 * 88 + 2 * 12)), 6 * (68 + 4 + 6 * 88 + 4 + 6 * 36)
+    for way, count in (("down", down), ("up", up)):
+        assert re.search(rf"^  {way}, keys .*?([\d.]+ kB)", out, re.MULTILINE)[1] == f"{count / 1000:.1f} kB"
 
 
 @pytest.mark.usefixtures("nothing_rehearsed")

@@ -60,6 +60,7 @@ SETTINGS = {
         "selection__warmup_rounds": 2,
         "selection__auto_by": "density",
     },
+    "masked sums": {"exchange__mode": "secure", "trace": False},
     "fibecfed": {
         "tuning__kind": "lora",
         "curriculum": {"order": "fisher", "start": 0.4},

@@ -64,6 +64,13 @@ MOVING = {
         "checkpoint__every": 4,
     },
     "sums": {"exchange__mode": "reduce", "trace": False, "federation__rounds": 5},
+    "masked sums": {
+        "exchange__mode": "secure",
+        "trace": False,
+        "federation__rounds": 3,
+        "simulation": {"drop_out": 0.15},
+        "federation__sample_rate": 1.0,
+    },
     "absent devices": {"simulation": {"drop_out": 0.4}, "device__pack": 2, "federation__rounds": 5},
     "16 bits": {"exchange__dtype": "bfloat16", "device__pack": 2, "federation__rounds": 5},
 }

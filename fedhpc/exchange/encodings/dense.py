@@ -68,8 +68,9 @@ class NarrowChange(Encoding):
 class SumTerms(Encoding):
     """The device's terms of the sums that a server method needs, with the control variate held by the device."""
 
-    def __init__(self, config: Any, method: SummedMethod) -> None:
+    def __init__(self, config: Any, method: SummedMethod, masked_among: int) -> None:
         super().__init__(config)
+        self.masked_among = masked_among
         self.method = method
         self.num_sums = 2 if method.needs_total else 1
         self.keeps = method.has_control
@@ -103,9 +104,9 @@ class Dense(Encoding):
     def make(cls, config: Any, method: Method) -> Encoding:
         """See `Encoding`."""
         exchange = config.exchange
-        if exchange.mode == "reduce":
+        if exchange.sums_only:
             assert isinstance(method, SummedMethod)  # the configuration refuses the others
-            return SumTerms(exchange, method)
+            return SumTerms(exchange, method, config.federation.devices_per_round * (exchange.mode == "secure"))
         return Parameters(exchange) if exchange.dtype == "float32" else NarrowChange(exchange)
 
     @classmethod
