@@ -258,7 +258,7 @@ def test_steps_that_take_nearly_the_whole_timeout_are_no_silence():
 
 @pytest.mark.parametrize("far", [[], [1]])
 def test_exchanges_past_two_gib(far):
-    done = mpirun(2, HERE / "large_messages.py", *far)
+    done = mpirun(2, HERE / "large_messages.py", *far, timeout_s=300)
     assert done.returncode == 0, done.stderr
     assert f"exchanged {64 + 4 * ((1 << 29) + 1000)}" in done.stdout
 
