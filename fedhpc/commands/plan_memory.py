@@ -96,7 +96,7 @@ def _server(job: Job) -> Parts:
     state: Parts = {
         f"prompts and server state ({vectors} vectors), and the next prompts": n * (vectors + 1),
         f"control variates not on disk ({controls})": n * controls,
-        ADDED: 2 * added_bytes(job),
+        ADDED: 2 * added_bytes(job) + 2 * factors_bytes(job),
         f"buffer of {arriving}": size,
     }
     tokenizer = TOKENIZER_FACTOR * _tokenizer_bytes(config.model.name)
@@ -141,7 +141,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
         f"backbone, {config.model.quantization or config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
-        ADDED: added_bytes(job) * (1 + DTYPE_BYTES[config.model.dtype] / 4),
+        ADDED: added_bytes(job) * (2 + DTYPE_BYTES[config.model.dtype] / 4) + factors_bytes(job),
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         f"{first}: tensors at once (at other times: {then})": phases[first],
     }
@@ -181,6 +181,11 @@ def trainable(job: Job) -> int:
 def added_bytes(job: Job) -> int:
     """Bytes of what rounds add to the frozen weights."""
     return job.tuning.added_layout.nbytes * method_of(job).adds_weights
+
+
+def factors_bytes(job: Job) -> int:
+    """Bytes of the factors of what a round adds to the frozen weights."""
+    return job.config.federation.devices_per_round * exchanged_bytes(job) * method_of(job).adds_weights
 
 
 def local_bytes(job: Job) -> int:
