@@ -39,6 +39,8 @@ class RunResult:
     def params(self) -> dict[str, np.ndarray]:
         """The tuned tensors, whole, float32, by the names that the tuning gives them; of its newest checkpoint.
 
+        What `fedex_lora` and `flora` have added to the frozen weights [L, out, in] is there as `added.<module>`.
+
         Raises:
             UserError: the run, its data or its model is not there any more.
 
@@ -48,7 +50,8 @@ class RunResult:
         """
         from fedhpc.commands.trained import load_trained
 
-        return load_trained(str(self.run_dir)).tensors
+        trained = load_trained(str(self.run_dir))
+        return trained.tensors | {f"added.{name}": weight for name, weight in trained.job.tuning.added.items()}
 
     @property
     def sha256(self) -> str:

@@ -157,12 +157,13 @@ def describe(errors: list[ErrorDetails]) -> list[str]:
         elif details["type"] == "value_error":
             lines.append(details["msg"].removeprefix("Value error, "))
         else:
-            valid = details["msg"].removeprefix("Input should be ")
+            valid = details["msg"].partition(" should ")[2].removeprefix("be ")
             expected.setdefault((key, repr(details["input"])), []).append(valid)
     own = {f"{registry.section}.{registry.key}" for registry in SECTIONS}
     advice = dict.fromkeys(own, "; one of your own needs its module under plugins:")
     return lines + [
-        f"{key}: should be {' or '.join(valid)}, found {found}{advice.get(key, '')}"
+        f"{key}: should {'' if valid[0].startswith('have ') else 'be '}{' or '.join(valid)}, found {found}"
+        f"{advice.get(key, '')}"
         for (key, found), valid in expected.items()
     ]
 

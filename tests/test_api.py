@@ -24,7 +24,7 @@ from fedhpc.job.log import log
 from fedhpc.job.progress import Progress
 from fedhpc.job.stopping import STOP_SIGNALS
 from fedhpc.methods import FedAvg
-from fedhpc.registry import ENCODINGS, METHODS, METRICS, PARTITIONS, SECTIONS
+from fedhpc.registry import ENCODINGS, METHODS, METRICS, PARTITIONS, SECTIONS, TUNINGS
 from fedhpc.testing import check_encoding, check_method, check_partition
 
 NAMES = [
@@ -124,6 +124,8 @@ def test_the_public_names():
     assert fedhpc.__all__ == NAMES
     assert sorted(dir(fedhpc)) == sorted([*NAMES, "__version__"])
     assert [name for name in NAMES if not getattr(fedhpc, name).__doc__] == []
+    for registry, module in ((METHODS, fedhpc.methods), (TUNINGS, fedhpc.tuning)):
+        assert {part.__name__ for _, part in registry.items()} <= {*module.__all__}
     with pytest.raises(AttributeError, match="no attribute 'Run'"):
         _ = fedhpc.Run
 

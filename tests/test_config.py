@@ -168,6 +168,11 @@ def test_keys_of_another_strategy_are_noticed(write, key):
     assert notices(load_config(write(**MINIMAL), [f"selection.{key}"])) == []
 
 
+def test_an_empty_pattern_is_too_short(write):
+    found = problems(write(**MINIMAL), "exchange.keep=['']")
+    assert "exchange.keep: should have at least 1 character, found ''" in found
+
+
 def test_keys_of_another_part_are_checked_and_left_out(write):
     assert "server.tau: should be greater than 0" in problems(write(**MINIMAL), "server.tau=-1")
     assert load_config(write(**MINIMAL), ["server.tau=0.1"]).identity() == load_config(write(**MINIMAL)).identity()

@@ -11,6 +11,8 @@ Moments = dict[str, NDArray[np.float32]]
 """Adam's moments and step count by name, `<tensor>.<exp_avg|exp_avg_sq|step>`."""
 PERSONAL = "personal"
 """Of what a device keeps, the parameters of its own that it trains beside P_i."""
+NEXT_PERSONAL = "next_personal"
+"""Those after the round under way, until the device's update is done, too."""
 FISHER = ".fisher"
 """What a tensor's name ends with where its Fisher information is stored beside the optimizer's moments."""
 

@@ -138,12 +138,7 @@ def read_server_file(data: bytes, name: str, tuning: Tuning, check: Callable[[di
             ratio=float(file["selection/layers"].attrs["ratio"]),
             scores=_read(file, "selection/scores", np.float64, (tuning.shape.num_layers,)) if scored else None,
             unseen_local=_finite(_read_vector(file, "unseen_local", tuning.local(layers)), "local parameters"),
-            added={
-                name: _finite(
-                    _read(file, f"added/{name}", np.float32, tuning.added_layout.shapes[name]), "added weights"
-                )
-                for name in file.get("added", ())
-            },
+            added=_read_added(file, tuning),
             update_norms=tuple(_read(file, "history/update_norm", np.float64).tolist()),
             record=_record(_read(file, "history/record", np.uint8).tobytes()) if "history/record" in file else None,
             generation=int(file.attrs["generation"]),

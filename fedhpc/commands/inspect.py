@@ -141,7 +141,7 @@ def _device_file(file: h5py.File) -> Iterator[str]:
 
 def _tensors(file: h5py.File) -> Iterator[str]:
     names = [name for name in ("prompts", "momentum", "previous_delta", "control/global") if name in file]
-    names += [f"params/{name}" for name in file.get("params", ())]
+    names += [f"{folder}/{name}" for folder in ("params", "added") for name in file.get(folder, ())]
     for name in names:
         array = file[name][()]
         norm = math.sqrt(np.square(array, dtype=np.float64).sum())  # by no BLAS, whose threads take memory

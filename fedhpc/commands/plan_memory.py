@@ -99,7 +99,7 @@ def _server(job: Job) -> Parts:
         f"prompts and server state ({vectors} vectors), and the next prompts": n * (vectors + 1),
         "changes under way, copied in a step": n * changes_under_way(job),
         f"control variates not on disk ({controls})": n * controls,
-        ADDED: 2 * added_bytes(job),
+        ADDED: 2 * added_bytes(job) + 2 * factors_bytes(job),
         f"buffer of {arriving}": size,
     }
     tokenizer = TOKENIZER_FACTOR * _tokenizer_bytes(config.model.name)
@@ -145,7 +145,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
         f"backbone, {config.model.quantization or config.model.dtype}": work.weights,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
-        ADDED: added_bytes(job) * (1 + DTYPE_BYTES[config.model.dtype] / 4),
+        ADDED: added_bytes(job) * (2 + DTYPE_BYTES[config.model.dtype] / 4) + factors_bytes(job),
         "masked sums": 2 * n * encoding.num_sums * (encoding.masked_among > 0),
         "what devices keep": kept_bytes(job) * -(-config.federation.num_devices // max(1, ranks - 1)),
         f"{first}: tensors at once (at other times: {then})": phases[first],
@@ -186,6 +186,11 @@ def trainable(job: Job) -> int:
 def added_bytes(job: Job) -> int:
     """Bytes of what rounds add to the frozen weights."""
     return job.tuning.added_layout.nbytes * method_of(job).adds_weights
+
+
+def factors_bytes(job: Job) -> int:
+    """Bytes of the factors of what a round adds to the frozen weights."""
+    return job.config.federation.devices_per_round * exchanged_bytes(job) * method_of(job).adds_weights
 
 
 def local_bytes(job: Job) -> int:

@@ -137,7 +137,8 @@ class _Lane:
         if begun:  # a file gives them in another order, and norms are rounded in the order of their terms
             tensors = {name: begun.tensors[name] for name in tensors}
         self.params = as_parameters(tensors, place)
-        self.changes = Changes(assignment.rule, tuning, layers, start, self.state.local, list(self.params.values()))
+        own = list(self.params.values())
+        self.changes = Changes(assignment.rule, tuning, layers, start, self.state.local, own, self.device)
         moments = begun.moments if begun else self.state.moments
         self.moments = (
             {name: torch.tensor(moment, device=place) for name, moment in moments.items()}
@@ -193,6 +194,7 @@ class _Lane:
             gradients = backbone.gradients(losses.sum() / num_terms, list(params.values()))
             torch._foreach_add_(total, gradients)
         backbone.training_mode(True)
+        self.sparse.leave_out(total)
         _clip(total, self.config.device.max_grad_norm)
         whole = {name: gradient.cpu().numpy() for name, gradient in zip(params, total, strict=True)}
         return self.tuning.split(whole, self.layers)[0]

@@ -28,12 +28,14 @@ class Changes:
         start: Vector,
         local: Vector,
         params: list[Tensor],
+        device: int,
     ) -> None:
         def tensors(exchanged: Vector | float | None, elsewhere: Vector | float = 0.0) -> list[Tensor]:
             if exchanged is None:
                 return []
             everywhere = np.broadcast_to(np.float32(exchanged), start.size)
             whole = tuning.merge(everywhere, np.broadcast_to(np.float32(elsewhere), local.size), layers)
+            whole = tuning.on_device(whole, device)  # what a device does not have is not to move
             return [torch.from_numpy(tensor).to(p.device) for tensor, p in zip(whole.values(), params, strict=True)]
 
         self._pull = tensors(rule.proximal or None)
@@ -101,6 +103,10 @@ class Sparse:
         momentum = self._config.momentum
         for total, gradient in zip(self._measured.values(), gradients, strict=False):
             total.mul_(momentum).addcmul_(gradient, gradient, value=1 - momentum)
+        self.leave_out(gradients)
+
+    def leave_out(self, gradients: list[Tensor]) -> None:
+        """Zeros in place of the other neurons' gradients."""
         if self._mask:
             torch._foreach_mul_(gradients, self._mask)
 

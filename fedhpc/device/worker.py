@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from fedhpc.attack.attack import bad_devices, make_attack
-from fedhpc.checkpoint.device_state import PERSONAL, DeviceState, UnfinishedUpdate
+from fedhpc.checkpoint.device_state import NEXT_PERSONAL, PERSONAL, DeviceState, UnfinishedUpdate
 from fedhpc.checkpoint.files import Position
 from fedhpc.checkpoint.state_file import RoundProgress, local_file, read_local_file
 from fedhpc.checkpoint.store import Checkpoints
@@ -40,7 +40,7 @@ from fedhpc.federation.sampling import (
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
 from fedhpc.methods import make_method
-from fedhpc.methods.updates import Fault, Vector, distance, fault_of
+from fedhpc.methods.updates import Fault, distance, fault_of
 from fedhpc.model.backbone import Backbone
 from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
@@ -117,6 +117,7 @@ class Worker:
         self.share = self.homes.devices_of(self.index)
         """This worker's devices in work that needs no device's state."""
         self.states, self.touched, self.progress = {}, set(), RoundProgress(round=NO_ROUND)
+        self.tuning.added = {}
 
     def handle(self, command: Command) -> np.ndarray | None:
         """Do what the server asks; the records to reply with, or None if it was halted."""
@@ -226,7 +227,8 @@ class Worker:
         upload = self._upload_of(context.params.size)
         # Before anything is taken out: what a stop interrupts here is computed again.
         plans = {device: self._curriculum(device, context.round) for device in waiting}
-        personal = self._personal(waiting, plans, context)
+        if self.method.has_personal:
+            self._train_personal(waiting, plans, context)
         assignments = [
             Assignment(
                 device=device,
@@ -244,7 +246,7 @@ class Worker:
                 if isinstance(update, UnfinishedUpdate):
                     unfinished[device] = update
                 else:
-                    self._upload(device, update, context, records[device], personal.get(device))
+                    self._upload(device, update, context, records[device])
                     finished[device] = records[device]
         finally:
             sizes = {device: len(self.partition.train[device]) for device in waiting}
@@ -271,13 +273,15 @@ class Worker:
             beat=self.exchange.beat,
         )
 
-    def _personal(
+    def _train_personal(
         self, devices: Sequence[int], plans: Mapping[int, Batches | None], context: RoundContext
-    ) -> dict[int, Vector]:
-        """The devices' parameters of their own after the round, where the method has them."""
-        if not self.method.has_personal:
-            return {}
+    ) -> None:
+        """Train the parameters of the devices' own; not once more after a stop that came later in the round.
+
+        Devices that are trained side by side are so again: their bits depend on that.
+        """
         states = {device: self.states.get(device, self.unseen) for device in devices}
+        states = {device: state for device, state in states.items() if NEXT_PERSONAL not in state.kept}
         assignments = [
             Assignment(
                 device=device,
@@ -289,8 +293,12 @@ class Worker:
             )
             for device, state in states.items()
         ]
-        updates = self._updates(assignments, context)
-        return {device: update.params for device, update in updates if isinstance(update, DeviceUpdate)}
+        updates = list(self._updates(assignments, context))  # a stop before the last one leaves none
+        for device, update in updates:
+            if isinstance(update, DeviceUpdate):
+                kept = states[device].kept | {NEXT_PERSONAL: update.params}
+                self.states[device] = replace(states[device], kept=kept)
+                self.touched.add(device)
 
     @property
     def has_states(self) -> bool:
@@ -329,10 +337,10 @@ class Worker:
         update: DeviceUpdate,
         context: RoundContext,
         record: np.ndarray,
-        personal: Vector | None = None,
     ) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         before, start = self.states.get(device, self.unseen), context.params
+        personal = before.kept.get(NEXT_PERSONAL)
         if device in self.bad:
             rng = generator(self.config.seed, purpose="attack", round_index=context.round, device=device)
             update = replace(update, params=self.attack.upload(update.params, start, rng))
@@ -356,6 +364,9 @@ class Worker:
             local_fault = fault_of(update.state.local, before.local, num_steps=steps, learning_rate=rate)
             self.states[device] = replace(update.state if local_fault == Fault.NONE else before, kept=kept)
             self.touched.add(device)
+        elif personal is not None:
+            kept = {name: vector for name, vector in before.kept.items() if name != NEXT_PERSONAL}
+            self.states[device] = replace(before, kept=kept)
         (header,) = messages.upload_headers(record[None])
         header["device"], header["loss"], header["num_steps"] = device, update.loss, steps
         header["num_examples"], header["fault"] = update.num_examples, fault

@@ -7,13 +7,18 @@ registered.
 from typing import Any
 
 from fedhpc.methods.base import LocalRule, Method, Population, ServerState, SummedMethod
+from fedhpc.methods.ditto import Ditto
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.fedavgm import FedAvgM, MomSAdamD
 from fedhpc.methods.fedbuff import FedBuff
+from fedhpc.methods.fedex_lora import FedExLoRA
 from fedhpc.methods.fedopt import FedAdam, FedYogi
 from fedhpc.methods.fedpeptao import FedPepTAO
 from fedhpc.methods.fedprox import FedProx
+from fedhpc.methods.flexlora import FlexLoRA
+from fedhpc.methods.flora import FLoRA
 from fedhpc.methods.mime import Mime
+from fedhpc.methods.robust import CoordinateMedian, GeometricMedian, Krum, TrimmedMean
 from fedhpc.methods.scaffold import Scaffold
 from fedhpc.registry import METHODS
 
@@ -25,13 +30,20 @@ def make_method(config: Any, population: Population) -> Method:
 
 
 __all__ = [
+    "CoordinateMedian",
+    "Ditto",
+    "FLoRA",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedBuff",
+    "FedExLoRA",
     "FedPepTAO",
     "FedProx",
     "FedYogi",
+    "FlexLoRA",
+    "GeometricMedian",
+    "Krum",
     "LocalRule",
     "Method",
     "Mime",
@@ -40,5 +52,6 @@ __all__ = [
     "Scaffold",
     "ServerState",
     "SummedMethod",
+    "TrimmedMean",
     "make_method",
 ]

@@ -4,6 +4,7 @@ All of them need each upload by itself. But for the geometric median, every uplo
 of its examples may be wrong, too.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,19 @@ CONVERGED = 1e-6
 class RobustMethod(Method):
     """P^{t+1} is a mean of the uploads of some kind."""
 
+    by_element = False
+    """Whether each element of it is one that most uploads agree on."""
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See `Method`; what most devices do not send would never change."""
+        super().check(config)
+        if cls.by_element and config.exchange.encoding == "topk":
+            raise ConfigError(
+                f"server.method: {config.server.method} goes by what most uploads say of an element, and with "
+                "exchange.encoding: topk most of them say nothing; it needs dense"
+            )
+
     def init(self, params: Vector) -> ServerState:
         """No state but the parameters."""
         return ServerState(round=0, params=params)
@@ -48,6 +62,8 @@ class CoordinateMedian(RobustMethod):
     Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates. Yin, Chen, Ramchandran, Bartlett. ICML
     2018. https://arxiv.org/abs/1803.01498, algorithm 1, option I; there of gradients, here of P_i.
     """
+
+    by_element = True
 
     def mean(self, uploads: RoundUploads) -> NDArray[np.float64]:
         """The median, of an even number of uploads the mean of the two in the middle."""
@@ -70,24 +86,32 @@ class TrimmedMean(RobustMethod):
     """
 
     Config = TrimmedMeanConfig
+    by_element = True
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See `Method`; nothing would be left out of too few uploads."""
+        """See `RobustMethod`; nothing would be left out of too few uploads."""
         super().check(config)
         share, devices = config.server.trimmed, config.federation.devices_per_round
-        if 0 < share * devices < 1:
+        if share > 0 and not _left_out(share, devices):
+            enough = f"at least {math.ceil(1000 / devices) / 1000:g}"
+            valid = enough if devices > 2 else "rounds of three devices or more"
             raise ConfigError(
                 f"server.trimmed: {share:g} of {devices} devices a round is less than one, so none would be left out; "
-                f"give 0, or at least {1 / devices:.3g}"
+                f"give 0, or {valid}"
             )
 
     def mean(self, uploads: RoundUploads) -> NDArray[np.float64]:
         """The mean of what is left."""
         ordered = np.sort(np.stack(uploads.params).astype(np.float64), axis=0)
-        out = int(self.config.trimmed * len(ordered))
+        out = _left_out(self.config.trimmed, len(ordered))
         kept: NDArray[np.float64] = ordered[out : len(ordered) - out].mean(axis=0)
         return kept
+
+
+def _left_out(share: float, count: int) -> int:
+    """Uploads at each end."""
+    return int(share * count + 1e-9)
 
 
 class ReweightedMethod(RobustMethod):

@@ -97,12 +97,14 @@ class Server:
             raise
         finally:
             self.trackers.end()
-        digest = hashlib.sha256(state.server.params.tobytes()).hexdigest()
+        digest = hashlib.sha256(state.server.params.tobytes())
+        for _, weight in sorted(state.added.items()):
+            digest.update(weight.tobytes())
         log.info(
             "done after round %d; results in %s; final prompts sha256 %s",
             state.server.round,
             self.files.run_dir,
-            digest,
+            digest.hexdigest(),
         )
         return Op.FINISH
 

@@ -168,10 +168,11 @@ class LoRA(ModuleTuning):
             placed = {module: torch.from_numpy(weight).to(backbone.base.dtype) for module, weight in self.added.items()}
             self._on_backbone = self.added, {name: weight.to(backbone.torch_device) for name, weight in placed.items()}
         overlay = super().overlay(backbone, params, batch, dropout_seeds)
-        if not self.config.dropout or dropout_seeds is None:
-            return overlay
-        edits = {module: self._dropping(module, edit, dropout_seeds) for module, edit in overlay.edits.items()}
-        return replace(overlay, edits=edits)
+        edits = overlay.edits
+        if self.config.dropout and dropout_seeds is not None:
+            edits = {module: self._dropping(module, edit, dropout_seeds) for module, edit in edits.items()}
+        added = self._on_backbone[1]
+        return replace(overlay, edits={module: _adding(edit, added.get(module)) for module, edit in edits.items()})
 
     def _dropping(self, module: str, edit: Edit, seeds: Sequence[int]) -> Edit:
         """The edit, with dropout on its input: in every layer and module other elements."""
@@ -186,15 +187,12 @@ class LoRA(ModuleTuning):
 
     def edit(self, module: str, rows: Sequence[Rows]) -> Edit:
         """See `ModuleTuning`."""
-        added = self._on_backbone[1].get(module) if self._on_backbone else None
 
         def adapt(layer: int, inputs: Tensor, output: Tensor, sizes: Sequence[int]) -> Tensor:
             def of_device(place: int, x: Tensor) -> Tensor:
                 a, b = (rows[place][f"lora_{part}.{module}"][layer].to(x) for part in "AB")
                 return functional.linear(functional.linear(x, a), b * self.scaling)
 
-            if added is not None:
-                output = output + functional.linear(inputs, added[layer].to(inputs))
             return output + each_device(of_device, inputs, sizes)
 
         return adapt
@@ -247,3 +245,14 @@ class LoRA(ModuleTuning):
                 a[:], b[..., :inputs] = np.eye(rank, inputs), change
             found |= {f"lora_A.{module}": a, f"lora_B.{module}": b}
         return found, rank
+
+
+def _adding(edit: Edit, added: Tensor | None) -> Edit:
+    """The edit, of a module to whose weights [L, out, in] something was added; its input is not dropped from."""
+    if added is None:
+        return edit
+
+    def adapt(layer: int, inputs: Tensor, output: Tensor, sizes: Sequence[int]) -> Tensor:
+        return edit(layer, inputs, output + functional.linear(inputs, added[layer].to(inputs)), sizes)
+
+    return adapt

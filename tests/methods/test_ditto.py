@@ -1,5 +1,7 @@
 """Ditto's own models, in whole runs: against a device's steps by hand, and where the pull decides alone."""
 
+import itertools
+
 import h5py
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from tiny import metrics, run_dir, write_config, write_world
 
 from fedhpc.commands import cli
 from fedhpc.commands.trained import load_trained
+from fedhpc.exchange import LocalExchange
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,29 @@ def test_steps_of_one_device_by_hand(world, tmp_path):
     v, mean = of_round(path, 0)[1][3], of_round(path, 1)[0]
     assert found[0.0] - found[2.0] == pytest.approx(0.1 * 2.0 * (v - mean), abs=1e-6)
     assert np.abs(v - mean).max() > 1e-3
+
+
+def test_devices_side_by_side_after_a_stop(tmp_path, monkeypatch):
+    """What is computed alone rounds otherwise: when the stop comes, a device of the pack is done, and two are not."""
+    stop_at_step = 7
+    world = write_world(tmp_path, kind="encoder", num_train=96, num_validation=24)
+    device = {"batch_size": 8, "learning_rate": 0.05, "epochs": 1, "max_steps": 4, "pack": 3}
+    federation = {"num_devices": 6, "sample_rate": 0.67, "rounds": 1, "partition": "dirichlet", "alpha": 0.5}
+    changes = {"device": device, "federation": federation, "server": {"method": "ditto"}}
+    changes["selection"] = {"strategy": "all"}
+    whole, stopped = (write_config(world, tmp_path, name, **changes) for name in ("whole", "stopped"))
+    assert cli.main(["run", str(whole)]) == 0
+    beat, steps = LocalExchange.beat, itertools.count(1)
+
+    def counting_beat(exchange, activity):
+        if activity.startswith("training") and next(steps) == stop_at_step:
+            exchange.stop.ask("the test")
+        beat(exchange, activity)
+
+    monkeypatch.setattr(LocalExchange, "beat", counting_beat)
+    assert [cli.main(["run", str(stopped)]) for _ in range(2)] == [75, 0]
+    trained = metrics(whole)[0]["devices"]
+    assert all(np.array_equal(own(whole, device), own(stopped, device)) for device in trained)
 
 
 def test_personalised_accuracy_is_with_the_own_models(world, tmp_path):

@@ -1,9 +1,12 @@
 """Means that a few bad devices cannot move far: by hand, and by their definitions."""
 
+import re
+
 import numpy as np
 import pytest
 from test_methods import P0, method, uploads
 
+from fedhpc.config import Config, least_values
 from fedhpc.methods.robust import distances_from, squared_distances
 
 GOOD = [[0, 1], [1, 0], [1, 1], [0, 0]]
@@ -35,6 +38,27 @@ def test_the_mean_without_the_largest_and_the_smallest_of_each_element():
     # 0.3 of five is 1.5, rounded down
     assert after(params, method="trimmed_mean", trimmed=0.3).tolist() == [1, 8]
     assert after(params, method="trimmed_mean", trimmed=0.0) == pytest.approx([-44 / 5, 26])
+
+
+@pytest.mark.parametrize("devices", [3, 6, 9])
+def test_the_least_share_is_one_that_leaves_something_out(devices):
+    def config(share):
+        federation = {"num_devices": devices, "sample_rate": 1.0}
+        server = {"method": "trimmed_mean", "trimmed": share}
+        return Config.model_validate({**least_values(), "federation": federation, "server": server})
+
+    with pytest.raises(ValueError, match="give 0, or at least") as refused:
+        config(0.01)
+    assert config(float(re.findall(r"at least ([.\d]+)", str(refused.value))[0]))
+
+
+@pytest.mark.parametrize("method", ["coordinate_median", "trimmed_mean"])
+def test_the_largest_changes_alone_have_no_median(method):
+    """Of 100 elements each device sends one, and of what four of five do not send the median is no change."""
+    federation = {"num_devices": 20, "sample_rate": 1.0}
+    sections = {"federation": federation, "server": {"method": method}, "exchange": {"encoding": "topk"}}
+    with pytest.raises(ValueError, match="it needs dense"):
+        Config.model_validate({**least_values(), **sections})
 
 
 def test_krum_takes_the_upload_closest_to_its_neighbours():
