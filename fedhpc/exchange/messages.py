@@ -41,7 +41,7 @@ class Op(IntEnum):
     KEYS = 11
     """Secure aggregation, step 0: `placed` are the sampled devices; reply `secure.records.PUBLIC_KEYS`."""
     SHARES = 12
-    """Step 1: the payload are all public keys; reply `secure.records.boxes_record`."""
+    """Step 1: the payload are all public keys, `placed` as before; reply `secure.records.boxes_record`."""
     UNMASK = 13
     """Step 3: the payload are all boxes, `placed` the devices whose masked integers have arrived; those reply
     `secure.records.answer_record`."""

@@ -13,6 +13,8 @@ from fedhpc.exchange.secure.records import PUBLIC_KEYS, answer_record, boxes_rec
 from fedhpc.exchange.secure.unmasking import unmask
 from fedhpc.federation.sampling import Homes
 
+NOTHING = np.empty(0, np.float32)
+
 
 class SecureSums:
     """One round of it, from its start."""
@@ -32,7 +34,7 @@ class SecureSums:
         self.traffic: list[Traffic] = []
         """What each of its requests moved."""
         self._keys = self._ask(Op.KEYS, PUBLIC_KEYS, self.placed)
-        self._boxes = self._ask(Op.SHARES, boxes_record(len(self.placed)), payload=self._keys)
+        self._boxes = self._ask(Op.SHARES, boxes_record(len(self.placed)), self.placed, self._keys)
 
     def open(self, survivors: Sequence[int]) -> NDArray[np.int64]:
         """Step 3: the sums that came with the latest reply [k, n], without masks.
@@ -46,18 +48,10 @@ class SecureSums:
         unmask(sums.view(np.uint64), self._keys, answers, survivors, self.exchange.progress)
         return sums
 
-    def _ask(
-        self, op: Op, record: RecordType, placed: np.ndarray | None = None, payload: np.ndarray | None = None
-    ) -> np.ndarray:
-        """What devices answer, by ascending number: those in ``placed``, or all."""
-        where = self.placed if placed is None else placed
-        command = Command(
-            op=op,
-            round=self.round,
-            placed=where[:0] if placed is None else placed,
-            payload=np.empty(0, np.float32) if payload is None else payload.view(np.float32),
-        )
-        counts = np.bincount(where["worker"], minlength=self.exchange.num_workers).tolist()
+    def _ask(self, op: Op, record: RecordType, placed: np.ndarray, payload: np.ndarray = NOTHING) -> np.ndarray:
+        """What these devices answer, by ascending number."""
+        command = Command(op=op, round=self.round, placed=placed, payload=payload.view(np.float32))
+        counts = np.bincount(placed["worker"], minlength=self.exchange.num_workers).tolist()
         records = self.exchange.request(command, record, counts)
         self.traffic.append(self.exchange.traffic)
         return records[np.argsort(records["device"])]

@@ -12,9 +12,9 @@ import numpy as np
 import run_each
 
 from fedhpc.device import worker
+from fedhpc.exchange import MpiExchange
 from fedhpc.exchange.messages import Op
 from fedhpc.model import backbone as models
-from fedhpc.server.server import Server
 
 MARKED = 3
 HIDDEN = np.array([0x7C449A1E, 0xA32F6FE7, 0x5DD9B195, 0x3B2ACE9B], np.uint32)
@@ -55,17 +55,18 @@ def marks_in(memory, begin, size):
     return sum(np.array_equal(words[start : start + 4] * FACTOR, HIDDEN) for start in starts)
 
 
-def looking_update(server, state, uploads, record):
-    assert MARKED in uploads.device_ids
-    run_dir = server.config.run_dir
-    found[run_dir] = found.get(run_dir, 0) + count_marks()
-    return update(server, state, uploads, record)
+def looking_request(exchange, command, *arguments, **named):
+    """A request of the server, after which the mark is looked for if it was about uploads."""
+    records = request(exchange, command, *arguments, **named)
+    if command.op in (Op.TRAIN, Op.UNMASK):
+        found[config] = found.get(config, 0) + count_marks()
+    return records
 
 
 if __name__ == "__main__":
     run_each.load_once = models.load_frozen  # a copy lies otherwise in memory, and products may be rounded otherwise
-    found, update = {}, Server.update
-    worker.local_updates, Server.update = marked_updates, looking_update
+    found, request = {}, MpiExchange.request
+    worker.local_updates, MpiExchange.request = marked_updates, looking_request
     step, configs = (int(sys.argv[2]), sys.argv[3:]) if sys.argv[1] == "--stop" else (0, sys.argv[1:])
     for config in configs:
         assert run_each.run(config, step) == (Op.SUSPEND if step else Op.FINISH)

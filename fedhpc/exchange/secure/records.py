@@ -37,5 +37,5 @@ def device_bytes(num_devices: int) -> tuple[int, int, int]:
 
 def rank_bytes(num_devices: int) -> int:
     """What a rank receives beside `Op.TRAIN` when nobody drops out: all that is meant for any device."""
-    messages = PUBLIC_KEYS.nbytes + boxes_record(num_devices).nbytes + 2 * PLACED.itemsize
-    return 3 * HEADER.itemsize + num_devices * messages
+    messages = PUBLIC_KEYS.nbytes + boxes_record(num_devices).nbytes
+    return 3 * (HEADER.itemsize + num_devices * PLACED.itemsize) + num_devices * messages
