@@ -17,7 +17,13 @@ from fedhpc.exchange.messages import Op
 
 
 def test_without_delays_it_is_averaging(fedhpc, run_config):
-    same = {"device__max_steps": 1, "server__weights": "uniform", "simulation__step_seconds": 1.0, "trace": False}
+    same = {
+        "federation__rounds": 2,
+        "device__max_steps": 1,
+        "server__weights": "uniform",
+        "simulation__step_seconds": 1.0,
+        "trace": False,
+    }
     buffered = run_config("buffered", server__method="fedbuff", server__concurrency=6, **same)
     plain = run_config("plain", server__method="fedavgm", server__momentum=0.0, **same)
     assert fedhpc("run", buffered)[0] == fedhpc("run", plain)[0] == 0
