@@ -34,7 +34,7 @@ ENTRY_POINTS = "fedhpc.plugins"
 RECORDED = (
     *("round", "devices", "absent", "device_steps", "device_bytes", "examples", "steps", "loss", "rejected", "seconds"),
     *("accuracy", "perplexity", "device_accuracy", "evaluated", "bytes", "bytes_down", "bytes_up", "update_norm"),
-    *("device_learning_rate", "server_learning_rate"),
+    *("device_learning_rate", "server_learning_rate", "epsilon", "clip", "short_changes", "spent_budget"),
 )
 """What a line of metrics.jsonl has beside the metrics of generated text."""
 NO_PLUGINS = sys.stdlib_module_names | {"fedhpc", "numpy", "torch", "pydantic"}

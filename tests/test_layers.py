@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FOLDERS = [
-    *("root", "job", "data", "methods", "federation", "model", "tuning", "selection", "evaluate"),
-    *("exchange", "checkpoint", "device", "server", "commands", "doors"),
+    *("root", "job", "data", "methods", "federation", "privacy", "model", "tuning", "selection"),
+    *("evaluate", "exchange", "checkpoint", "device", "server", "commands", "doors"),
 ]
 """From the ground up: a folder imports from itself and from those before it."""
 DOORS = ("fedhpc.__main__", "fedhpc.api", "fedhpc.testing")

@@ -53,7 +53,7 @@ class Encoding(Part, ABC):
     @classmethod
     def check(cls, config: Any) -> None:
         """See `fedhpc.config.Part.check`; only what is sent whole adds up exactly on its way."""
-        if config.exchange.mode == "reduce" and (found := cls.approximates(config.exchange)) is not None:
+        if config.exchange.sums_only and (found := cls.approximates(config.exchange)) is not None:
             raise ConfigError(f"{found} needs exchange.mode: gather; sums are exact")
 
     def length(self, size: int) -> int:

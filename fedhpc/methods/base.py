@@ -159,7 +159,7 @@ class Method(Part, ABC):
     @classmethod
     def check(cls, config: Any) -> None:
         """See `fedhpc.config.Part.check`; a method that needs each upload by itself cannot have sums alone."""
-        if config.exchange.mode == "reduce" and not cls.works_with_sums(config.server):
+        if config.exchange.sums_only and not cls.works_with_sums(config.server):
             raise ConfigError(
                 f"server.method: {cls.label(config.server)} needs each upload by itself; it needs exchange.mode: gather"
             )
@@ -261,6 +261,14 @@ class SummedMethod(Method):
 
     needs_total = False
     """Whether `apply` reads the unweighted sum too."""
+
+    def origin(self, start: Vector) -> Vector:
+        """From where `change` is measured, [n]: it adds this where a device has found nothing new; see `privacy`.
+
+        Args:
+            start: P^t.
+        """
+        return np.zeros_like(start)
 
     @abstractmethod
     def change(
