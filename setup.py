@@ -10,6 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedhpc/__init__.py").read_
 
 GENERATION = ["rouge-score>=0.1.2", "sacrebleu>=2.4"]
 """What scores generated text."""
+PRIVACY = ["dp-accounting>=0.6"]
+"""What computes what a run costs in privacy."""
 
 setup(
     name="fedhpc",
@@ -66,12 +68,14 @@ setup(
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "multi-gpu": ["accelerate>=1.0"],
         "generation": GENERATION,
+        "privacy": PRIVACY,
         "quantization": ["bitsandbytes>=0.50", "accelerate>=1.0"],
         "secure": ["cryptography>=43"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML"),
             *("accelerate", "bitsandbytes", "cryptography>=43", "peft>=0.21"),
             *GENERATION,
+            *PRIVACY,
             *("more-itertools", "pytablewriter", "requests"),  # of what lm-eval needs, that which is used here
         ],
         "bench": ["peft>=0.18"],

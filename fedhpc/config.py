@@ -311,6 +311,57 @@ class ExchangeConfig(Section):
         return self.mode != "gather"
 
 
+class PrivacyConfig(Section):
+    """Client-level differential privacy: what leaves the server hardly depends on any one device; see privacy.md."""
+
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """C: a device's change of the vector that it adds is made no longer than this, in that vector's own unit; null: no
+    privacy. `.inf` leaves all as it is, and needs `privacy.noise: 0`."""
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """If given, C goes from round to round to where this share of the devices' changes is shorter, and begins at
+    `privacy.clip`; 0.5 is usual. How many are shorter is told with noise, whose cost is accounted for."""
+    noise: NonNegativeFloat | None = None
+    """Noise multiplier z: each element of the sum gets noise of the standard deviation z C. Not given: calibrated
+    before the run, so that all of `federation.rounds` cost `privacy.epsilon`. 0 protects nobody."""
+    epsilon: PositiveFloat | None = None
+    """The budget: what the run may cost. With `privacy.noise` given, the run ends before the round that would pass
+    it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability that epsilon does not hold; well below one by the number of devices."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether changes are clipped."""
+        return self.clip is not None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether z follows from the budget and the number of rounds."""
+        return self.is_on and self.noise is None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "PrivacyConfig":
+        if self.clip is None:
+            for key in ("quantile", "noise", "epsilon"):
+                if (value := getattr(self, key)) is not None:
+                    raise ValueError(f"privacy.{key}: {value:g} needs privacy.clip, without which there is no privacy")
+        elif self.noise is None and self.epsilon is None:
+            raise ValueError(
+                "privacy.clip needs privacy.epsilon, from which the noise is calibrated, or privacy.noise itself"
+            )
+        elif self.clip == math.inf and (self.noise != 0 or self.quantile is not None):
+            raise ValueError(
+                "privacy.clip: .inf bounds nobody's change, so that no noise hides it; it needs privacy.noise: 0, and "
+                "no privacy.quantile"
+            )
+        if self.noise == 0 and self.epsilon is not None:
+            raise ValueError(
+                f"privacy.noise: 0 protects nobody, so that no budget holds (privacy.epsilon: {self.epsilon:g}); leave "
+                "one of them out"
+            )
+        return self
+
+
 class SimulationConfig(Section):
     """Devices on links of their own: a clock beside the measured one, and devices that are absent from rounds."""
 
@@ -418,6 +469,7 @@ class Config(Section):
     device: DeviceConfig = DeviceConfig()
     server: MethodConfig = MethodConfig()
     exchange: ExchangeConfig = ExchangeConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     simulation: SimulationConfig = SimulationConfig()
     attack: AttackConfig = AttackConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -447,6 +499,16 @@ class Config(Section):
     def parts(self) -> dict[str, Any]:
         """The classes of the parts that the configuration names, by section."""
         return {r.section: r[getattr(getattr(self, r.section), r.key)] for r in SECTIONS}
+
+    @model_validator(mode="after")
+    def _nothing_undoes_privacy(self) -> "Config":
+        """Before the parts' own checks, which would propose what is refused here."""
+        if self.privacy.is_on:
+            for is_undone, found, reason in _enemies_of_privacy(self):
+                if is_undone:
+                    clip = f"privacy.clip: {self.privacy.clip:g}"
+                    raise ValueError(f"{clip} does not go together with {found}: it {reason}")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
@@ -555,14 +617,20 @@ class Config(Section):
         """Dotted key -> value of everything that determines the run's numbers.
 
         Left out: where files are, how often to save or evaluate, what to do about faults, what only another setting
-        would use, and the number of rounds unless a schedule depends on it. Those may change when a run is resumed.
+        would use, and the number of rounds unless a schedule or calibrated noise depends on it. Those may change when a
+        run is resumed.
         """
         free = [*WITHOUT_EFFECT]
         if not self.clock_decides:
             free += [f"simulation.{key}" for key in CLOCK]
         if not self.selection.is_automatic:
             free += ["selection.auto_by", "selection.warmup_rounds"]
-        if self.device.schedule == "constant" and self.curriculum.order == "random":
+        if not self.privacy.is_on:
+            free.append("privacy.")
+        elif not self.privacy.is_calibrated:
+            free.append("privacy.epsilon")
+        schedules = self.device.schedule != "constant" or self.curriculum.order != "random"
+        if not schedules and not self.privacy.is_calibrated:
             free.append("federation.rounds")
         sources = source_sha256(self.parts.values(), self.plugins)
         found = {f"source of {name}": sha256 for name, sha256 in sources.items()}
@@ -601,6 +669,55 @@ class Part:
     def identity(cls, config: Any) -> dict[str, Any]:
         """What else determines the run's numbers, name -> value, beside the configuration's keys."""
         return {}
+
+
+def _enemies_of_privacy(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """What privacy does not go together with: whether it is there, the key and value, and why and what else to take."""
+    server, exchange, selection = config.server, config.exchange, config.selection
+    method, strategy, encoding = (config.parts[name] for name in ("server", "selection", "exchange"))
+    unscored = ", ".join(name for name, part in STRATEGIES.items() if not part.scored)
+    yield (
+        not exchange.sums_only,
+        f"exchange.mode: {exchange.mode}",
+        "shows the server each upload; take exchange.mode: reduce",
+    )
+    yield (
+        (found := encoding.approximates(exchange)) is not None,
+        str(found),
+        "sends something else than the clipped vector; take exchange.encoding: dense and exchange.dtype: float32",
+    )
+    yield config.trace, "trace: true", "writes uploads as they are; take trace: false"
+    yield (
+        server.weights != "uniform",
+        f"server.weights: {server.weights}",
+        "lets devices with more data add more; take server.weights: uniform",
+    )
+    yield (
+        not method.works_with_sums(server),
+        f"server.method: {method.label(server)}",
+        "needs more of the uploads than one sum of vectors; take for example fedavg, fedavgm, fedadam, fedprox or "
+        "server.variant: drift_corrected",
+    )
+    yield (
+        strategy.scored,
+        f"selection.strategy: {selection.strategy}",
+        f"selects by what it reads of the devices' data; take one of {unscored}",
+    )
+    yield (
+        selection.is_automatic,
+        "selection.ratio: auto",
+        "decides by what it reads of the devices' data; take a number",
+    )
+    yield (
+        config.simulation.over_selection > 0,
+        f"simulation.over_selection: {config.simulation.over_selection:g}",
+        "takes the devices that arrive first, which is no uniform sample, and what a round costs relies on one; take 0",
+    )
+    yield (
+        config.device.pack != 1,
+        f"device.pack: {config.device.pack}",
+        "pads several devices' texts to one length, so that one's data touch another's rounding; take device.pack: 1",
+    )
 
 
 def _part_in(values: dict[str, Any], registry: Registry) -> str:

@@ -38,6 +38,7 @@ RECORDED = (
     *("rejected", "seconds"),
     *("accuracy", "perplexity", "device_accuracy", "evaluated", "bytes", "bytes_down", "bytes_up", "update_norm"),
     *("device_learning_rate", "server_learning_rate", "taken", "staleness", "between_steps_s"),
+    *("epsilon", "clip", "short_changes", "spent_budget"),
 )
 """What a line of metrics.jsonl has beside the metrics of generated text."""
 NO_PLUGINS = sys.stdlib_module_names | {"fedhpc", "numpy", "torch", "pydantic"}

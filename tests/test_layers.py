@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedhpc"
 FOLDERS = [
-    *("root", "job", "data", "methods", "federation", "attack", "model", "tuning", "selection"),
+    *("root", "job", "data", "methods", "federation", "attack", "privacy", "model", "tuning", "selection"),
     *("evaluate", "exchange", "checkpoint", "device", "server", "commands", "doors"),
 ]
 """From the ground up: a folder imports from itself and from those before it."""

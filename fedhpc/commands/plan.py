@@ -61,6 +61,8 @@ def _overview(job: Job, total: int) -> Iterator[str]:
     yield f"trainable    {trainable(job):,} parameters ({trainable(job) / total:.2%} of the backbone)"
     auto = " until the warm-up ends" if job.config.selection.is_automatic else ""
     yield f"exchanged    {exchanged:,} parameters, {selected(job)} of {shape.num_layers} layers{auto}"
+    if job.privacy:
+        yield f"privacy      {job.privacy.describe(job.config.federation.rounds)}"
 
 
 def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
@@ -77,7 +79,7 @@ def _traffic(job: Job, ranks: int, total: int) -> Iterator[str]:
         return Upload.of(int(nbytes / 4), encoding, method).nbytes
 
     def summed(nbytes: float) -> float:
-        return 2.0 * encoding.num_sums * nbytes
+        return 8.0 * encoding.num_sums * encoding.length(int(nbytes / 4))
 
     rows: list[tuple[str, int, Callable[[float], float], float]] = [("up, uploads", uploads, uploaded, headers)]
     if encoding.num_sums:

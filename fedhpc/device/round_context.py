@@ -3,6 +3,7 @@
 Compare the frozen context of apple/pfl-research, `pfl/context.py`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ class RoundContext:
     """The layers that are exchanged."""
     pack: int = 1
     """How many devices train side by side."""
+    clip: float = math.inf
+    """C of `privacy`."""
     params: Vector
     """P^t."""
     sent: Mapping[str, Vector] = field(default_factory=dict)

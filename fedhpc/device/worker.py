@@ -39,9 +39,10 @@ from fedhpc.federation.sampling import (
 )
 from fedhpc.federation.schedule import learning_rate
 from fedhpc.job.background import Background
-from fedhpc.methods import make_method
+from fedhpc.methods import SummedMethod, make_method
 from fedhpc.methods.updates import Fault, distance, fault_of
 from fedhpc.model.backbone import Backbone
+from fedhpc.privacy.clipping import term
 from fedhpc.seeding import generator
 from fedhpc.tuning import Tuning
 
@@ -166,7 +167,8 @@ class Worker:
             if not self.encoding.num_sums:
                 self.exchange.send_ahead(records, done)
         if num_sums := self.encoding.num_sums:
-            of = SumSize(num_sums=num_sums, size=context.params.size, num_terms=command.placed.size, masked=is_masked)
+            size = self.encoding.length(context.params.size)
+            of = SumSize(num_sums=num_sums, size=size, num_terms=command.placed.size, masked=is_masked)
             terms = Terms.of_uploads(records, of)
             if is_masked:
                 headers = messages.upload_headers(records)
@@ -329,7 +331,14 @@ class Worker:
         params, *sent = np.split(command.payload, len(sends) + 1)
         assert params.size == self.tuning.exchanged(command.layers).size
         named = dict(zip(sends, sent, strict=True))
-        return RoundContext(round=command.round, layers=command.layers, pack=command.pack, params=params, sent=named)
+        return RoundContext(
+            round=command.round,
+            layers=command.layers,
+            pack=command.pack,
+            clip=command.clip,
+            params=params,
+            sent=named,
+        )
 
     def _upload(
         self,
@@ -356,6 +365,10 @@ class Worker:
             )
             if personal is not None:
                 kept[PERSONAL] = personal if np.isfinite(personal).all() else before.kept.get(PERSONAL, start)
+            if self.config.privacy.is_on:
+                assert isinstance(self.method, SummedMethod)  # the configuration refuses the others
+                with_flag = self.config.privacy.quantile is not None
+                payload = term(payload, self.method.origin(start), context.clip, with_flag=with_flag)
             upload = self._upload_of(start.size)
             for part, vector in zip((upload.payloads, upload.gradients), [payload, *gradient], strict=False):
                 (place,) = part(record[None])
@@ -408,14 +421,22 @@ class Worker:
 
     def evaluate(self, command: Command) -> np.ndarray:
         """Right and wrong with the devices' own local tensors, and with the server's."""
-        own = self.states if self.trains_local or self.method.has_personal else None
-        return self.evaluation.record(self._context(command), self.unseen, own, self.homes, self.index)
+        return self.evaluation.record(
+            self._context(command), self.unseen, self._evaluated_states, self.homes, self.index
+        )
 
     def generate(self, command: Command) -> np.ndarray:
         """Answers with the server's tensors, and with the devices' own."""
         assert self.answering is not None
-        own = self.states if self.trains_local or self.method.has_personal else None
-        return self.answering.records(self._context(command), self.unseen, own, self.homes, self.index)
+        return self.answering.records(
+            self._context(command), self.unseen, self._evaluated_states, self.homes, self.index
+        )
+
+    @property
+    def _evaluated_states(self) -> dict[int, DeviceState] | None:
+        """The devices' own, unless there are none or nothing may be said of single devices."""
+        has_own = self.trains_local or self.method.has_personal
+        return self.states if has_own and not self.config.privacy.is_on else None
 
     def save(self, command: Command) -> np.ndarray:
         """Begin to write the states of the devices that took part since the last checkpoint."""

@@ -58,9 +58,10 @@ HEADER = np.dtype(
         ("payload_size", "<i8"),
         ("generation", "<i8"),
         ("layers", "u1", (32,)),
+        ("clip", "<f8"),
     ]
 )
-"""The fixed part of a command, 64 bytes; `layers` is a bit mask. PLACED records and the payload follow."""
+"""The fixed part of a command, 72 bytes; `layers` is a bit mask. PLACED records and the payload follow."""
 PLACED = np.dtype([("device", "<i4"), ("pack", "<i4"), ("worker", "<i4")])
 """Which pack a device is in, and where that is trained; 12 bytes."""
 
@@ -81,6 +82,8 @@ class Command:
     layers: tuple[int, ...] = ()
     pack: int = 1
     """N of `device.pack`."""
+    clip: float = math.inf
+    """C of `privacy`."""
     placed: np.ndarray = field(default_factory=lambda: np.empty(0, PLACED))
     """PLACED records of the devices that take part in the round."""
     payload: Vector = field(default_factory=lambda: np.empty(0, np.float32))
@@ -103,6 +106,7 @@ class Command:
             self.payload.size,
             self.generation,
             np.packbits(mask),
+            self.clip,
         )
         return header
 
@@ -118,13 +122,14 @@ class Command:
     @classmethod
     def from_header(cls, header: np.ndarray, placed: np.ndarray, payload: Vector) -> "Command":
         """The command whose parts have arrived."""
-        (op, pack, _, round_index, _, generation, mask) = header[0]
+        (op, pack, _, round_index, _, generation, mask, clip) = header[0]
         return cls(
             op=Op(int(op)),
             pack=int(pack),
             round=int(round_index),
             generation=int(generation),
             layers=tuple(int(layer) for layer in np.flatnonzero(np.unpackbits(mask))),
+            clip=float(clip),
             placed=placed,
             payload=payload,
         )

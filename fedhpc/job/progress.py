@@ -53,6 +53,8 @@ class Progress:
         self._note(record)
         loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
         facts = {**self.scores, "loss": loss, "moved": human_bytes(self.bytes)}
+        if "epsilon" in record:
+            facts["epsilon"] = "inf" if record["epsilon"] is None else f"{record['epsilon']:.3f}"
         if self.bar is not None:
             self.bar.set_postfix(facts, refresh=False)
             self.bar.update()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -66,6 +66,22 @@ class RunFiles:
     def rounds_recorded(self) -> set[int]:
         """The rounds that have a line."""
         return {record["round"] for record in self.read_metrics()}
+
+
+SPENT = "spent_budget"
+"""In the metrics of the round with which a run has spent its budget of privacy: that budget."""
+
+
+def rounds_of(records: Sequence[Mapping[str, Any]], rounds: int, budget: float | None) -> int:
+    """How many rounds a run has: as many as asked for, or those that its budget of privacy had room for.
+
+    Args:
+        records: of the rounds so far.
+        rounds: that are asked for.
+        budget: that it has now.
+    """
+    last = records[-1] if records else {}
+    return int(last["round"]) + 1 if budget is not None and last.get(SPENT) == budget else rounds
 
 
 LARGEST_NUMBER = 1e50

@@ -283,6 +283,14 @@ class SummedMethod(Method):
     needs_total = False
     """Whether `apply` reads the unweighted sum too."""
 
+    def origin(self, start: Vector) -> Vector:
+        """From where `change` is measured, [n]: it adds this where a device has found nothing new; see `privacy`.
+
+        Args:
+            start: P^t.
+        """
+        return np.zeros_like(start)
+
     @abstractmethod
     def change(
         self,

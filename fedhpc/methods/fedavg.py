@@ -34,6 +34,10 @@ class FedAvg(SummedMethod):
         """P_i."""
         return params, None
 
+    def origin(self, start: Vector) -> Vector:
+        """P^t."""
+        return start
+
     def apply(self, state: ServerState, sums: Sums, uploads: RoundUploads) -> ServerState:
         """The mean is the result."""
         return replace(state, params=f32(sums.mean))

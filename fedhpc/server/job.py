@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from fedhpc.errors import CheckpointError, ConfigError, DataError
 from fedhpc.evaluate.questions import Questions, check_task
 from fedhpc.exchange.secure.ciphers import check_installed
 from fedhpc.federation.partition import Partition, divide
-from fedhpc.federation.sampling import count_packs, held_out_devices
+from fedhpc.federation.sampling import count_packs, held_out_devices, training_devices
 from fedhpc.files import check_folder, names_in
 from fedhpc.job.log import log
 from fedhpc.methods.fedpeptao import OLD_RELEASED, RELEASED_STEPS, is_old_released
@@ -38,6 +38,7 @@ from fedhpc.model.limits import check_answers, check_lengths
 from fedhpc.model.pretrained import BackboneShape, config_values, load_pretrained, load_tokenizer, read_shape
 from fedhpc.model.weight_files import model_sha256, weights_sha256
 from fedhpc.model.word_embeddings import WordEmbeddings
+from fedhpc.privacy import Mechanism, make_mechanism
 from fedhpc.registry import METRICS, RECORDED, STRATEGIES
 from fedhpc.selection import make_strategy
 from fedhpc.server.notices import notices
@@ -45,6 +46,8 @@ from fedhpc.tuning import Tuning, make_tuning
 
 FOLDERS = ("checkpoints", "traces", "generations")
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", *FOLDERS)
+LEAST_SECRET = 1 << 40
+"""Smaller seeds are soon tried one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,15 @@ class Job:
         """The prompts that are answered at every evaluation."""
         split, count = self.data.split("validation"), self.config.evaluate.generate
         return Questions(split, self.partition.validation, count=count, seed=self.config.seed)
+
+    @cached_property
+    def privacy(self) -> Mechanism | None:
+        """What `privacy` asks for; None if nothing.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        return make_mechanism(self.config)
 
     @property
     def digest(self) -> str:
@@ -146,9 +158,10 @@ def check_data(job: Job) -> None:
 
     Raises:
         DataError: the data were altered, prepared with another tokenizer, or have tokens that the model does not know.
-        ConfigError: the prompts cannot be answered, with this task, backbone and tuning.
+        ConfigError: the prompts cannot be answered, with this task, backbone and tuning; or `privacy` cannot be had.
     """
     _check_questions(job)
+    _ = job.privacy
     data = PreparedData.open(job.config.data.path, verify=True)
     tokenizer, found, model = checked_tokenizer(job), job.data.description, job.config.model.name
     tokens = {"padding": [found.pad_id]}
@@ -224,6 +237,7 @@ def job_notices(job: Job) -> list[str]:
         found.append(f"federation.partition: {job.config.federation.partition}: {job.partition.left_out}")
     if held_out := held_out_devices(job.config):
         found.append(f"federation.held_out: devices {', '.join(map(str, held_out))} never train")
+    found += _privacy_notices(job.config)
     compares = STRATEGIES[strategy].scored and not STRATEGIES[strategy].with_gradients
     if compares and max(map(len, job.partition.train)) < 2:
         found.append(
@@ -232,6 +246,19 @@ def job_notices(job: Job) -> list[str]:
             "strategy"
         )
     return found
+
+
+def _privacy_notices(config: Config) -> Iterator[str]:
+    privacy, count = config.privacy, len(training_devices(config))
+    if privacy.is_on and privacy.noise != 0:
+        if privacy.delta >= 1 / count:
+            yield f"privacy.delta: {privacy.delta:g} should be well below 1 by the number of devices, {1 / count:g}"
+        if config.seed < LEAST_SECRET:
+            yield (
+                f"seed: {config.seed} can be guessed, and with it the noise of privacy.noise; before you publish what "
+                "comes of a run, draw a large one and keep it to yourself: --set seed=$(shuf -i 0-9223372036854775807 "
+                "-n 1)"
+            )
 
 
 def log_notices(job: Job, num_workers: int) -> None:

@@ -1,6 +1,7 @@
 """Rank 0: select layers, then the rounds. The server holds the global prompts and never sees an example."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from fedhpc.job.log import log
 from fedhpc.job.progress import Progress, human_bytes
 from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Trackers
-from fedhpc.methods import ServerState, make_method
+from fedhpc.methods import ServerState, SummedMethod, make_method
 from fedhpc.methods.updates import RoundUploads, Sums, distance
 from fedhpc.selection import make_strategy
 from fedhpc.selection.ratio import describe_ratio, describe_spread, global_ratio
@@ -65,6 +66,7 @@ class Server:
         counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
         self.method = make_method(job.config.server, population(job.config, counts))
         self.encoding = make_encoding(job.config, self.method)
+        self.privacy = job.privacy
         self.strategy = make_strategy(job.config.selection)
         self.trackers = Trackers(job.config)
         self.state: RunState | None = None
@@ -120,7 +122,8 @@ class Server:
         self.trackers.begin(self.config, self.files.run_dir, earlier)
         if unfinished:
             state = self.finish_round(state, progress)
-        while (t := state.server.round) < rounds:
+        while not self.is_over(state):
+            t = state.server.round
             # 1. After the warm-up of an automatic ratio: narrow the exchange to the selected layers.
             if not state.selected and t == self.config.selection.warmup_rounds:
                 state = self.narrow(state)
@@ -137,15 +140,23 @@ class Server:
             # 4. Evaluate and checkpoint, when due; metrics.
             state = self.finish_round(state, progress)
         progress.close()
+        if state.server.round < rounds:
+            assert self.privacy
+            log.info("%s", self.privacy.describe_end(len(state.update_norms), rounds))
         return state
+
+    def is_over(self, state: RunState) -> bool:
+        """Whether no round is left, or none that the budget of `privacy` has room for."""
+        if self.privacy and self.privacy.is_spent(len(state.update_norms)):
+            return True
+        return state.server.round >= self.config.federation.rounds
 
     def is_unfinished(self, state: RunState, recorded: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the last round's server update was done, but not what follows it; as the last one it is evaluated."""
         if state.part or state.record is None:
             return False
         lines = [record for record in recorded if record["round"] == state.record["round"]]
-        is_last = state.server.round == self.config.federation.rounds
-        return not lines or (is_last and lines[0]["accuracy"] is None)
+        return not lines or (self.is_over(state) and lines[0]["accuracy"] is None)
 
     def finish_round(self, state: RunState, progress: Progress) -> RunState:
         """What follows the server update; all of it, or after a stop all of it again."""
@@ -153,7 +164,7 @@ class Server:
         self.state = state
         record: dict[str, Any] = {**state.record, "seconds": dict(state.record["seconds"])}
         done, config = state.server.round, self.config
-        last = done == config.federation.rounds
+        last = self.is_over(state)
         if record["accuracy"] is None and (last or done % config.evaluate.every == 0):
             record |= self.evaluate(state, record["seconds"])
         self.state = state = replace(state, record=record)
@@ -167,6 +178,8 @@ class Server:
         record = {**record, "seconds": seconds}
         if (simulated := round_seconds(config.simulation, config.seed, record)) is not None:
             seconds["simulated"] = simulated
+        if self.privacy:
+            record = self.privacy.told(record, len(state.update_norms))
         self.files.append_metrics(record)
         self.trackers.record(record)
         progress.update(record)
@@ -284,11 +297,12 @@ class Server:
             layers=state.layers,
             pack=state.pack,
             placed=messages.place_packs(packs, workers),
+            clip=self.privacy.clip(state.server) if self.privacy else math.inf,
             payload=payload,
         )
-        masked, summed = encoding.masked_among > 0, None
+        masked, summed, size = encoding.masked_among > 0, None, encoding.length(start.size)
         if encoding.num_sums:
-            summed = SumSize(num_sums=encoding.num_sums, size=start.size, num_terms=len(devices), masked=masked)
+            summed = SumSize(num_sums=encoding.num_sums, size=size, num_terms=len(devices), masked=masked)
         upload = Upload.of(start.size, encoding, self.method)
         self.saving.control.prefetch(devices, state.layers)
         if not devices:  # changes that are under way arrive all the same
@@ -322,10 +336,12 @@ class Server:
             params=[] if summed else [encoding.decode(upload.payloads(records)[i], start) for i in order],
             gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
             device_learning_rate=this.learning_rate,
-            sums=self._sums(summed.floats(sums, self.exchange.exponent), headers) if summed else None,
             arrivals=this.arrivals,
         )
-        return uploads, record | {
+        told: dict[str, Any] = {}
+        if summed:
+            uploads, told = self._with_sums(uploads, summed.floats(sums, self.exchange.exponent), state, this)
+        return uploads, record | told | {
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
             "loss": float(uploads.weights @ headers["loss"]),
@@ -355,16 +371,25 @@ class Server:
             arrivals=this.arrivals,
         )
 
-    def _sums(self, sums: NDArray[np.float64], headers: np.ndarray) -> Sums:
-        """Of the uploads in use, from their headers and what these add up to."""
+    def _with_sums(
+        self, uploads: RoundUploads, sums: NDArray[np.float64], state: RunState, this: Round
+    ) -> tuple[RoundUploads, dict[str, Any]]:
+        """The uploads in use with what they add up to; what the metrics say of their clipping."""
+        if self.privacy:
+            assert isinstance(self.method, SummedMethod)  # the configuration refuses the others
+            origin = self.method.origin(state.server.params)
+            return self.privacy.release(uploads, sums, state.server, origin, this.steps)
         weighted, *total = sums
-        return Sums(mean=weighted / headers["count"].sum(), total=total[0] if total else None)
+        found = Sums(mean=weighted / uploads.counts.sum(), total=total[0] if total else None)
+        return replace(uploads, sums=found), {}
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
         """The method's server step, watched for growth without bound; with `trace` also what it came from."""
         start = time.perf_counter()
         control = self.saving.control
         server = self.method.update(replace(state.server, control=control.fetched()), uploads)
+        if self.privacy:
+            server = self.privacy.after(server, record)
         control.update({device: server.control[device] for device in uploads.device_ids.tolist() if server.control})
         norm = distance(server.params, state.server.params)
         check_finite(norm, record["round"])
@@ -435,11 +460,13 @@ class Server:
         """Personalised and global metrics of the current prompts, written answers among them."""
         start = time.perf_counter()
         record = messages.RecordType(self.outcomes.dtype)
-        command = Command(op=Op.EVALUATE, round=state.server.round, layers=state.layers, payload=state.server.params)
+        done = self.config.federation.rounds if self.is_over(state) else state.server.round
+        command = Command(op=Op.EVALUATE, round=done, layers=state.layers, payload=state.server.params)
         records = self.exchange.request(command, record, [1] * self.num_workers)
         scores = self.outcomes.scores(records)
         if self.generations is not None:
-            personal = self.method.has_personal or self.tuning.trains_local(state.layers)
+            has_own = self.method.has_personal or self.tuning.trains_local(state.layers)
+            personal = has_own and self.privacy is None
             scores |= self.generations.ask(state, personal=personal)
         seconds["evaluate"] = time.perf_counter() - start
         return scores
@@ -454,7 +481,9 @@ class Server:
 
     def _log_start(self, state: RunState, *, resumed: bool) -> None:
         done, rounds = state.server.round, self.config.federation.rounds
-        if done >= rounds:
+        if self.privacy:
+            log.info("privacy: %s", self.privacy.describe(rounds))
+        if self.is_over(state):
             log.info("nothing left to train: %d rounds are done, federation.rounds is %d", done, rounds)
         log.info(
             "%s round %d of %d: %d devices, %d a round, %d ranks; exchanging layers %s, %s per device and direction",

@@ -38,8 +38,9 @@ def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
     per_layer = 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
     assert f"{4 * per_layer:,} parameters" in out
     assert f"{2 * per_layer:,} parameters, 2 of 4 layers" in out
-    # 4 bytes a float, a 64-byte header, 4 device ranks down, with 4 bytes for each pack, and 6 sampled devices up.
-    down, up = (copies * (4 * 2 * per_layer + header) / 1000 for copies, header in ((4, 64 + 4 * 6), (6, 64)))
+    # 4 bytes a float, a header of 72 bytes down and 64 up; 4 device ranks down, with 4 bytes for each pack, and 6
+    # sampled devices up.
+    down, up = (copies * (4 * 2 * per_layer + header) / 1000 for copies, header in ((4, 72 + 4 * 6), (6, 64)))
     assert f"{down:.1f} kB" in out
     assert f"{up:.1f} kB" in out
     assert "rank 4: 3 devices" in out
@@ -52,10 +53,10 @@ def test_plan_counts_bytes_parameters_and_places(fedhpc, run_config):
 @pytest.mark.parametrize(
     ("changes", "down", "up"),
     [
-        ({"exchange__dtype": "bfloat16"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 6 * (2 * n + 64)),
-        ({"exchange__mode": "reduce"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 2 * 8 * n + 6 * 64),
-        ({"exchange__mode": "secure"}, lambda n: 4 * (4 * n + 64 + 4 * 6), lambda n: 4 * 2 * 8 * n + 6 * 64),
-        ({"server__method": "scaffold"}, lambda n: 4 * (2 * 4 * n + 64 + 4 * 6), lambda n: 6 * (4 * n + 64)),
+        ({"exchange__dtype": "bfloat16"}, lambda n: 4 * (4 * n + 72 + 4 * 6), lambda n: 6 * (2 * n + 64)),
+        ({"exchange__mode": "reduce"}, lambda n: 4 * (4 * n + 72 + 4 * 6), lambda n: 2 * 8 * n + 6 * 64),
+        ({"exchange__mode": "secure"}, lambda n: 4 * (4 * n + 72 + 4 * 6), lambda n: 4 * 2 * 8 * n + 6 * 64),
+        ({"server__method": "scaffold"}, lambda n: 4 * (2 * 4 * n + 72 + 4 * 6), lambda n: 6 * (4 * n + 64)),
     ],
 )
 def test_plan_counts_the_bytes_of_each_way_to_exchange(fedhpc, run_config, changes, down, up):

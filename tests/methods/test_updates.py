@@ -48,13 +48,14 @@ def test_commands_cross_as_fixed_headers():
     payload = np.arange(3, dtype=np.float32)
     placed = place_packs([[7], [3, 5]], np.array([2, 0], np.int32))
     where = {"round": 1 << 40, "generation": 1 << 41, "layers": (0, 31, 255)}
-    command = Command(op=Op.TRAIN, **where, placed=placed, payload=payload)
+    command = Command(op=Op.TRAIN, **where, placed=placed, clip=1 / 3, payload=payload)
     header = command.header()
-    assert header.nbytes == HEADER.itemsize == UPLOAD_HEADER.itemsize == 64
+    assert header.nbytes == HEADER.itemsize == 72
+    assert UPLOAD_HEADER.itemsize == 64
     assert (header[0]["num_placed"], header[0]["payload_size"]) == (3, 3)
-    assert command.nbytes == 64 + 3 * 12 + 3 * 4
+    assert command.nbytes == 72 + 3 * 12 + 3 * 4
     arrived = Command.from_header(np.frombuffer(header.tobytes(), HEADER), placed, payload)
-    assert (arrived.op, arrived.round, arrived.generation) == (Op.TRAIN, 1 << 40, 1 << 41)
+    assert (arrived.op, arrived.round, arrived.generation, arrived.clip) == (Op.TRAIN, 1 << 40, 1 << 41, 1 / 3)
     assert arrived.layers == (0, 31, 255)
     assert arrived.packs() == ([[7], [3, 5]], [2, 0])
 

@@ -13,19 +13,21 @@ import pytest
 import tiny
 import torch
 from launch import MPIRUN, mpirun
+from run_each import run
 from tiny import final_prompts, metrics, run_dir
 
 from fedhpc.checkpoint.files import Position, verify
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
 from fedhpc.commands.trained import load_trained
+from fedhpc.exchange.messages import Op
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning.base import as_parameters
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
 HERE = Path(__file__).parent
-HEADER_BYTES = 64
+HEADER_BYTES, COMMAND_BYTES = 64, 72
 FEW = 6
 """Devices where there are more ranks, which are quicker to start when they are few, too."""
 
@@ -70,6 +72,15 @@ MOVING = {
         "federation__rounds": 3,
         "simulation": {"drop_out": 0.15},
         "federation__sample_rate": 1.0,
+    },
+    "private sums": {
+        "trace": False,
+        "federation__rounds": 3,
+        "server": {"weights": "uniform"},
+        "exchange": {"mode": "reduce"},
+        "selection__strategy": "last",
+        "simulation": {"drop_out": 0.3},
+        "privacy": {"clip": 2.0, "noise": 1.0, "quantile": 0.5},
     },
     "absent devices": {"simulation": {"drop_out": 0.4}, "device__pack": 2, "federation__rounds": 5},
     "16 bits": {"exchange__dtype": "bfloat16", "device__pack": 2, "federation__rounds": 5},
@@ -116,11 +127,21 @@ def test_what_devices_keep_moves_with_them(run_config, five, setting):
     assert final_prompts(together) == final_prompts(alone)
     for ours, theirs in zip(metrics(together), metrics(alone), strict=True):
         # Accuracy is personalised: every device with the prompts that it keeps to itself.
-        for key in ("loss", "accuracy", "device_accuracy"):
-            assert ours[key] == theirs[key]
+        for key in ("loss", "accuracy", "device_accuracy", "clip", "short_changes"):
+            assert ours.get(key) == theirs.get(key)
     checkpoints = Checkpoints(run_dir(together))
     for position in checkpoints.positions():
         verify(checkpoints.path(position))
+
+
+def test_a_private_round_goes_on_after_a_stop_with_the_clip_it_had(run_config):
+    through, stopped = (run_config(name, **ON_FIVE["private sums"]) for name in ("through", "stopped"))
+    assert run(through) == Op.FINISH
+    assert run(stopped, stop_at_step=20) == Op.SUSPEND  # in the second round
+    assert len(metrics(stopped)) == 1
+    assert run(stopped) == Op.FINISH
+    assert len({record["clip"] for record in metrics(stopped)}) > 1
+    assert tiny.final_tensors(stopped) == tiny.final_tensors(through)
 
 
 def test_idle_ranks_are_noticed_not_refused(nine):
@@ -135,7 +156,7 @@ def test_bytes_are_those_of_the_selected_layers(five, nine):
         prompts = 4 * num_layers * 2 * tiny.NUM_TOKENS * tiny.KEY_WIDTH
         for record in metrics(config):
             assert record["bytes_up"] == len(record["devices"]) * (prompts + HEADER_BYTES)
-            assert record["bytes_down"] == num_workers * (prompts + HEADER_BYTES + 12 * len(record["devices"]))
+            assert record["bytes_down"] == num_workers * (prompts + COMMAND_BYTES + 12 * len(record["devices"]))
 
 
 def test_uploads_of_16_bits_are_half_as_long_and_sums_come_once(five):

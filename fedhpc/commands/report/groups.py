@@ -191,7 +191,7 @@ def facts(run: Run, goal: Goal) -> dict[str, float]:
     is_known = bool(np.isfinite(evaluated).any())
     numbers["best_round"] = run.rounds[np.nanargmax(lead.sign * evaluated)] if is_known else math.nan
     numbers["at_equal_bytes"] = math.nan if goal.budget is None else final(run, lead.name, within=goal.budget)
-    numbers["loss"] = final(run, "loss")
+    numbers |= {key: final(run, key) for key in ("loss", "epsilon")}
     target = math.nan if goal.target is None else goal.target
     reached = np.flatnonzero(lead.sign * run.column(lead.name) >= lead.sign * target)
     for name in ("rounds", "steps", "bytes", "seconds", "seconds_slowest_device", "seconds_simulated"):

@@ -146,7 +146,7 @@ def _axis(along: str, largest: float) -> ChartAxis:
 def _tables(groups: Sequence[Group], summaries: Sequence[Summary], goal: Goal) -> Iterator[Table]:
     scores = task_scores(groups)
     lead = scores[0]
-    columns = [*tables.score_columns(scores, goal.budget), tables.LOSS]
+    columns = [*tables.score_columns(scores, goal.budget), tables.LOSS, tables.EPSILON]
     notes = ["mean ± standard deviation over seeds; best in bold", *tables.less_is_better(scores)]
     yield tables.group_table("final results", groups, summaries, columns, with_runs=True, notes=notes)
     notes = ["of all evaluations, each number by itself, as papers report it", *tables.less_is_better([lead])]

@@ -21,7 +21,7 @@ from fedhpc.config import Config, SimulationConfig, flatten
 from fedhpc.errors import CheckpointError, ConfigError, ReportError
 from fedhpc.evaluate.scores import Score, score_keys, scores_of
 from fedhpc.exchange.simulation import round_seconds
-from fedhpc.job.run_files import LARGEST_NUMBER, RunFiles
+from fedhpc.job.run_files import LARGEST_NUMBER, RunFiles, rounds_of
 from fedhpc.methods.fedpeptao import as_called_now, may_be_old_released
 from fedhpc.yaml_files import YAML_ERRORS, text_of
 
@@ -74,8 +74,8 @@ class Run:
 
     @property
     def rounds_wanted(self) -> int:
-        """Rounds that the configuration asks for."""
-        return int(self.config.get("federation.rounds", 0))
+        """Rounds that the configuration asks for, or has a budget for."""
+        return rounds_of(self.records, int(self.config.get("federation.rounds", 0)), self.config.get("privacy.epsilon"))
 
     @property
     def is_finished(self) -> bool:

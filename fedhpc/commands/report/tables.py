@@ -207,6 +207,7 @@ def less_is_better(scores: Sequence[Score]) -> list[str]:
 
 
 LOSS = Column(heading="training loss", key="loss", quantity="score")
+EPSILON = Column(heading="epsilon", key="epsilon", quantity="score")
 COST = (
     Column(heading="rounds", key="rounds", quantity="rounds"),
     Column(heading="local steps", key="steps", quantity="steps"),

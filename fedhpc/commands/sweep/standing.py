@@ -18,7 +18,7 @@ from fedhpc.commands.sweep.experiment import Cell, Experiment
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in, naming
-from fedhpc.job.run_files import RunFiles
+from fedhpc.job.run_files import RunFiles, rounds_of
 from fedhpc.methods.fedpeptao import OLD_RELEASED, is_old_released
 
 HEAD, END = "=== ", "=== exit status "
@@ -100,10 +100,11 @@ class Standing:
 
 def standing(experiment: Experiment, cell: Cell) -> Standing:
     """Where a cell stands."""
-    names, rounds = names_in(cell.run_dir / "checkpoints"), cell.config.federation.rounds
+    names, records = names_in(cell.run_dir / "checkpoints"), RunFiles(cell.run_dir).read_metrics()
+    rounds = rounds_of(records, cell.config.federation.rounds, cell.config.privacy.epsilon)
     saved_after = [int(found[1]) for name in names if (found := ROUND.match(name))]
     return Standing(
-        completed=len(RunFiles(cell.run_dir).rounds_recorded()),
+        completed=len(records),
         rounds=rounds,
         saved=max(saved_after) >= rounds if saved_after else "partial" not in names,
         status=CellLog(experiment.out, cell).last_status(),

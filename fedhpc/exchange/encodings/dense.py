@@ -66,19 +66,28 @@ class NarrowChange(Encoding):
 
 
 class SumTerms(Encoding):
-    """The device's terms of the sums that a server method needs, with the control variate held by the device."""
+    """The device's terms of the sums that a server method needs, with the control variate held by the device.
 
-    def __init__(self, config: Any, method: SummedMethod, masked_among: int) -> None:
+    Args:
+        masked_among: devices of a round among whom uploads are masked; 0: they are not.
+        num_facts: numbers that the device adds behind its vector.
+    """
+
+    def __init__(self, config: Any, method: SummedMethod, masked_among: int, num_facts: int) -> None:
         super().__init__(config)
         self.masked_among = masked_among
-        self.method = method
+        self.method, self.num_facts = method, num_facts
         self.num_sums = 2 if method.needs_total else 1
         self.keeps = method.has_control
+
+    def length(self, size: int) -> int:
+        """See `Encoding`."""
+        return size + self.num_facts
 
     def encode(
         self, params: Vector, start: Vector, kept: Mapping[str, Vector], *, num_steps: int, learning_rate: float
     ) -> tuple[np.ndarray, Kept]:
-        """See `Encoding`."""
+        """See `Encoding`; without the facts."""
         change, control = self.method.change(
             start,
             params,
@@ -106,7 +115,12 @@ class Dense(Encoding):
         exchange = config.exchange
         if exchange.sums_only:
             assert isinstance(method, SummedMethod)  # the configuration refuses the others
-            return SumTerms(exchange, method, config.federation.devices_per_round * (exchange.mode == "secure"))
+            return SumTerms(
+                exchange,
+                method,
+                masked_among=config.devices_sampled * (exchange.mode == "secure"),
+                num_facts=config.privacy.quantile is not None,
+            )
         return Parameters(exchange) if exchange.dtype == "float32" else NarrowChange(exchange)
 
     @classmethod
