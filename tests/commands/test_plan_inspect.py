@@ -71,7 +71,7 @@ def test_plan_counts_the_bytes_of_each_way_to_exchange(fedhpc, run_config, chang
 def test_plan_counts_the_bytes_of_keys(fedhpc, run_config):
     """As tests/mpi/test_secure_ranks.py counts them in runs, of 6 devices."""
     out = fedhpc("plan", run_config(exchange__mode="secure", trace=False), "--ranks", 5)[1]
-    down, up = 4 * (3 * 64 + 6 * (68 + 4 + 6 * 88 + 3 * 12)), 6 * (68 + 4 + 6 * 88 + 4 + 6 * 36)
+    down, up = 4 * (3 * 72 + 6 * (68 + 4 + 6 * 88 + 3 * 12)), 6 * (68 + 4 + 6 * 88 + 4 + 6 * 36)
     for way, count in (("down", down), ("up", up)):
         assert re.search(rf"^  {way}, keys .*?([\d.]+ kB)", out, re.MULTILINE)[1] == f"{count / 1000:.1f} kB"
 
