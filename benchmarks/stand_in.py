@@ -97,4 +97,12 @@ def make_job(run_dir, *, ratio=1.0, rounds=1, num_devices=100, sampled=10, examp
     train = [np.arange(count) for count in examples or [EXAMPLES] * num_devices]
     partition = Partition(train, [np.arange(1)] * num_devices)
     identity = {**config.identity(), "sha256": config.sha256}
-    return SimpleNamespace(config=config, data=data, shape=shape, tuning=tuning, partition=partition, identity=identity)
+    return SimpleNamespace(
+        config=config,
+        data=data,
+        shape=shape,
+        tuning=tuning,
+        partition=partition,
+        identity=identity,
+        privacy=None,
+    )

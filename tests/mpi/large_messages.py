@@ -26,7 +26,7 @@ if exchange.rank == 0:
     (header,), (params,) = upload_headers(records), upload_payloads(records, FLOATS)
     assert params[PLACES].tolist() == [2, 4, 6, 8, 10]
     assert header["device"] == 7
-    assert exchange.traffic.bytes_down == 64 + 4 * FLOATS
+    assert exchange.traffic.bytes_down == 72 + 4 * FLOATS
     assert exchange.traffic.bytes_up == 64 + 4 * FLOATS
     print("exchanged", exchange.traffic.bytes_up)
 else:

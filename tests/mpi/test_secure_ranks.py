@@ -40,4 +40,4 @@ def test_the_server_sees_no_upload_and_ends_with_the_bits_of_reduce(run_config, 
     # Two ranks send their own sums, where `reduce` counts one; beside them keys, boxes and shares of 12 devices.
     sums = theirs["bytes_up"] - 12 * 64
     assert ours["bytes_up"] == 12 * 64 + 2 * sums + 12 * (68 + 4 + 12 * 88 + 4 + 12 * 36)
-    assert ours["bytes_down"] - theirs["bytes_down"] == 2 * (3 * 64 + 12 * (68 + 4 + 12 * 88 + 3 * 12))
+    assert ours["bytes_down"] - theirs["bytes_down"] == 2 * (3 * 72 + 12 * (68 + 4 + 12 * 88 + 3 * 12))
