@@ -113,6 +113,7 @@ class Worker:
         self.share = self.homes.devices_of(self.index)
         """This worker's devices in work that needs no device's state."""
         self.states, self.touched, self.progress = {}, set(), RoundProgress(round=NO_ROUND)
+        self.tuning.added = {}
 
     def handle(self, command: Command) -> np.ndarray | None:
         """Do what the server asks; the records to reply with, or None if it was halted."""

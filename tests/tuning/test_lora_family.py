@@ -10,6 +10,9 @@ import fedhpc
 from fedhpc.commands import cli
 from fedhpc.commands.inspect import inspect_text
 from fedhpc.commands.trained import load_trained
+from fedhpc.device.worker import Worker
+from fedhpc.exchange import LocalExchange
+from fedhpc.job.stopping import StopRequest
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning.base import as_parameters
 
@@ -202,6 +205,11 @@ def test_what_was_added_survives_a_stop(world, tmp_path):
     run(world, tmp_path, "parts", rounds=4, server=server)
     assert digests(whole) == digests(parts)
     assert not {*halfway} & {*digests(parts)}  # although the factors are those of before round 0, here as there
+    # a rank that goes on after the loss of another scores layers, if at all, without it
+    job = load_trained(str(run_dir(parts))).job
+    assert job.tuning.added
+    Worker(job.config, job.data, job.partition, None, job.tuning, LocalExchange(StopRequest())).start_over()
+    assert not job.tuning.added
     checkpoint = next((run_dir(parts) / "checkpoints").iterdir())
     assert "added/self_attn.q_proj [2, 32, 32]: norm" in inspect_text(str(checkpoint))[0]
     one, other = (load_trained(str(run_dir(path))).job.tuning.added for path in (whole, parts))
