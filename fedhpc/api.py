@@ -50,7 +50,7 @@ class RunResult:
         """
         from fedhpc.commands.trained import load_trained
 
-        trained = load_trained(str(self.run_dir))
+        trained = load_trained(str(self.run_dir), to_use=False)
         return trained.tensors | {f"added.{name}": weight for name, weight in trained.job.tuning.added.items()}
 
     @property

@@ -42,11 +42,17 @@ class Trained:
         return TextEncoder(found.template, tokenizer, kind=cast(Kind, found.kind), max_length=self.max_length)
 
 
-def load_trained(run_dir: str, device: int | None = None) -> Trained:
+def load_trained(run_dir: str, device: int | None = None, *, to_use: bool = True) -> Trained:
     """The global parameters of a run, or one device's personal ones.
 
+    Args:
+        run_dir: the run's folder.
+        device: whose; None: the global ones.
+        to_use: whether they must all be trained, to predict with.
+
     Raises:
-        CheckpointError: there is no run, no checkpoint, or nothing of that device's own in it.
+        CheckpointError: there is no run, no checkpoint, or nothing of that device's own in it; or devices keep what
+            would be used.
         UserError: the model or the prepared data are not what they were.
     """
     path = RunFiles(run_dir).config
@@ -54,6 +60,11 @@ def load_trained(run_dir: str, device: int | None = None) -> Trained:
         found = "holds no config.yaml" if Path(run_dir).is_dir() else "is no folder"
         raise CheckpointError(f"{run_dir} {found}; give the run_dir of a run")
     job = load_job(load_config(path).model_copy(update={"run_dir": run_dir}))
+    if to_use and device is None and (kept := job.config.exchange.keep):
+        raise CheckpointError(
+            f"{run_dir}: the devices of this run keep {', '.join(kept)} (exchange.keep), which the server has as "
+            "before round 0; give --device I for the whole of a device's"
+        )
     needed = {SERVER_FILE} if device is None else {SERVER_FILE, f"{LOCAL}/{device:06d}"}
 
     def load() -> tuple[RunState, DeviceState]:

@@ -51,7 +51,7 @@ def trace(path, round_index):
 
 
 def tensors(path, device=None):
-    return load_trained(str(run_dir(path)), device).tensors
+    return load_trained(str(run_dir(path)), device, to_use=False).tensors
 
 
 def test_ffa_lora_trains_and_sends_b_alone(world, tmp_path):
@@ -77,7 +77,7 @@ def test_ffa_lora_trains_and_sends_b_alone(world, tmp_path):
         assert factor.any()
 
 
-def test_fedsa_lora_sends_a_and_keeps_b(world, tmp_path):
+def test_fedsa_lora_sends_a_and_keeps_b(world, tmp_path, capsys):
     path = run(world, tmp_path, "fedsa", exchange={"keep": ["lora_B.*"]})
     _, uploads, weights = trace(path, 1)
     assert all(name.startswith("lora_A.") for name in uploads)
@@ -90,6 +90,10 @@ def test_fedsa_lora_sends_a_and_keeps_b(world, tmp_path):
             assert np.array_equal(device[name], shared[name])
             assert device[other].any()
         assert not np.array_equal(own[0][other], own[1][other])
+    command = ["export", str(run_dir(path)), "--out", str(tmp_path / "adapter")]
+    assert cli.main(command) == 2
+    assert "the devices of this run keep lora_B.* (exchange.keep)" in capsys.readouterr().err
+    assert cli.main([*command, "--device", "1"]) == 0
     assert metrics(path)[-1]["accuracy"] is not None
 
 
