@@ -13,6 +13,7 @@ from tiny import final_tensors, metrics, run_dir, traces, write_world
 
 from fedhpc.exchange.messages import Op
 from fedhpc.methods.factors import FactorMethod
+from fedhpc.methods.robust import RobustMethod
 from fedhpc.registry import METHODS, TUNINGS
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
@@ -20,11 +21,13 @@ pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Py
 VARIANTS = ("drift_corrected", "paper", "released")
 STOP_AT_STEP = 6  # of four in a round
 FACTS = ("round", "devices", "steps", "loss", "accuracy", "accuracy_global", "perplexity", "update_norm")
+ROBUST = [name for name, part in METHODS.items() if issubclass(part, RobustMethod)]  # one with each tuning, in turns
 COMBINATIONS = [
     ("encoder" if (row + column) % 2 or kind == "bitfit" else "decoder", kind, method)  # a LLaMA has no biases
     for row, kind in enumerate(TUNINGS)
     for column, method in enumerate((*(name for name in METHODS if name != "fedpeptao"), *VARIANTS))
     if not issubclass(METHODS[method if method in METHODS else "fedpeptao"], FactorMethod) or TUNINGS[kind].has_factors
+    if method not in ROBUST or method == ROBUST[row % len(ROBUST)]
 ]
 COMBINATIONS += [
     ("text", kind, method) for kind in TUNINGS if kind != "bitfit" for method in ("fedavg", "drift_corrected")

@@ -1,13 +1,11 @@
 """FedBuff as a run: the same bits however it is run, its metrics and report, and what it does not go together with."""
 
 import csv
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import tiny
-from launch import MPIRUN, mpirun
 from run_each import run
 from tiny import final_prompts, final_tensors, metrics, run_dir
 
@@ -82,17 +80,6 @@ def shorter(config, rounds):
     path = config.with_name(f"{config.stem}-{rounds}.yaml")
     path.write_text(config.read_text().replace("rounds: 6", f"rounds: {rounds}"))
     return path
-
-
-@pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
-def test_ranks_leave_no_trace(run_config, through):
-    together, moved = run_config("together", **SETTINGS), run_config("moved", **SETTINGS)
-    assert run(moved, 9) == Op.SUSPEND
-    done = mpirun(3, Path(__file__).with_name("run_each.py"), together, moved)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for config in (together, moved):
-        assert final_tensors(config) == final_tensors(through)
-        assert facts(config) == facts(through)
 
 
 def test_changes_arrive_although_nobody_begins(run_config):
