@@ -1,6 +1,6 @@
 """The memory that a run's ranks take at most, part by part; `fedhpc plan` shows it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
     if config.curriculum.order == "fisher":
         phases["order of the batches"] = room * work.curriculum()
     if config.selection.is_automatic and config.selection.warmup_rounds < config.federation.rounds:
-        lanczos = 8 * LANCZOS_STEPS * sum(int(np.prod(shape)) for shape in job.tuning.per_layer.values())
+        lanczos = 8 * LANCZOS_STEPS * _num_trained(job, job.tuning.per_layer)
         phases["Hessian"] = room * work.hessian() + lanczos
     first, *others = sorted(phases, key=lambda name: -phases[name])
     then = ", ".join(f"{name} {human_bytes(phases[name])}" for name in others if phases[name] > 0)
@@ -179,8 +179,11 @@ def exchanged_bytes(job: Job) -> int:
 
 def trainable(job: Job) -> int:
     """Trained parameters of a device."""
-    tuning = job.tuning
-    return sum(prod(shape) for name, shape in tuning.shapes.items() if not name.startswith(tuning.untrained))
+    return _num_trained(job, job.tuning.shapes)
+
+
+def _num_trained(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(prod(shape) for name, shape in shapes.items() if not name.startswith(job.tuning.untrained))
 
 
 def added_bytes(job: Job) -> int:

@@ -77,7 +77,7 @@ def lossless_ratio(
 
 
 class BatchLoss:
-    """The loss of one batch as a function of the per-layer parameters, as one float64 vector; shared ones stay."""
+    """The loss of one batch as a function of the trained per-layer parameters, as one float64 vector; others stay."""
 
     def __init__(
         self,
@@ -89,7 +89,8 @@ class BatchLoss:
     ) -> None:
         self.backbone, self.tuning, self.batch, self.beat = backbone, tuning, batch, beat
         self.params = as_parameters(tensors, backbone.torch_device)
-        self.moved = [self.params[name] for name in tuning.per_layer]
+        self.names = [name for name in tuning.per_layer if not name.startswith(tuning.untrained)]
+        self.moved = [self.params[name] for name in self.names]
         self.size = sum(parameter.numel() for parameter in self.moved)
         self.norm = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in self.moved))
 
@@ -126,7 +127,7 @@ class BatchLoss:
             return self.backbone.gradients(self._loss_at(at), at, create_graph=True)
 
     def _loss_at(self, at: list[torch.Tensor]) -> torch.Tensor:
-        params = {**self.params, **dict(zip(self.tuning.per_layer, at, strict=True))}
+        params = {**self.params, **dict(zip(self.names, at, strict=True))}
         return self.tuning.loss_terms(self.backbone, [params], self.batch, twice=True).mean()
 
     def _tensors(self, flat: Flat) -> list[torch.Tensor]:

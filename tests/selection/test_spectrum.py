@@ -228,6 +228,12 @@ def test_gradient_and_hessian_products_equal_those_of_the_whole_hessian(folders)
     np.testing.assert_allclose(values[[0, -1]], np.linalg.eigvalsh(hessian)[[0, -1]], rtol=1e-4)
 
 
+def test_only_what_is_trained_moves(folders):
+    loss, tensors = batch_loss(folders["llama-gqa"], "llama-gqa", kind="ffa_lora", rank=2)
+    assert loss.size == sum(tensor.size for name, tensor in tensors.items() if name.startswith("lora_B."))
+    assert np.abs(loss.hessian_product(np.ones(loss.size))).max() > 0
+
+
 @pytest.mark.parametrize("head", ["verbalizer", "linear"])
 @pytest.mark.parametrize("name", ["roberta", "llama-gqa"])
 @pytest.mark.parametrize("by", ["eigengap", "density"])
