@@ -119,7 +119,7 @@ class FederationConfig(Section):
     @property
     def num_held_out(self) -> int:
         """Devices that never train."""
-        return _share(self.held_out, self.num_devices) if self.held_out else 0
+        return share_of(self.held_out, self.num_devices) if self.held_out else 0
 
     @property
     def num_training(self) -> int:
@@ -129,7 +129,7 @@ class FederationConfig(Section):
     @property
     def devices_per_round(self) -> int:
         """Devices of each round, beside those of over-selection."""
-        return _share(self.sample_rate, self.num_training)
+        return share_of(self.sample_rate, self.num_training)
 
     @model_validator(mode="after")
     def _a_device_trains(self) -> "FederationConfig":
@@ -141,7 +141,7 @@ class FederationConfig(Section):
         return self
 
 
-def _share(share: float, count: int) -> int:
+def share_of(share: float, count: int) -> int:
     """`max(1, int(share * count))`; the epsilon keeps 0.29 * 100 at 29, where binary rounding gives 28."""
     return max(1, int(share * count + 1e-9))
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedhpc.config import AttackConfig, Config, Fraction, Part, PositiveFloat
+from fedhpc.config import AttackConfig, Config, Fraction, Part, PositiveFloat, share_of
 from fedhpc.federation.sampling import training_devices
 from fedhpc.methods.updates import Vector
 from fedhpc.registry import ATTACKS
@@ -65,5 +65,5 @@ def bad_devices(config: Config) -> list[int]:
     if not issubclass(config.parts["attack"].Config, BadDevicesConfig):
         return []
     devices = training_devices(config)
-    count = max(1, int(config.attack.share * len(devices) + 1e-9))  # type: ignore[attr-defined]
+    count = share_of(config.attack.share, len(devices))  # type: ignore[attr-defined]
     return sorted(generator(config.seed, purpose="bad devices").permutation(devices)[:count].tolist())

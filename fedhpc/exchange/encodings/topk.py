@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedhpc.config import ExchangeConfig, Fraction
+from fedhpc.config import ExchangeConfig, Fraction, share_of
 from fedhpc.exchange.encoding import Encoding, Kept
 from fedhpc.methods.updates import Vector
 from fedhpc.registry import ENCODINGS
@@ -50,7 +50,7 @@ class TopK(Encoding):
         return params
 
     def _count(self, size: int) -> int:
-        return max(1, int(self.config.share * size + 1e-9))
+        return share_of(self.config.share, size)
 
     def _largest(self, sizes: Vector) -> np.ndarray:
         """Places of the k largest of the sizes [n], ascending; what a sort makes of ties must not decide."""
