@@ -183,7 +183,7 @@ def trainable(job: Job) -> int:
 
 
 def _num_trained(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(prod(shape) for name, shape in shapes.items() if not name.startswith(job.tuning.untrained))
+    return sum(prod(shape) for name, shape in shapes.items() if job.tuning.is_trained(name))
 
 
 def added_bytes(job: Job) -> int:

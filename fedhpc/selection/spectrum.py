@@ -89,7 +89,7 @@ class BatchLoss:
     ) -> None:
         self.backbone, self.tuning, self.batch, self.beat = backbone, tuning, batch, beat
         self.params = as_parameters(tensors, backbone.torch_device)
-        self.names = [name for name in tuning.per_layer if not name.startswith(tuning.untrained)]
+        self.names = [name for name in tuning.per_layer if tuning.is_trained(name)]
         self.moved = [self.params[name] for name in self.names]
         self.size = sum(parameter.numel() for parameter in self.moved)
         self.norm = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in self.moved))

@@ -229,18 +229,22 @@ class Tuning(Part, ABC):
         """Standard deviation of a tensor before round 0: `initializer_range` of the backbone, 0 for biases."""
         return 0.0 if name.endswith("bias") else self.shape.initializer_range
 
+    def is_trained(self, name: str) -> bool:
+        """Whether a tensor is trained at all."""
+        return not name.startswith(self.untrained)
+
     @property
     def at_home(self) -> set[str]:
         """Names of the tensors of which nothing is exchanged."""
         return {
             name
             for name in self.shapes
-            if name.startswith(self.untrained) or any(fnmatchcase(name, pattern) for pattern in self.keep)
+            if not self.is_trained(name) or any(fnmatchcase(name, pattern) for pattern in self.keep)
         }
 
     def check_keep(self) -> None:
         """Raise ConfigError for a pattern in `keep` of no trained tensor, or where nothing is left to exchange."""
-        names = [name for name in self.shapes if not name.startswith(self.untrained)]
+        names = [name for name in self.shapes if self.is_trained(name)]
         for pattern in self.keep:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
@@ -289,7 +293,7 @@ class Tuning(Part, ABC):
         """Whether devices train tensors of their own when ``layers`` are exchanged."""
         home = self.at_home
         return any(
-            prod(shape) > 0 and not name.startswith(self.untrained) and (name in home or not self.freezes_others)
+            prod(shape) > 0 and self.is_trained(name) and (name in home or not self.freezes_others)
             for name, shape in self.local(layers).shapes.items()
         )
 
@@ -297,7 +301,7 @@ class Tuning(Part, ABC):
         """1 for every element that is trained, 0 for the others, by name; empty where all are."""
         if not self.frozen and not self.untrained:
             return {}
-        masks = {name: np.full(shape, not name.startswith(self.untrained)) for name, shape in self.shapes.items()}
+        masks = {name: np.full(shape, self.is_trained(name)) for name, shape in self.shapes.items()}
         for name in self.per_layer:
             masks[name][list(self.frozen)] = False
         return masks
