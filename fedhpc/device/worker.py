@@ -105,6 +105,8 @@ class Worker:
 
     def _as_attacked(self, split: Split, partition: Partition, num_classes: int) -> Split:
         """The training examples, those of bad devices with the classes that these make of them."""
+        if not self.bad:
+            return split
         labels = np.array(split.labels)
         for device in self.bad:
             own = partition.train[device]
@@ -340,13 +342,7 @@ class Worker:
             sent=named,
         )
 
-    def _upload(
-        self,
-        device: int,
-        update: DeviceUpdate,
-        context: RoundContext,
-        record: np.ndarray,
-    ) -> None:
+    def _upload(self, device: int, update: DeviceUpdate, context: RoundContext, record: np.ndarray) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         before, start = self.states.get(device, self.unseen), context.params
         personal = before.kept.get(NEXT_PERSONAL)
