@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from fedhpc.commands.plan_memory import memory_parts
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.prepared import PreparedData
 from fedhpc.server.job import load_job
 

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from fedhpc.checkpoint.device_state import DeviceState
-from fedhpc.config import Config, ModelConfig, section_of
+from fedhpc.config import Config, section_of
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data.prepared import PreparedData, Split
 from fedhpc.device.local_update import Assignment, local_updates
 from fedhpc.evaluate.predictions import class_scores, device_batches, evaluation_batches

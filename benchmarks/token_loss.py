@@ -23,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from fedhpc.config import ModelConfig, section_of
+from fedhpc.config import section_of
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data.prepared import Description, Split
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import read_shape

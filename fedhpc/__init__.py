@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from fedhpc import methods, testing, tuning
     from fedhpc.api import RunResult, run
     from fedhpc.attack.attack import Attack, BadDevicesConfig
-    from fedhpc.config import (
+    from fedhpc.config import Config
+    from fedhpc.config.file import load_config
+    from fedhpc.config.sections import (
         AttackConfig,
-        Config,
         ExchangeConfig,
         FederationConfig,
         MethodConfig,
         SelectionConfig,
         TuningConfig,
     )
-    from fedhpc.config_file import load_config
     from fedhpc.errors import ConfigError, UserError
     from fedhpc.evaluate.generation_metrics import GenerationMetric
     from fedhpc.evaluate.metrics import Metric
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "fedhpc.api": ("RunResult", "run"),
     "fedhpc.attack.attack": ("Attack", "BadDevicesConfig"),
-    "fedhpc.config": (
-        *("AttackConfig", "Config", "ExchangeConfig", "FederationConfig", "MethodConfig", "SelectionConfig"),
-        "TuningConfig",
+    "fedhpc.config": ("Config",),
+    "fedhpc.config.file": ("load_config",),
+    "fedhpc.config.sections": (
+        *("AttackConfig", "ExchangeConfig", "FederationConfig", "MethodConfig", "SelectionConfig", "TuningConfig"),
     ),
-    "fedhpc.config_file": ("load_config",),
     "fedhpc.errors": ("ConfigError", "UserError"),
     "fedhpc.evaluate.generation_metrics": ("GenerationMetric",),
     "fedhpc.evaluate.metrics": ("Metric",),

@@ -23,7 +23,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from fedhpc.config import Config, ModelConfig, section_of
+from fedhpc.config import Config, section_of
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data.prepared import Batch, Description
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.overlay import Overlay

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from fedhpc import yaml_files
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.errors import ConfigError
 from fedhpc.server.notices import notices
 
@@ -47,6 +47,12 @@ def test_defaults_follow_the_method_and_variant(write):
     plain = {"method": "fedavg", "weights": "examples", "max_rejected": 0.2}
     assert load_config(path, ["server.method=fedavg"]).server.model_dump() == plain
     assert load_config(path, ["server.variant=released", "server.momentum=0.3"]).server.momentum == 0.3
+
+
+def test_a_section_left_empty_is_one_not_given(write):
+    for section in ("privacy", "server", "tuning", "plugins"):
+        assert load_config(write(**MINIMAL, **{section: None})) == load_config(write(**MINIMAL))
+    assert "data: is required" in problems(write(**MINIMAL | {"data": None}))
 
 
 def test_overrides_are_yaml_and_reach_any_depth(write):

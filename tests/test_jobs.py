@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedhpc.config import Config, every_default, flatten
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.task_files import load_task
 from fedhpc.data.tasks import GENERATION_TASKS, TASKS
 from fedhpc.job.job_files import TEMPLATES

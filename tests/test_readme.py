@@ -12,7 +12,7 @@ import yaml
 
 from fedhpc.commands.arguments import make_parser
 from fedhpc.commands.sweep.experiment import load_experiment
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.task_files import load_task
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedhpc.config import AttackConfig, Config, Fraction, Part, PositiveFloat, share_of
+from fedhpc.config import Config
+from fedhpc.config.sections import AttackConfig, Fraction, Part, PositiveFloat, share_of
 from fedhpc.federation.sampling import training_devices
 from fedhpc.methods.updates import Vector
 from fedhpc.registry import ATTACKS

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from transformers import TextStreamer
 
 from fedhpc.commands.trained import Trained
-from fedhpc.config import EvaluateConfig
-from fedhpc.config_file import describe
+from fedhpc.config.file import describe
+from fedhpc.config.sections import EvaluateConfig
 from fedhpc.data.generation import TRAINED, GenerationTask, Renderer
 from fedhpc.data.generation_tokens import Example, GenerationEncoder
 from fedhpc.data.prepared import Split

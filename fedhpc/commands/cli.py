@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedhpc.commands.arguments import ANSWERING, make_parser
 from fedhpc.config import Config
-from fedhpc.config_file import load_config, read_clock
+from fedhpc.config.file import load_config, read_clock
 from fedhpc.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,

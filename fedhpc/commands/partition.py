@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.config import Config, least_values
-from fedhpc.config_file import check_values
+from fedhpc.config.file import check_values
 from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.federation.partition import Groups, Partition, divide, group_counts, label_skew

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 
-from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc.config.sections import ModelConfig, TuningConfig
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.device.curriculum import fisher_trace
 from fedhpc.device.local_update import pack_gradients

@@ -10,7 +10,7 @@ from fedhpc.checkpoint.device_state import PERSONAL, DeviceState
 from fedhpc.checkpoint.files import LOCAL, SERVER_FILE, Position, files_of, stem_of
 from fedhpc.checkpoint.state_file import RunState
 from fedhpc.checkpoint.store import Checkpoints
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.tasks import Kind
 from fedhpc.data.tokens import TextEncoder
 from fedhpc.errors import CheckpointError

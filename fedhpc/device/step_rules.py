@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedhpc.checkpoint.device_state import FISHER
-from fedhpc.config import SparseConfig
+from fedhpc.config.sections import SparseConfig
 from fedhpc.methods import LocalRule
 from fedhpc.methods.updates import Vector
 from fedhpc.tuning import Tuning

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import EvaluateConfig
+from fedhpc.config.sections import EvaluateConfig
 from fedhpc.data.prepared import Batch, Description, Split
 from fedhpc.errors import ConfigError
 from fedhpc.evaluate.predictions import SERVER, DeviceBatch, device_batches, evaluation_batches, evaluation_examples

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import ExchangeConfig
+from fedhpc.config.sections import ExchangeConfig
 from fedhpc.errors import Halt
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.exchange.messages import Command, Note, NoteKind, Op, RecordType

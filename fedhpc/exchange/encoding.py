@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedhpc.config import Config, ExchangeConfig, Part
+from fedhpc.config import Config
+from fedhpc.config.sections import ExchangeConfig, Part
 from fedhpc.errors import ConfigError
 from fedhpc.exchange.messages import FLOAT, UPLOAD_HEADER_FLOATS, RecordType, upload_record
 from fedhpc.methods import Method
@@ -54,7 +55,7 @@ class Encoding(Part, ABC):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See `fedhpc.config.Part.check`; only what is sent whole adds up exactly on its way."""
+        """See `fedhpc.config.sections.Part.check`; only what is sent whole adds up exactly on its way."""
         if config.exchange.sums_only and (found := cls.approximates(config.exchange)) is not None:
             raise ConfigError(f"{found} needs exchange.mode: gather; sums are exact")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from fedhpc.config import Config, SimulationConfig
+from fedhpc.config import Config
+from fedhpc.config.sections import SimulationConfig
 from fedhpc.exchange.encoding import Encoding, Upload
 from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import FLOAT

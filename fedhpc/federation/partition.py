@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedhpc.config import FederationConfig, Part
+from fedhpc.config.sections import FederationConfig, Part
 from fedhpc.errors import ConfigError
 from fedhpc.registry import PARTITIONS
 from fedhpc.seeding import generator

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedhpc.config import Config, Section
+from fedhpc.config import Config
+from fedhpc.config.sections import Section
 from fedhpc.job.log import log
 from fedhpc.registry import TRACKERS
 

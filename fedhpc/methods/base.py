@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import MethodConfig, Part, PositiveFloat, Probability
+from fedhpc.config.sections import MethodConfig, Part, PositiveFloat, Probability
 from fedhpc.errors import ConfigError
 from fedhpc.methods.adding import add_up
 from fedhpc.methods.updates import Layout, RoundUploads, Sums, Vector
@@ -162,7 +162,7 @@ class Method(Part, ABC):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See `fedhpc.config.Part.check`; a method that needs each upload by itself cannot have sums alone."""
+        """See `fedhpc.config.sections.Part.check`; a method that needs each upload by itself cannot have sums alone."""
         if config.exchange.sums_only and not cls.works_with_sums(config.server):
             raise ConfigError(
                 f"server.method: {cls.label(config.server)} needs each upload by itself; it needs exchange.mode: gather"

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2012.04221, algorithm 1. Both take the same steps on the s
 
 from typing import Any
 
-from fedhpc.config import MethodConfig, NonNegativeFloat
+from fedhpc.config.sections import MethodConfig, NonNegativeFloat
 from fedhpc.errors import ConfigError
 from fedhpc.methods.base import LocalRule
 from fedhpc.methods.fedavg import FedAvg

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.config import MethodConfig, NonNegativeFloat, Positive, PositiveFloat, Probability
+from fedhpc.config.sections import MethodConfig, NonNegativeFloat, Positive, PositiveFloat, Probability
 from fedhpc.errors import ConfigError
 from fedhpc.methods.adding import add_up
 from fedhpc.methods.base import Method, ServerState, built_up, f32

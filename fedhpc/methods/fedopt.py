@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import PositiveFloat, Probability
+from fedhpc.config.sections import PositiveFloat, Probability
 from fedhpc.methods.base import MomentumConfig, ServerState, built_up, f32
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.updates import RoundUploads, Sums, Vector

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from fedhpc.config import MethodConfig, PositiveFloat, Probability
+from fedhpc.config.sections import MethodConfig, PositiveFloat, Probability
 from fedhpc.errors import ConfigError
 from fedhpc.methods.base import Method, Population, ServerState, SummedMethod, f32, weighted_mean
 from fedhpc.methods.updates import RoundUploads, Sums, Vector
@@ -234,7 +234,7 @@ class FedPepTAO(Method):
 
     @classmethod
     def notices(cls, config: Any) -> Iterator[str]:
-        """See `fedhpc.config.Part`."""
+        """See `fedhpc.config.sections.Part`."""
         if config.server.variant in PAPER and config.device.learning_rate < PAPER_LEARNING_RATE:
             yield (
                 f"server.variant: {config.server.variant} is known to diverge at small device.learning_rate (found "

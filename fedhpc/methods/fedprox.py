@@ -6,7 +6,7 @@ https://arxiv.org/abs/1812.06127, equation 2: F_i(P) + mu / 2 |P - P^t|^2.
 
 from collections.abc import Mapping
 
-from fedhpc.config import MethodConfig, NonNegativeFloat
+from fedhpc.config.sections import MethodConfig, NonNegativeFloat
 from fedhpc.methods.base import LocalRule
 from fedhpc.methods.fedavg import FedAvg
 from fedhpc.methods.updates import Vector

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.config import MethodConfig, Probability
+from fedhpc.config.sections import MethodConfig, Probability
 from fedhpc.errors import ConfigError
 from fedhpc.methods.adding import add_up
 from fedhpc.methods.base import LocalRule, Method, ServerState, built_up, f32, weighted_mean

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fedhpc.config import MethodConfig
+from fedhpc.config.sections import MethodConfig
 from fedhpc.errors import ConfigError
 from fedhpc.methods.base import Method, ServerState, f32, weighted_mean
 from fedhpc.methods.updates import BLOCK, RoundUploads, Vector

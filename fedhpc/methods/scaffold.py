@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedhpc.config import MethodConfig, PositiveFloat
+from fedhpc.config.sections import MethodConfig, PositiveFloat
 from fedhpc.methods.base import LocalRule, Method, ServerState, f32
 from fedhpc.methods.updates import RoundUploads, Vector
 from fedhpc.registry import METHODS

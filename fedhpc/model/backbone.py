@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from fedhpc.config import ModelConfig, TuningConfig
+from fedhpc.config.sections import ModelConfig, TuningConfig
 from fedhpc.data.prepared import Batch, Description, Targets
 from fedhpc.errors import ModelError
 from fedhpc.model.answers import Answers

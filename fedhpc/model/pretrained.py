@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
-from fedhpc.config import ModelConfig
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data.tokenizer_files import tokenizer_advice
 from fedhpc.errors import ModelError, first_line
 from fedhpc.model.quantization import keep_layout, quantization_arguments

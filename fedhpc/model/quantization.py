@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedhpc.config import ModelConfig
+from fedhpc.config.sections import ModelConfig
 from fedhpc.errors import ModelError, first_line
 from fedhpc.model.numbers import NOT_TAKEN
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import Config, PrivacyConfig
+from fedhpc.config import Config
+from fedhpc.config.sections import PrivacyConfig
 from fedhpc.errors import ConfigError
 from fedhpc.federation.sampling import training_devices
 from fedhpc.job.run_files import SPENT

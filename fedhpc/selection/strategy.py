@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import Part, SelectionConfig
+from fedhpc.config.sections import Part, SelectionConfig
 from fedhpc.errors import ConfigError
 from fedhpc.registry import STRATEGIES
 

@@ -1,6 +1,7 @@
 """What the user should know about a configuration although it is no error."""
 
-from fedhpc.config import Config, Section, unused_keys
+from fedhpc.config import Config, unused_keys
+from fedhpc.config.sections import Section
 
 
 def notices(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedhpc.config import Positive, TuningConfig
+from fedhpc.config.sections import Positive, TuningConfig
 from fedhpc.job.deferred import Tensor, functional
 from fedhpc.model.overlay import Edit, each_device
 from fedhpc.registry import TUNINGS

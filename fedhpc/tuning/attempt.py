@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedhpc.config import PathName, Positive
+from fedhpc.config.sections import PathName, Positive
 from fedhpc.errors import ConfigError
 from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.model.overlay import Overlay, each_device
@@ -47,7 +47,7 @@ class Attempt(Tuning):
 
         @property
         def folders(self) -> list[str]:
-            """See `fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.sections.TuningConfig`."""
             return self.sources
 
     has_layers = False

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from fedhpc.config import Part, TuningConfig
+from fedhpc.config.sections import Part, TuningConfig
 from fedhpc.errors import ConfigError, ModelError
 from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.methods.updates import Layout, Vector
@@ -46,12 +46,12 @@ class TokensConfig(TuningConfig):
 
     @property
     def tokens_in_attention(self) -> int:
-        """See `fedhpc.config.TuningConfig`."""
+        """See `fedhpc.config.sections.TuningConfig`."""
         return self.num_tokens
 
     @property
     def tokens_before_text(self) -> int:
-        """See `fedhpc.config.TuningConfig`."""
+        """See `fedhpc.config.sections.TuningConfig`."""
         return self.num_tokens
 
 
@@ -107,7 +107,7 @@ class Tuning(Part, ABC):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See `fedhpc.config.Part.check`."""
+        """See `fedhpc.config.sections.Part.check`."""
         kind, strategy = config.tuning.kind, config.selection.strategy
         if not cls.has_layers and config.parts["selection"].needs_layers:
             raise ConfigError(

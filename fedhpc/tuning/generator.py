@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedhpc.config import Positive
+from fedhpc.config.sections import Positive
 from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.model.overlay import each_device
 from fedhpc.tuning.base import Params, TokensConfig

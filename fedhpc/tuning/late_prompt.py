@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedhpc.config import Positive
+from fedhpc.config.sections import Positive
 from fedhpc.errors import ConfigError
 from fedhpc.job.deferred import Tensor
 from fedhpc.model.numbers import mean_over_text

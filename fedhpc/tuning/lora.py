@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fedhpc.config import Positive, PositiveFloat, Probability, TuningConfig
+from fedhpc.config.sections import Positive, PositiveFloat, Probability, TuningConfig
 from fedhpc.errors import ConfigError
 from fedhpc.job.deferred import Tensor, functional, torch
 from fedhpc.methods.updates import Layout, Vector
@@ -71,7 +71,7 @@ class LoRA(ModuleTuning):
 
         @property
         def draws(self) -> bool:
-            """See `fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.sections.TuningConfig`."""
             return self.dropout > 0
 
     peft_type = "LORA"

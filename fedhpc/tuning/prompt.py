@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.config import Probability
+from fedhpc.config.sections import Probability
 from fedhpc.errors import ModelError
 from fedhpc.job.deferred import torch
 from fedhpc.model.overlay import Overlay
@@ -40,17 +40,17 @@ class DeepPrompts(Tuning):
 
         @property
         def tokens_before_text(self) -> int:
-            """See `fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.sections.TuningConfig`."""
             return self.num_tokens if self.position_offset else 0
 
         @property
         def draws(self) -> bool:
-            """See `fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.sections.TuningConfig`."""
             return self.dropout > 0
 
         @property
         def fewer_positions(self) -> list[str]:
-            """See `fedhpc.config.TuningConfig`."""
+            """See `fedhpc.config.sections.TuningConfig`."""
             return ["set tuning.position_offset: false"]
 
     prompts_in_layers = True

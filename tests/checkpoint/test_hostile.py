@@ -16,7 +16,7 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
 from fedhpc.commands import inspect as inspection
 from fedhpc.commands.bounded import bounded
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.errors import CheckpointError
 from fedhpc.server.job import load_job
 

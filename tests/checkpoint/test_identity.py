@@ -7,7 +7,7 @@ import tiny
 from safetensors.torch import load_file, save_file
 
 from fedhpc.checkpoint.identity import OLD_DATA, OLD_MODEL, differences
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.model.weight_files import model_sha256
 from fedhpc.server.job import Job
 

@@ -11,7 +11,7 @@ from fedhpc.api import RunResult
 from fedhpc.commands import cli
 from fedhpc.commands.answering import Answerer, Asker
 from fedhpc.commands.trained import load_trained
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.generation import GenerationTask
 from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import EXIT_USER_ERROR, ConfigError, DataError

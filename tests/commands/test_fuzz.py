@@ -20,7 +20,7 @@ from fedhpc.checkpoint.control_variates import ControlVariates
 from fedhpc.checkpoint.files import CHECKSUMS_FILE, SEAL, Position, read_checksums, verify
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
 from fedhpc.exchange import LocalExchange
 from fedhpc.job.log import log

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from fedhpc.config import Config, Section, flatten
-from fedhpc.config_file import known_keys, load_config
+from fedhpc.config import Config, flatten
+from fedhpc.config.file import known_keys, load_config
+from fedhpc.config.sections import Section
 from fedhpc.errors import EXIT_USER_ERROR
 from fedhpc.registry import SECTIONS
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.task_files import load_task
 
 WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}

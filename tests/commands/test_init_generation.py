@@ -8,7 +8,7 @@ import pytest
 import tiny
 import yaml
 
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.task_files import load_task
 
 

@@ -9,7 +9,7 @@ from tiny import ROOT
 from fedhpc.commands.cli import main
 from fedhpc.commands.keys import MARKER, REQUIRED, keys_of, section_names, write_tables
 from fedhpc.config import Config, every_default, flatten, section_of
-from fedhpc.config_file import known_keys
+from fedhpc.config.file import known_keys
 from fedhpc.registry import SECTIONS
 
 REFERENCE = ROOT / "docs/configuration.md"

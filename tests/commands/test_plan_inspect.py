@@ -13,7 +13,7 @@ import yaml
 from fedhpc.commands import plan_memory
 from fedhpc.commands.plan_memory import memory_parts, trainable
 from fedhpc.commands.rehearsal import LiveBytes, longest, rehearsal
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.device.local_update import pack_gradients
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange

@@ -19,7 +19,7 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
 from fedhpc.commands.predict import _read, class_probabilities
 from fedhpc.commands.trained import load_trained
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.prepared import tokenizer_fingerprint
 from fedhpc.errors import DataError
 from fedhpc.server.job import load_job

@@ -9,7 +9,7 @@ from tiny import NUM_DEVICES, run_dir
 
 from fedhpc.checkpoint.files import SERVER_FILE
 from fedhpc.checkpoint.store import Checkpoints
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.model.backbone import Backbone
 from fedhpc.server.job import load_job
 from fedhpc.tuning.base import as_parameters

@@ -10,7 +10,7 @@ import torch
 from tiny import NUM_DEVICES
 
 from fedhpc.checkpoint.device_state import DeviceState
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.device.evaluation import Evaluation
 from fedhpc.device.round_context import RoundContext
 from fedhpc.evaluate.predictions import class_scores

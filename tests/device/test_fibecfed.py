@@ -9,7 +9,7 @@ from backbones import NUM_LAYERS, load_backbone, load_plain, make_batch, save_ba
 from test_local_update import OURS, Device, make_split
 from tiny import metrics
 
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.device.curriculum import easy_first, fisher_trace, fisher_traces
 from fedhpc.device.local_update import local_updates
 from fedhpc.model.backbone import Backbone

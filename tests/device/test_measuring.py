@@ -6,7 +6,7 @@ import torch
 from tiny import NUM_DEVICES
 
 from fedhpc.checkpoint.device_state import DeviceState
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.device.measuring import Measurements
 from fedhpc.device.round_context import RoundContext
 from fedhpc.model.backbone import Backbone

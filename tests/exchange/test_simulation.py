@@ -9,7 +9,7 @@ import pytest
 from backbones import make_config
 from tiny import KEY_WIDTH, NUM_DEVICES, NUM_TOKENS, final_prompts, metrics, run_dir
 
-from fedhpc.config import SimulationConfig
+from fedhpc.config.sections import SimulationConfig
 from fedhpc.exchange.rounds import plan_round
 from fedhpc.exchange.simulation import Load, device_seconds, round_seconds
 from fedhpc.federation.partition import Partition

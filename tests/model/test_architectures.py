@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fedhpc.commands.export.forms import peft_form
 from fedhpc.commands.predict import class_probabilities
-from fedhpc.config import ModelConfig, section_of
+from fedhpc.config import section_of
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data.prepared import tokenizer_fingerprint
 from fedhpc.errors import ModelError, UserError
 from fedhpc.model.backbone import Backbone

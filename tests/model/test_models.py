@@ -52,7 +52,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from fedhpc.config import ModelConfig
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data import recipe, tokenizer_files
 from fedhpc.errors import ModelError
 from fedhpc.model import pretrained

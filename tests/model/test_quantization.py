@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedhpc.commands.export import write_adapter
 from fedhpc.commands.export.forms import peft_form
-from fedhpc.config import ModelConfig
+from fedhpc.config.sections import ModelConfig
 from fedhpc.data.prepared import tokenizer_fingerprint
 from fedhpc.errors import ModelError
 from fedhpc.model import quantization

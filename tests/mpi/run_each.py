@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from unittest import mock
 
 from fedhpc.commands import cli
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.exchange import connect
 from fedhpc.exchange.messages import Op
 from fedhpc.job.environment import JobEnvironment

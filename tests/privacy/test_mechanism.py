@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from fedhpc.config import PrivacyConfig, section_of
+from fedhpc.config import section_of
+from fedhpc.config.sections import PrivacyConfig
 from fedhpc.methods import Population, ServerState, make_method
 from fedhpc.methods.updates import RoundUploads, distance
 from fedhpc.privacy.accounting import Sampling, costs

@@ -13,7 +13,7 @@ import tiny
 from tiny import metrics, run_dir
 
 from fedhpc.commands import cli
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.data.prepared import PreparedData
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.evaluate.generation_metrics import ExactMatch, TokenF1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.federation.sampling import held_out_devices
 from fedhpc.server import server
 from fedhpc.server.job import load_job

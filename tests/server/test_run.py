@@ -22,7 +22,7 @@ from fedhpc.checkpoint.files import CONTROL, LOCAL, Position, device_of, read_ch
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands.report import read_run
 from fedhpc.config import Config
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.device import evaluation
 from fedhpc.device.worker import NO_RECORDS, Worker
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR

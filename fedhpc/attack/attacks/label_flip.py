@@ -20,7 +20,7 @@ class LabelFlip(Attack):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See `fedhpc.config.Part.check`."""
+        """See `fedhpc.config.sections.Part.check`."""
         if config.tuning.head == "language_model":
             raise ConfigError("attack.kind: label_flip needs classes; texts to be generated have none")
 

@@ -1,7 +1,7 @@
 """No attack: every device does what it should."""
 
 from fedhpc.attack.attack import Attack
-from fedhpc.config import AttackConfig
+from fedhpc.config.sections import AttackConfig
 from fedhpc.registry import ATTACKS
 
 

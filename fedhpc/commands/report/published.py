@@ -20,7 +20,7 @@ from fedhpc.commands.report.tables import (
     stat_text,
 )
 from fedhpc.commands.report.units import unit_for
-from fedhpc.config_file import known_keys, suggestion
+from fedhpc.config.file import known_keys, suggestion
 from fedhpc.data.tasks import TASKS
 from fedhpc.errors import ReportError
 from fedhpc.evaluate.scores import GLOBAL, HELD_OUT, known_scores

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedhpc.checkpoint.files import CheckpointFiles
-from fedhpc.config import Config, SimulationConfig, flatten
+from fedhpc.config import Config, flatten
+from fedhpc.config.sections import SimulationConfig
 from fedhpc.errors import CheckpointError, ConfigError, ReportError
 from fedhpc.evaluate.scores import Score, score_keys, scores_of
 from fedhpc.exchange.simulation import round_seconds

@@ -25,7 +25,7 @@ from fedhpc.commands.sweep.experiment_file import (
     refusal,
 )
 from fedhpc.config import Config, flatten
-from fedhpc.config_file import check_values, known_keys, read_values, suggestion
+from fedhpc.config.file import check_values, known_keys, read_values, suggestion
 from fedhpc.errors import ConfigError
 from fedhpc.registry import load_plugins
 

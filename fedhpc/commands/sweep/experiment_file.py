@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedhpc.config import PathName, Positive, PositiveFloat, Section
-from fedhpc.config_file import apply_override, read_yaml
+from fedhpc.config.file import apply_override, read_yaml
+from fedhpc.config.sections import PathName, Positive, PositiveFloat, Section
 from fedhpc.data.generation_tokens import Overlong
 from fedhpc.data.tasks import Head
 from fedhpc.errors import ConfigError

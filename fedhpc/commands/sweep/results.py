@@ -21,7 +21,7 @@ from fedhpc.commands.report import (
     write_report,
 )
 from fedhpc.commands.sweep.experiment import FIGURES, Cell, Experiment
-from fedhpc.config import CLOCK
+from fedhpc.config.sections import CLOCK
 from fedhpc.data.prepared import Description
 from fedhpc.data.task_files import load_task
 from fedhpc.errors import ConfigError, UserError

@@ -15,7 +15,7 @@ from fedhpc.checkpoint.identity import (
     differences,
 )
 from fedhpc.commands.sweep.experiment import Cell, Experiment
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.errors import EXIT_STOPPED, ConfigError
 from fedhpc.files import names_in, naming
 from fedhpc.job.run_files import RunFiles, rounds_of

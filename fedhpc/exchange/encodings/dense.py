@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.config import ExchangeConfig
+from fedhpc.config.sections import ExchangeConfig
 from fedhpc.exchange.encoding import Encoding, Kept
 from fedhpc.job.deferred import torch
 from fedhpc.methods import Method, SummedMethod

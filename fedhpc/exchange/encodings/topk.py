@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedhpc.config import ExchangeConfig, Fraction, share_of
+from fedhpc.config.sections import ExchangeConfig, Fraction, share_of
 from fedhpc.exchange.encoding import Encoding, Kept
 from fedhpc.methods.updates import Vector
 from fedhpc.registry import ENCODINGS

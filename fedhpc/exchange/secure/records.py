@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedhpc.config import FEWEST_MASKED
+from fedhpc.config.sections import FEWEST_MASKED
 from fedhpc.exchange.messages import HEADER, PLACED, RecordType
 
 STEPS = 4

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedhpc.config import FederationConfig, Positive
+from fedhpc.config.sections import FederationConfig, Positive
 from fedhpc.errors import ConfigError
 from fedhpc.federation.partition import NOBODY, Groups, Partition, Partitioner, Words
 from fedhpc.registry import PARTITIONS

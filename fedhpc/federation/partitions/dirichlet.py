@@ -5,7 +5,7 @@ Device sizes are from Dirichlet(5, ..., 5), class mixes from Dirichlet(alpha); e
 
 import numpy as np
 
-from fedhpc.config import FederationConfig, PositiveFloat
+from fedhpc.config.sections import FederationConfig, PositiveFloat
 from fedhpc.federation.partition import Partitioner, dirichlet_sizes, owners_by_mix
 from fedhpc.registry import PARTITIONS
 

@@ -6,7 +6,7 @@ Arcas. AISTATS 2017. https://arxiv.org/abs/1602.05629, section 3.
 
 import numpy as np
 
-from fedhpc.config import FederationConfig, Positive
+from fedhpc.config.sections import FederationConfig, Positive
 from fedhpc.federation.partition import Partitioner, even_sizes, owners_in_order
 from fedhpc.registry import PARTITIONS
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedhpc.config import SelectionConfig
+from fedhpc.config.sections import SelectionConfig
 from fedhpc.registry import STRATEGIES
 from fedhpc.selection.strategy import Strategy
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedhpc.config import SelectionConfig
+from fedhpc.config.sections import SelectionConfig
 from fedhpc.errors import ConfigError
 from fedhpc.registry import STRATEGIES
 from fedhpc.seeding import generator
@@ -74,7 +74,7 @@ class Explicit(Strategy):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """See `fedhpc.config.Part.check`."""
+        """See `fedhpc.config.sections.Part.check`."""
         layers = config.selection.layers
         if layers is None:
             raise ConfigError("selection.layers and selection.strategy: explicit go together")

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedhpc.config import CLOCK, Config, every_default, flatten, least_values
+from fedhpc.config import Config, every_default, flatten, least_values
+from fedhpc.config.sections import CLOCK
 from fedhpc.errors import ConfigError
 from fedhpc.registry import SECTIONS
 from fedhpc.yaml_files import YAML_ERRORS, read, read_value, text_of

@@ -1,39 +1,13 @@
-"""The configuration of a run: its keys, what is valid, and which combinations make sense."""
+"""The sections of the configuration: the keys that all parts of a kind share, their defaults and what is valid."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator
-from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fedhpc import yaml_files
-from fedhpc.registry import (
-    ATTACKS,
-    ENCODINGS,
-    METHODS,
-    PARTITIONS,
-    SECTIONS,
-    STRATEGIES,
-    TRACKERS,
-    TUNINGS,
-    Registry,
-    load_plugins,
-    source_sha256,
-)
+from fedhpc.registry import ATTACKS, ENCODINGS, METHODS, PARTITIONS, STRATEGIES, TUNINGS
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -46,14 +20,6 @@ LONGEST_S = 1e9
 Duration = Annotated[float, Field(gt=0, le=LONGEST_S)]
 Rate = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
 """A bit a second is the slowest, in megabits."""
-
-
-WITHOUT_EFFECT = (
-    *("run_dir", "trace", "data.", "checkpoint.", "evaluate.", "plugins", "trackers"),
-    *("exchange.timeout_s", "exchange.on_rank_failure", "server.max_rejected"),
-)
-"""Keys, and beginnings of keys, that do not determine a run's numbers; those of the data and plug-ins say where they
-are and what is expected of them, and their content counts by itself."""
 FEWEST_MASKED = 3
 """Devices of a round whose sum is made known; the sum of two tells each of them the other's upload."""
 CLOCK = ("down_mbit", "up_mbit", "latency_s", "step_seconds", "slowness")
@@ -64,6 +30,36 @@ class Section(BaseModel):
     """A part of the configuration: frozen, no unknown keys, no silent type conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Part:
+    """What the classes have in common that a configuration names; see `fedhpc.registry`."""
+
+    Config: ClassVar[Any]
+    """Its section of the configuration, with its own keys."""
+    exclusive: ClassVar[tuple[str, ...]] = ()
+    """Keys of its own that are refused, not only left out, where another part is named."""
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a configuration that this part does not go together with.
+
+        Args:
+            config: the whole `Config`, valid but for this.
+
+        Raises:
+            ConfigError: with what was found and what is valid.
+        """
+
+    @classmethod
+    def notices(cls, config: Any) -> Iterator[str]:
+        """What the user should know about a configuration although it is no error; said when a run begins."""
+        yield from ()
+
+    @classmethod
+    def identity(cls, config: Any) -> dict[str, Any]:
+        """What else determines the run's numbers, name -> value, beside the configuration's keys."""
+        return {}
 
 
 class ModelConfig(Section):
@@ -443,376 +439,3 @@ class EvaluateConfig(Section):
         if self.top_p < 1 and not self.temperature:
             raise ValueError("evaluate.top_p below 1 needs evaluate.temperature above 0: nothing is drawn")
         return self
-
-
-class Config(Section):
-    """A whole run.
-
-    Sections whose keys depend on the part that they name have that part's Config: `tuning` is a `LoRA.Config` where
-    `tuning.kind` is lora. Keys of the section's other parts are valid there, too, so that a file need not change with
-    the part; they are checked and left out.
-    """
-
-    plugins: list[Annotated[str, Field(min_length=1)]] = []
-    """Modules with parts of your own, imported before anything is read; they may lie in the current folder."""
-    run_dir: PathName
-    """Where everything the run writes goes; with several hosts, a file system that all of them share."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
-    """Every random draw follows from it."""
-    model: ModelConfig
-    data: DataConfig
-    federation: FederationConfig = FederationConfig()
-    tuning: TuningConfig = TuningConfig()
-    selection: SelectionConfig = SelectionConfig()
-    curriculum: CurriculumConfig = CurriculumConfig()
-    sparse: SparseConfig = SparseConfig()
-    device: DeviceConfig = DeviceConfig()
-    server: MethodConfig = MethodConfig()
-    exchange: ExchangeConfig = ExchangeConfig()
-    privacy: PrivacyConfig = PrivacyConfig()
-    simulation: SimulationConfig = SimulationConfig()
-    attack: AttackConfig = AttackConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    trace: bool = False
-    """Write every round's broadcast, uploads and result to traces/."""
-    trackers: list[dict[str, Any]] = []
-    """What else sees each round's metrics: a `kind` and its keys, one for each."""
-
-    @classmethod
-    def model_validate(cls, obj: Any, **kwargs: Any) -> "Config":
-        """The configuration of these values, in a class whose sections have the keys of the parts that they name.
-
-        Raises:
-            ValidationError: with all that is wrong.
-            ConfigError: a plug-in cannot be imported.
-        """
-        if not isinstance(obj, dict) or cls is not Config:
-            return super().model_validate(obj, **kwargs)
-        modules = obj.get("plugins")
-        load_plugins([each for each in modules if isinstance(each, str)] if isinstance(modules, list) else [])
-        values = _with_implied(obj)
-        sections = {registry.section: _section_class(registry, _part_in(values, registry)) for registry in SECTIONS}
-        return _config_class(tuple(sections.items())).model_validate(values, **kwargs)
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The classes of the parts that the configuration names, by section."""
-        return {r.section: r[getattr(getattr(self, r.section), r.key)] for r in SECTIONS}
-
-    @model_validator(mode="after")
-    def _nothing_undoes_privacy(self) -> "Config":
-        """Before the parts' own checks, which would propose what is refused here."""
-        if self.privacy.is_on:
-            for is_undone, found, reason in _enemies_of_privacy(self):
-                if is_undone:
-                    clip = f"privacy.clip: {self.privacy.clip:g}"
-                    raise ValueError(f"{clip} does not go together with {found}: it {reason}")
-        return self
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> "Config":
-        for registry, key in unused_keys(self):
-            for name, part in registry.items():
-                if key in part.exclusive:
-                    where = registry.section
-                    raise ValueError(f"{where}.{key} and {where}.{registry.key}: {name} go together")
-        for part in self.parts.values():
-            part.check(self)
-        return self
-
-    @property
-    def devices_sampled(self) -> int:
-        """Devices that a round samples, those of over-selection included."""
-        return math.ceil((1 + self.simulation.over_selection) * self.federation.devices_per_round - 1e-9)
-
-    @property
-    def clock_decides(self) -> bool:
-        """Whether the run's numbers depend on the simulated clock."""
-        simulation = self.simulation
-        by_choice = simulation.deadline_s is not None or simulation.over_selection > 0
-        return by_choice or self.parts[METHODS.section].concurrency(self) > 0
-
-    @property
-    def tracker_sections(self) -> list[Any]:
-        """The entries of `trackers`, each as its tracker's Config."""
-        return [TRACKERS[entry["kind"]].Config.model_validate(entry) for entry in self.trackers]
-
-    @field_validator("trackers")
-    @classmethod
-    def _trackers_are_known(cls, trackers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for place, entry in enumerate(trackers):
-            if entry.get("kind") not in TRACKERS:
-                known = f"valid: {', '.join(TRACKERS)}" if len(TRACKERS) else "no plug-in has registered one"
-                raise ValueError(f"trackers: entry {place}: kind {entry.get('kind')!r} is no tracker; {known}")
-            try:
-                TRACKERS[entry["kind"]].Config.model_validate(entry)
-            except ValidationError as error:
-                wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-                raise ValueError(f"trackers: entry {place}: {'; '.join(wrong)}") from None
-        return trackers
-
-    @model_validator(mode="after")
-    def _combinations(self) -> "Config":
-        if self.tuning.head != "verbalizer" and self.tuning.loss == "vocabulary":
-            reason = (
-                "a linear head has no vocabulary" if self.tuning.head == "linear" else "language_model always has it"
-            )
-            raise ValueError(f"tuning.loss: vocabulary needs tuning.head: verbalizer; {reason}")
-        if self.device.pack != 1 and self.model.backbone_dropout:
-            raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
-        if self.device.warmup >= self.federation.rounds:
-            raise ValueError(
-                f"device.warmup: {self.device.warmup} must be fewer than federation.rounds: {self.federation.rounds}"
-            )
-        if self.exchange.sums_only and self.trace:
-            raise ValueError("trace: true writes each upload; it needs exchange.mode: gather")
-        if self.devices_sampled > self.federation.num_training:
-            raise ValueError(
-                f"simulation.over_selection: {self.simulation.over_selection:g} samples {self.devices_sampled} devices "
-                f"for {self.federation.devices_per_round} a round, of {self.federation.num_training} that can train; "
-                "lower it or federation.sample_rate"
-            )
-        if self.exchange.mode == "secure" and (sampled := self.federation.devices_per_round) < FEWEST_MASKED:
-            raise ValueError(
-                f"exchange.mode: secure needs at least {FEWEST_MASKED} devices a round, and federation.sample_rate: "
-                f"{self.federation.sample_rate:g} gives {sampled}: the sum of two tells each the other's upload"
-            )
-        if self.exchange.mode == "secure" and 3 * self.federation.devices_per_round < 2 * self.devices_sampled:
-            raise ValueError(
-                f"simulation.over_selection: {self.simulation.over_selection:g} leaves out more than a third of the "
-                "devices that a round samples, which exchange.mode: secure does not survive; valid: at most 0.5"
-            )
-        if self.selection.local_layers == "frozen" and self.sparse.fraction < 1:
-            raise ValueError(
-                "selection.local_layers: frozen leaves nothing to train in them; sparse.fraction below 1 needs trained"
-            )
-        if self.exchange.keep and (self.selection.is_automatic or self.sparse.fraction < 1):
-            other = "selection.ratio: auto" if self.selection.is_automatic else "sparse.fraction below 1"
-            raise ValueError(f"exchange.keep does not go together with {other}, which begins devices' own tensors anew")
-        if self.selection.is_automatic and self.model.attention != "sdpa":
-            raise ValueError(
-                f"selection.ratio: auto differentiates twice, which model.attention: {self.model.attention} cannot; it "
-                "needs sdpa"
-            )
-        if self.model.dtype == "float32" and self.model.attention != "sdpa":
-            raise ValueError(f"model.attention: {self.model.attention} needs model.dtype: bfloat16 or float16")
-        return self
-
-    def resolved(self, *, task: str, max_length: int) -> "Config":
-        """The configuration with what the prepared data say of themselves."""
-        data = self.data.model_copy(update={"task": task, "max_length": max_length})
-        return self.model_copy(update={"data": data})
-
-    def to_yaml(self) -> str:
-        """The configuration with every key."""
-        return yaml_files.write(self.model_dump())
-
-    @property
-    def sha256(self) -> str:
-        """Digest of what determines the run's numbers."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
-    def identity(self) -> dict[str, Any]:
-        """Dotted key -> value of everything that determines the run's numbers.
-
-        Left out: where files are, how often to save or evaluate, what to do about faults, what only another setting
-        would use, and the number of rounds unless a schedule or calibrated noise depends on it. Those may change when a
-        run is resumed.
-        """
-        free = [*WITHOUT_EFFECT]
-        if not self.clock_decides:
-            free += [f"simulation.{key}" for key in CLOCK]
-        if not self.selection.is_automatic:
-            free += ["selection.auto_by", "selection.warmup_rounds"]
-        if not self.privacy.is_on:
-            free.append("privacy.")
-        elif not self.privacy.is_calibrated:
-            free.append("privacy.epsilon")
-        schedules = self.device.schedule != "constant" or self.curriculum.order != "random"
-        if not schedules and not self.privacy.is_calibrated:
-            free.append("federation.rounds")
-        sources = source_sha256(self.parts.values(), self.plugins)
-        found = {f"source of {name}": sha256 for name, sha256 in sources.items()}
-        for part in self.parts.values():
-            found |= part.identity(self)
-        return found | {
-            key: value for key, value in flatten(self.model_dump()).items() if not key.startswith(tuple(free))
-        }
-
-
-class Part:
-    """What the classes have in common that a configuration names; see `fedhpc.registry`."""
-
-    Config: ClassVar[Any]
-    """Its section of the configuration, with its own keys."""
-    exclusive: ClassVar[tuple[str, ...]] = ()
-    """Keys of its own that are refused, not only left out, where another part is named."""
-
-    @classmethod
-    def check(cls, config: Any) -> None:
-        """Refuse a configuration that this part does not go together with.
-
-        Args:
-            config: the whole `Config`, valid but for this.
-
-        Raises:
-            ConfigError: with what was found and what is valid.
-        """
-
-    @classmethod
-    def notices(cls, config: Any) -> Iterator[str]:
-        """What the user should know about a configuration although it is no error; said when a run begins."""
-        yield from ()
-
-    @classmethod
-    def identity(cls, config: Any) -> dict[str, Any]:
-        """What else determines the run's numbers, name -> value, beside the configuration's keys."""
-        return {}
-
-
-def _enemies_of_privacy(config: Config) -> Iterator[tuple[bool, str, str]]:
-    """What privacy does not go together with: whether it is there, the key and value, and why and what else to take."""
-    server, exchange, selection = config.server, config.exchange, config.selection
-    method, strategy, encoding = (config.parts[name] for name in ("server", "selection", "exchange"))
-    unscored = ", ".join(name for name, part in STRATEGIES.items() if not part.scored)
-    yield (
-        not exchange.sums_only,
-        f"exchange.mode: {exchange.mode}",
-        "shows the server each upload; take exchange.mode: reduce",
-    )
-    yield (
-        (found := encoding.approximates(exchange)) is not None,
-        str(found),
-        "sends something else than the clipped vector; take exchange.encoding: dense and exchange.dtype: float32",
-    )
-    yield config.trace, "trace: true", "writes uploads as they are; take trace: false"
-    yield (
-        server.weights != "uniform",
-        f"server.weights: {server.weights}",
-        "lets devices with more data add more; take server.weights: uniform",
-    )
-    yield (
-        not method.works_with_sums(server),
-        f"server.method: {method.label(server)}",
-        "needs more of the uploads than one sum of vectors; take for example fedavg, fedavgm, fedadam, fedprox or "
-        "server.variant: drift_corrected",
-    )
-    yield (
-        strategy.scored,
-        f"selection.strategy: {selection.strategy}",
-        f"selects by what it reads of the devices' data; take one of {unscored}",
-    )
-    yield (
-        selection.is_automatic,
-        "selection.ratio: auto",
-        "decides by what it reads of the devices' data; take a number",
-    )
-    yield (
-        config.simulation.over_selection > 0,
-        f"simulation.over_selection: {config.simulation.over_selection:g}",
-        "takes the devices that arrive first, which is no uniform sample, and what a round costs relies on one; take 0",
-    )
-    yield (
-        config.device.pack != 1,
-        f"device.pack: {config.device.pack}",
-        "pads several devices' texts to one length, so that one's data touch another's rounding; take device.pack: 1",
-    )
-
-
-def _part_in(values: dict[str, Any], registry: Registry) -> str:
-    """The name of the part that a section names; the default where it names none that there is."""
-    section = values.get(registry.section)
-    name = section.get(registry.key) if isinstance(section, dict) else None
-    return name if isinstance(name, str) and name in registry else registry.default
-
-
-def _with_implied(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with what follows from others; nulls of other parts' keys left out.
-
-    A tuning without layers has none to select from, and is exchanged whole.
-    """
-    values = dict(values)
-    selection = values.get("selection", {})
-    if isinstance(selection, dict) and not TUNINGS[_part_in(values, TUNINGS)].has_layers:
-        values["selection"] = {STRATEGIES.key: "all", **selection}
-    for registry in SECTIONS:
-        section, own = values.get(registry.section), registry[_part_in(values, registry)].Config.model_fields
-        if isinstance(section, dict):
-            known = {key for _, part in registry.items() for key in part.Config.model_fields} - own.keys()
-            values[registry.section] = {k: v for k, v in section.items() if v is not None or k not in known}
-    return values
-
-
-def _section_class(registry: Registry, name: str) -> type[Section]:
-    """A part's Config, which also takes, checks and leaves out the keys of the section's other parts."""
-    return _extended(registry.key, name, registry[name].Config, tuple(registry.items()))
-
-
-@lru_cache(maxsize=256)
-def _extended(key: str, name: str, own: type[Section], parts: tuple[tuple[str, Any], ...]) -> type[Section]:
-    names = tuple(name for name, _ in parts)
-    others: dict[str, list[FieldInfo]] = {}
-    for _, part in parts:
-        for field, info in part.Config.model_fields.items():
-            if field not in own.model_fields:
-                others.setdefault(field, []).append(info)
-    fields: dict[str, Any] = {key: (Literal[names], name)}
-    for field, infos in others.items():
-        kinds = [Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation for info in infos]
-        kind: Any = Union[tuple(kinds)]  # noqa: UP007 - of any number of kinds
-        fields[field] = (kind, Field(infos[0].get_default(call_default_factory=True), exclude=True))
-    return create_model(own.__qualname__, __base__=own, __module__=own.__module__, **fields)
-
-
-@lru_cache(maxsize=256)
-def _config_class(sections: tuple[tuple[str, type[Section]], ...]) -> type[Config]:
-    """The class of a configuration with these sections."""
-    fields: dict[str, Any] = {
-        name: (kind, Field(default_factory=partial(kind.model_validate, {}))) for name, kind in sections
-    }
-    return create_model("Config", __base__=Config, __module__=Config.__module__, **fields)
-
-
-def unused_keys(config: Config) -> list[tuple[Registry, str]]:
-    """Keys of other parts that a section was given, unless as what they are by default, with the section's registry."""
-    found = []
-    for registry in SECTIONS:
-        section, own = getattr(config, registry.section), config.parts[registry.section].Config.model_fields
-        for key in sorted(section.model_fields_set - own.keys()):
-            owners = [part.Config.model_fields for _, part in registry.items() if key in part.Config.model_fields]
-            if any(getattr(section, key) != fields[key].get_default(call_default_factory=True) for fields in owners):
-                found.append((registry, key))
-    return found
-
-
-def every_default() -> dict[str, Any]:
-    """Dotted key -> default of every key, those of all parts included."""
-    found: dict[str, Any] = {}
-    for registry in SECTIONS:
-        for _, part in registry.items():
-            for key, info in part.Config.model_fields.items():
-                found.setdefault(f"{registry.section}.{key}", info.get_default(call_default_factory=True))
-    return found
-
-
-def least_values() -> dict[str, Any]:
-    """The least that a valid configuration says, for what needs no more of one than its other keys."""
-    return {"run_dir": "-", "model": {"name": "-"}, "data": {"path": "-"}}
-
-
-def section_of(registry: Registry, **values: Any) -> Any:
-    """A section by itself, of the part that the values name.
-
-    Raises:
-        ValidationError: with all that is wrong.
-    """
-    return _section_class(registry, _part_in({registry.section: values}, registry)).model_validate(values)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
