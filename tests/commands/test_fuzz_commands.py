@@ -17,7 +17,7 @@ from fedhpc.errors import EXIT_USER_ERROR
 from fedhpc.registry import SECTIONS
 
 SEED = 20261129
-TRIALS = 150
+TRIALS = 80
 FILES = ("model.name", "data.path", "run_dir", "tuning.sources")
 NUMBERS = (
     *("0", "-1", "1", "2", "3", "0.5", "1e3", "1e-300", "1e308", "1e400", ".inf", "-.inf", ".nan", "nan", "0042"),
