@@ -1,0 +1,25 @@
+# shellcheck shell=bash disable=SC2034
+# What launch.sh does otherwise for each scheduler, here for PBS Professional and OpenPBS (qsub(1B), qrerun(1B)).
+
+scheduler=PBS ends=TERM how_many='ask for more mpiprocs, or fewer ranks'
+job=$PBS_JOBID
+slots=$(grep -c . "$PBS_NODEFILE") # a line for each of mpiprocs
+ranks=${FEDHPC_RANKS:-$slots}
+count_restarts
+
+prepare_launch() {
+    use_hosts "$PBS_NODEFILE" pbs_tmrsh # which starts what PBS knows of, and ends
+}
+
+requeue() {
+    # For managers and operators of PBS alone. Others submit the job file once more.
+    ! qrerun "$job" 2>/dev/null || return 0
+    case ${FEDHPC_JOB_FILE:+$job} in
+    '' | *\[*) return 1 ;; # of an array, one job cannot be
+    esac
+    again="goes on as job $(patiently qsub -W "depend=afterany:$job" -v "FEDHPC_FIRST_JOB=$first" "$FEDHPC_JOB_FILE")"
+}
+
+after_end() { # STATUS
+    finish "$1" "ended by PBS, with $1"
+}
