@@ -9,7 +9,9 @@ count_restarts
 
 prepare_launch() {
     nodes=$(flux hostlist --count instance)
-    hosts=${FLUX_JOB_TMPDIR:-$PWD}/fedhpc-$job.hosts # a line for each rank
+    [ "$nodes" -gt 1 ] || return 0
+    hosts=$(mktemp) # a line for each rank
+    trap 'rm -f "$hosts"' EXIT
     for host in $(flux hostlist --expand instance); do
         for ((i = 0; i < ranks; i += nodes)); do echo "$host"; done
     done >"$hosts"

@@ -153,6 +153,10 @@ started='' trained='' finished=''
 ! rm "$FEDHPC_STARTED" 2>/dev/null || started=yes
 ! rm "$FEDHPC_TRAINED" 2>/dev/null || trained=yes
 ! rm "$FEDHPC_FINISHED" 2>/dev/null || finished=yes
+if [ "$status" -lt 0 ]; then # bash loses it where the launcher ends while a signal is handled
+    status=75
+    [ -z "$finished" ] || status=0
+fi
 if [ $status = 0 ] && [ -z "$finished" ]; then
     say 'the launcher lost the ranks' # Open MPI's mpirun ends with 0 when it loses a daemon on another node
     status=1
