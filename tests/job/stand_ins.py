@@ -1,4 +1,4 @@
-"""Stand-ins for PBS, LSF and Flux, which do as their manuals say: they number jobs, keep a queue, and run it in turn."""
+"""Stand-ins for PBS, LSF and Flux, which do as their manuals say: they number jobs, keep a queue, run it in turn."""
 
 import os
 import signal

@@ -55,25 +55,26 @@ def test_what_becomes_of_a_job(submitted, tmp_path, key, name):
     assert not list(tmp_path.glob("fedhpc-*"))
 
 
-def test_where_users_may_not_requeue_a_job_of_pbs_its_file_is_submitted_again(submitted):
+def test_a_job_file_of_pbs_is_submitted_again(submitted):
     cluster = submitted("pbs", "75 75 0")
     cluster.run_all()
     assert cluster.asked() == [
         "qsub job",
-        "qrerun 1.server",
         "qsub -W depend=afterany:1.server -v FEDHPC_FIRST_JOB=1.server job",
-        "qrerun 2.server",
         "qsub -W depend=afterany:2.server -v FEDHPC_FIRST_JOB=1.server job",
     ]
     assert "fedhpc job: stopped; goes on as job 2.server\n" in cluster.output
 
 
-def test_managers_of_pbs_requeue_it(submitted, tmp_path):
-    (tmp_path / "manager").touch()
+@pytest.mark.parametrize(("manager", "ended"), [(True, [75, 0]), (False, [75])])
+def test_a_job_of_an_array_of_pbs_needs_a_manager(submitted, tmp_path, manager, ended):
+    if manager:
+        (tmp_path / "manager").touch()
     cluster = submitted("pbs", "75 0")
-    assert cluster.run_all() == [75, 0]
-    assert cluster.asked() == ["qsub job", "qrerun 1.server"]
-    assert "fedhpc job: stopped; requeued\n" in cluster.output
+    (tmp_path / "queue").write_text("1[3].server\tjob\t\n")
+    assert cluster.run_all() == ended
+    assert cluster.asked() == ["qsub job", "qrerun 1[3].server"]
+    assert ("PBS does not requeue it: submit it again to go on" in cluster.output) is not manager
 
 
 def test_flux_is_given_the_job_file_again_by_the_instance_above(submitted):
@@ -102,7 +103,7 @@ def test_a_job_that_is_ended_stops_and_is_not_run_again(submitted, tmp_path, key
     assert not list(tmp_path.glob("fedhpc-*"))
 
 
-@pytest.mark.parametrize("key", SCHEDULERS)
+@pytest.mark.parametrize("key", ["lsf", "flux"])  # PBS does not warn
 def test_a_warning_before_the_time_limit_stops_a_run_that_goes_on(submitted, key):
     cluster = submitted(key, "wait 0")
     assert cluster.signal_waiting(cluster.next_job(), signal.SIGUSR1) == 75, cluster.output

@@ -2,6 +2,7 @@
 # What launch.sh does otherwise for each scheduler, here for PBS Professional and OpenPBS (qsub(1B), qrerun(1B)).
 
 scheduler=PBS ends=TERM how_many='ask for more mpiprocs, or fewer ranks'
+command -v qstat >/dev/null || export PATH="$PATH:${PBS_O_PATH:-}" # PBS's commands are where the job was submitted
 job=$PBS_JOBID
 slots=$(grep -c . "$PBS_NODEFILE") # a line for each of mpiprocs
 ranks=${FEDHPC_RANKS:-$slots}
@@ -11,13 +12,11 @@ prepare_launch() {
     use_hosts "$PBS_NODEFILE" pbs_tmrsh # which starts what PBS knows of, and ends
 }
 
-requeue() {
-    # For managers and operators of PBS alone. Others submit the job file once more.
-    ! qrerun "$job" 2>/dev/null || return 0
+requeue() { # for managers and operators of PBS alone: the job file is submitted once more
     case ${FEDHPC_JOB_FILE:+$job} in
-    '' | *\[*) return 1 ;; # of an array, one job cannot be
+    '' | *\[*) qrerun "$job" ;; # one job of an array cannot be
+    *) again="goes on as job $(patiently qsub -W "depend=afterany:$job" -v "FEDHPC_FIRST_JOB=$first" "$FEDHPC_JOB_FILE")" ;;
     esac
-    again="goes on as job $(patiently qsub -W "depend=afterany:$job" -v "FEDHPC_FIRST_JOB=$first" "$FEDHPC_JOB_FILE")"
 }
 
 after_end() { # STATUS
