@@ -105,7 +105,7 @@ def test_a_chain(here, fedhpc, key):
     status, out, err = fedhpc("submit", "my reviews.yaml", "--ranks", 2, "--chain", 3, "--out", "job")
     assert (status, err) == (0, "")
     assert (here / "asked").read_text().splitlines() == CHAINS[key]
-    assert out.endswith(f"submitted; to cancel: {CANCEL[key]} 1 2 3\n")
+    assert out.endswith(f"submitted; to cancel: {CANCEL[key]} 3 2 1\n")
     if key == "lsf":
         assert (here / "given").read_text() == (here / "job").read_text()
 

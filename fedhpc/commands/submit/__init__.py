@@ -109,5 +109,6 @@ def hand_over(scheduler: type[JobEnvironment], path: Path, chain: int, say: Call
         else:
             say(f"{shlex.join(command)} failed with {status}")
     if jobs:
-        say(f"submitted; to cancel: {scheduler.cancel_command} {' '.join(map(shlex.quote, jobs))}")
+        # From the last to the first: the next one would start when one is cancelled.
+        say(f"submitted; to cancel: {scheduler.cancel_command} {' '.join(map(shlex.quote, reversed(jobs)))}")
     return status

@@ -8,6 +8,15 @@ ranks=${FEDHPC_RANKS:-}
 count_restarts
 
 prepare_launch() {
+    case " $LAUNCH " in
+    *[\ /]flux\ run\ *)
+        deaf=$patient # it would die of what is meant for the ranks, and leave them alone
+        pass_on() {
+            flux job killall --force --signal=USR1
+        }
+        return
+        ;;
+    esac
     nodes=$(flux hostlist --count instance)
     [ "$nodes" -gt 1 ] || return 0
     hosts=$(mktemp) # a line for each rank

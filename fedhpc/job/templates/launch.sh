@@ -68,7 +68,11 @@ run_again() { # STATUS MESSAGE
 ask_to_stop() { # SIGNAL
     say "SIG$1: asking the ranks to stop"
     stops=$((stops + 1))
-    [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
+    [ -z "$launcher" ] || pass_on
+}
+
+pass_on() {
+    kill -USR1 "$launcher" 2>/dev/null
 }
 
 # How often this job was run before, where the scheduler does not tell; a job that goes on from another one counts on.
@@ -141,7 +145,7 @@ note "=== fedhpc run $*" "in $scheduler job $job"
 # shellcheck disable=SC2086 # several words each
 $deaf $LAUNCH $patient ${FEDHPC:-.venv/bin/fedhpc} run "$@" &
 launcher=$!
-[ $stops = 0 ] || kill -USR1 "$launcher" 2>/dev/null
+[ $stops = 0 ] || pass_on
 while # a signal ends `wait` before the launcher ends
     seen=$stops
     wait "$launcher"
