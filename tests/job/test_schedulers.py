@@ -98,8 +98,8 @@ def test_gpus_that_the_job_asked_for_and_has_not(key):
     assert job.gpu_problem(4) is None
     for count in (0, 3):
         problem = job.gpu_problem(count)
-        assert problem.startswith(f"{job.title} asked for 4 GPUs on each node")
-        assert f"but {count} can be used here (CUDA_VISIBLE_DEVICES: not set)" in problem
+        assert problem.startswith("FEDHPC_GPUS_PER_NODE: the job file asked for 4 GPUs on each node")
+        assert f"but {count} can be used here, in {job.title} (CUDA_VISIBLE_DEVICES: not set)" in problem
     assert job_environment(JOB.get(key, {"SLURM_JOB_ID": "7"})).gpu_problem(0) is None
 
 

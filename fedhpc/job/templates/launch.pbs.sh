@@ -12,7 +12,7 @@ prepare_launch() {
     use_hosts "$PBS_NODEFILE" pbs_tmrsh # which starts what PBS knows of, and ends
 }
 
-requeue() { # for managers and operators of PBS alone: the job file is submitted once more
+requeue() { # qrerun is for managers and operators of PBS: the job file is submitted once more
     case ${FEDHPC_JOB_FILE:+$job} in
     '' | *\[*) qrerun "$job" ;; # one job of an array cannot be
     *) again="goes on as job $(patiently qsub -W "depend=afterany:$job" -v "FEDHPC_FIRST_JOB=$first" "$FEDHPC_JOB_FILE")" ;;
