@@ -35,7 +35,7 @@ from fedhpc.exchange import LocalExchange, MpiExchange
 from fedhpc.exchange.messages import NO_RECORD, Note, NoteKind
 from fedhpc.federation import sampling as federation
 from fedhpc.files import fsync
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import start_log
 from fedhpc.job.stopping import StopRequest
@@ -116,7 +116,7 @@ def measure_overhead(exchange, folder, ratio):
         serve(exchange, worker)
         return None
     Path(job.config.run_dir).mkdir(parents=True)
-    with RunLock(job.config.run_dir, JobEnvironment()) as lock:
+    with RunLock(job.config.run_dir, job_environment()) as lock:
         server = TimedServer(job, exchange, lock)
         server.run(None)
     seconds = np.diff(server.began)

@@ -38,7 +38,7 @@ from fedhpc.data.prepared import Description, Split
 from fedhpc.device.local_update import Assignment, local_updates
 from fedhpc.device.processor import choose_torch_device
 from fedhpc.errors import Halt
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.pretrained import read_shape
 from fedhpc.tuning import make_tuning
@@ -272,7 +272,7 @@ def main():
     if not torch.cuda.is_available() and not arguments.small:
         sys.exit("no GPU that PyTorch can use; --small tries the program without one")
     visit = Visit(arguments.json, arguments.minutes)
-    place = choose_torch_device(0, JobEnvironment())  # with a job's settings
+    place = choose_torch_device(0, job_environment())  # with a job's settings
     logging.set_verbosity_error()
     visit.note("device", value=torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU")
     visit.note("PyTorch", value=torch.__version__)

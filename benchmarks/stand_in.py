@@ -10,7 +10,7 @@ from fedhpc.config import Config, section_of
 from fedhpc.data.prepared import Split
 from fedhpc.device.worker import Worker, serve
 from fedhpc.federation.partition import Partition
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import RunLock
 from fedhpc.model.pretrained import BackboneShape
 from fedhpc.registry import TUNINGS
@@ -58,7 +58,7 @@ def run_job(job, exchange):
         serve(exchange, Worker(job.config, job.data, job.partition, None, job.tuning, exchange))
         return None
     Path(job.config.run_dir).mkdir(parents=True)
-    with RunLock(job.config.run_dir, JobEnvironment()) as lock:
+    with RunLock(job.config.run_dir, job_environment()) as lock:
         server = TimedServer(job, exchange, lock)
         server.run(None)
     return server

@@ -141,12 +141,12 @@ def run(
     from fedhpc.commands import cli
     from fedhpc.exchange import connect
     from fedhpc.exchange.messages import Op
-    from fedhpc.job.environment import JobEnvironment
+    from fedhpc.job.environment import job_environment
     from fedhpc.job.stopping import StopRequest
 
     if not isinstance(config, Config):
         raise TypeError(f"fedhpc.run takes what fedhpc.load_config gives, not {type(config).__name__}")
-    stop, environment = StopRequest(), JobEnvironment()
+    stop, environment = StopRequest(), job_environment()
     with ExitStack() as held:
         if handle_signals:
             held.enter_context(stop.listening())

@@ -23,7 +23,7 @@ from fedhpc.device.processor import choose_torch_device
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.evaluate.predictions import evaluation_batches, results
 from fedhpc.evaluate.questions import answer_tokens, make_decoding, question_split
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.limits import check_answers
 from fedhpc.server.job import checked_tokenizer
@@ -182,7 +182,7 @@ class Answerer:
         """The run's, loaded when all that is asked has been checked."""
         job = self.job
         backbone = Backbone(
-            job.config.model, job.config.tuning, job.data.description, choose_torch_device(0, JobEnvironment())
+            job.config.model, job.config.tuning, job.data.description, choose_torch_device(0, job_environment())
         )
         if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
             job.tuning.check_on(backbone)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import fedhpc
+from fedhpc.commands.submit.request import duration, gigabytes, word
 from fedhpc.data.tasks import GENERATION_TASKS, TASKS
+from fedhpc.job.environment import SCHEDULERS
 from fedhpc.job.job_files import SWEEP_FILE
 
 EPILOG = (
@@ -35,6 +37,7 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
         _partition,
         _plan,
         _run,
+        _submit,
         _inspect,
         _report,
         _export,
@@ -144,6 +147,40 @@ def _run(commands: Any) -> None:
         help="auto (default): go on from the run directory's newest valid checkpoint, if there is one; never: refuse "
         "if there is one; require: refuse to start anew",
     )
+
+
+def _submit(commands: Any) -> None:
+    command = commands.add_parser(
+        "submit",
+        help="a run as a batch job of SLURM, PBS, LSF or Flux",
+        description="Write a job file that survives preemption and time limits, show it, and submit it.",
+    )
+    _add_config(command)
+    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="(default: the first that is found here)")
+    command.add_argument("--nodes", type=number_to(100_000), default=1, metavar="N", help="(%(default)s)")
+    command.add_argument(
+        "--ranks",
+        type=number_to(1_000_000),
+        metavar="R",
+        help="MPI ranks in all, the server included (default: N times --ranks-per-node, or the devices of a round and "
+        "one)",
+    )
+    command.add_argument("--ranks-per-node", type=number_to(10_000), metavar="R", help="at most")
+    command.add_argument("--gpus-per-node", type=number_to(64), metavar="G", help="(none)")
+    command.add_argument("--cpus-per-task", type=number_to(10_000), metavar="C", help="of a rank (device.threads)")
+    command.add_argument("--memory", "--mem", type=gigabytes, metavar="SIZE", help="of a node, as 64G")
+    command.add_argument("--time", "--walltime", type=duration, metavar="TIME", help="limit, as 24:00:00 or 1d12h")
+    command.add_argument("--account", type=word, help="SLURM's account, LSF's project, Flux's bank")
+    command.add_argument("--queue", "--partition", type=word)
+    command.add_argument(
+        "--chain",
+        type=number_to(1000),
+        default=1,
+        metavar="N",
+        help="so many jobs, each to go on where the one before stopped, for sites where no job is run again",
+    )
+    command.add_argument("--out", metavar="FILE", help="the job file (default: RUN_DIR.SCHEDULER)")
+    command.add_argument("--dry-run", action="store_true", help="write the file and show it, but submit nothing")
 
 
 def _plan(commands: Any) -> None:
@@ -315,6 +352,17 @@ def positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def number_to(most: int) -> Callable[[str], int]:
+    """An argument that counts something of which there cannot be more than so many."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most}, found {text!r}")
+        return int(text)
+
+    return number
 
 
 def positive_rate(text: str) -> float:

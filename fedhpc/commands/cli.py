@@ -26,11 +26,12 @@ from fedhpc.exchange import DEFAULT_TIMEOUT_S, Exchange, LocalExchange, MpiExcha
 from fedhpc.exchange.messages import Op
 from fedhpc.files import check_target, write_target
 from fedhpc.job.console import run_command, show
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log, log_to_file, start_log
 from fedhpc.job.quick_start import quick_start
 from fedhpc.job.run_files import RunFiles
+from fedhpc.job.schedulers.base import JobEnvironment
 from fedhpc.job.stopping import StopRequest
 
 
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "partition": partition,
         "plan": plan,
         "run": run,
+        "submit": submit,
         "inspect": inspect,
         "report": report,
         "export": export,
@@ -99,7 +101,7 @@ def partition(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """`fedhpc run`: the whole job, in the role of this process's rank."""
-    stop, environment = StopRequest(), JobEnvironment()
+    stop, environment = StopRequest(), job_environment()
     stop.listen()
     try:
         timeout_s = load_config(arguments.config, arguments.set).exchange.timeout_s
@@ -194,6 +196,13 @@ def plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set)
     show(plan_text(config, ranks=arguments.ranks, examples_per_second=arguments.examples_per_second))
     return 0
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """`fedhpc submit`: a run as a batch job."""
+    from fedhpc.commands.submit import submit as submit_run
+
+    return submit_run(arguments, show)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -328,7 +337,7 @@ def stop_before_end(config: Config, environment: JobEnvironment, stop: StopReque
     if left <= margin:
         raise ConfigError(
             f"checkpoint.stop_before_end_s: {margin:g}, but the job's time limit leaves {left:.0f} s; ask for more "
-            "time (sbatch --time) or set a smaller value"
+            "time (fedhpc submit --time, sbatch --time) or set a smaller value"
         )
     stop.ask_in(left - margin)
     log.info("the job's time limit leaves %.0f s; a stop %g s before it is requested by itself", left, margin)

@@ -17,7 +17,7 @@ from fedhpc.data.texts import Row, Texts, encode, text_fields
 from fedhpc.device.processor import choose_torch_device
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.model.backbone import Backbone
 from fedhpc.tuning.base import as_parameters
 
@@ -140,7 +140,7 @@ def class_probabilities(
     examples = encode(rows, place, trained.text_encoder(), job.shape.vocabulary_size)
     encoded = [(example.ids, example.slot) for example in examples]
     split = Split.of(encoded, [0] * len(rows), pad_id=description.pad_id)
-    backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, JobEnvironment()))
+    backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, job_environment()))
     if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
         job.tuning.check_on(backbone)
     batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)

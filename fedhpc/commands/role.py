@@ -8,9 +8,9 @@ from fedhpc.device.worker import Worker, serve
 from fedhpc.errors import RanksLost
 from fedhpc.exchange import Exchange, MpiExchange
 from fedhpc.exchange.messages import Op
-from fedhpc.job.environment import JobEnvironment
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
+from fedhpc.job.schedulers.base import JobEnvironment
 from fedhpc.model.backbone import Backbone
 from fedhpc.server.job import Job, load_state
 from fedhpc.server.server import Server

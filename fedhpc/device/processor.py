@@ -5,8 +5,9 @@ import os
 import torch
 from threadpoolctl import threadpool_limits
 
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.errors import UserError
 from fedhpc.job.log import log
+from fedhpc.job.schedulers.base import JobEnvironment
 
 
 def limit_threads(count: int) -> None:
@@ -16,7 +17,13 @@ def limit_threads(count: int) -> None:
 
 
 def choose_torch_device(local_rank: int, environment: JobEnvironment) -> torch.device:
-    """A GPU of its own for each rank of a host while there are enough, else the CPU."""
+    """A GPU of its own for each rank of a host while there are enough, else the CPU.
+
+    Raises:
+        UserError: the job asked for GPUs and has not got them.
+    """
+    if problem := environment.gpu_problem(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise UserError(problem)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if not environment.gpus_allotted:

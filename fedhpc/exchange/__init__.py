@@ -7,7 +7,7 @@ from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
 from fedhpc.exchange.watchdog import time_limit
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.schedulers.base import JobEnvironment
 from fedhpc.job.stopping import StopRequest
 
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -2,8 +2,8 @@
 
 A run holds flock on the file `lock`, and beats: it rewrites a counter in it. The kernel frees the lock of a dead
 process, but some file systems have no flock, or none that reaches other hosts. A lock file that another run left is
-therefore judged before it is taken over: by this machine's process table, by SLURM, or by watching the counter. No
-clock of day and no file time decides anything: `started` is for people.
+therefore judged before it is taken over: by this machine's process table, by the scheduler, or by watching the
+counter. No clock of day and no file time decides anything: `started` is for people.
 """
 
 import errno
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Self, get_type_hints
 
 from fedhpc.errors import USERS_FAULT, ConfigError
-from fedhpc.job.environment import JobEnvironment, machine_id, start_ticks
+from fedhpc.job.environment import machine_id, start_ticks
+from fedhpc.job.schedulers.base import JobEnvironment
 
 BEAT_S = 10.0
 WATCH_S = 35.0
@@ -212,9 +213,9 @@ class RunLock:
         return self._in_place(descriptor)
 
     def _wait_or_refuse(self) -> None:
-        """Another process has the file locked: wait a while if SLURM says that its job is over."""
+        """Another process has the file locked: wait a while if the scheduler says that its job is over."""
         owner = Owner.parse(record := self._read())
-        known = owner and self._by_slurm(owner)
+        known = owner and self._by_scheduler(owner)
         if not known or known[0]:
             raise self._refusal(record) from None
         if not self._patience:
@@ -230,12 +231,12 @@ class RunLock:
             return self._changes(record, SETTLE_S), "it names no process"
         if (owner.machine, owner.uid) == (me.machine, me.uid):
             return start_ticks(owner.pid) == owner.start_ticks, "that process has ended"
-        if known := self._by_slurm(owner):
+        if known := self._by_scheduler(owner):
             return known
         return self._changes(record, self._watch_s), f"it gave no sign of life for {self._watch_s:g} s"
 
-    def _by_slurm(self, owner: Owner) -> tuple[bool, str] | None:
-        """What `_judge` says where SLURM knows it."""
+    def _by_scheduler(self, owner: Owner) -> tuple[bool, str] | None:
+        """What `_judge` says where the scheduler knows it."""
         me = self._me
         if owner.job_id is not None and (owner.cluster, owner.uid) == (me.cluster, me.uid):
             if owner.job_id == me.job_id and owner.restarts != me.restarts:

@@ -28,7 +28,7 @@ from fedhpc.config import section_of
 from fedhpc.errors import CheckpointError, ConfigError
 from fedhpc.exchange import LocalExchange, messages
 from fedhpc.files import write_whole
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import RunLock
 from fedhpc.job.stopping import StopRequest
 from fedhpc.methods import ServerState
@@ -696,7 +696,7 @@ def test_device_files_stay_while_a_list_that_may_name_them_cannot_be_read(run):
 
 def test_a_run_that_has_lost_its_directory_saves_nothing_more(run, tmp_path):
     run.save(run_state(3))
-    with RunLock(tmp_path, JobEnvironment({})) as run.writer.lock:
+    with RunLock(tmp_path, job_environment({})) as run.writer.lock:
         run.save(run_state(4))
         run.writer.lock.path.unlink()  # as its successor does at its end
         with pytest.raises(RuntimeError, match="another run has taken over"):

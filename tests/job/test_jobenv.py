@@ -5,8 +5,9 @@ import pytest
 
 from fedhpc.errors import UserError
 from fedhpc.exchange import connect
-from fedhpc.job import environment as jobenv
-from fedhpc.job.environment import JobEnvironment, start_ticks
+from fedhpc.job.environment import start_ticks
+from fedhpc.job.schedulers import base
+from fedhpc.job.schedulers.slurm import SlurmEnvironment as JobEnvironment
 from fedhpc.job.stopping import StopRequest
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -232,7 +233,7 @@ def test_no_squeue_no_answer(tmp_path):
 
 
 def test_a_hanging_squeue_is_ended_with_its_children(squeue, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobenv, "ANSWER_S", 0.5)
+    monkeypatch.setattr(base, "ANSWER_S", 0.5)
     start = time.monotonic()
     job = squeue(f"sleep 60 & echo $! > {tmp_path}/child; wait; echo 7 1:00", SLURM_JOB_ID="7")
     assert job.seconds_left() is None

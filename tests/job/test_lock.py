@@ -18,7 +18,7 @@ import pytest
 from fedhpc.errors import ConfigError
 from fedhpc.job import environment as jobenv
 from fedhpc.job import lock
-from fedhpc.job.environment import JobEnvironment, start_ticks
+from fedhpc.job.environment import job_environment, start_ticks
 from fedhpc.job.lock import Owner, RunLock
 
 JOB_7 = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "lab"}
@@ -42,7 +42,7 @@ if options.get("no_flock"):
     lock.fcntl.flock = flock
 lock.SETTLE_S = options.get("settle_s", 0.1)
 held = lock.RunLock(
-    options["run_dir"], jobenv.JobEnvironment(options["environ"]), beat_s=options.get("beat_s", 0.05), watch_s=0.3
+    options["run_dir"], jobenv.job_environment(options["environ"]), beat_s=options.get("beat_s", 0.05), watch_s=0.3
 )
 try:
     held.acquire()
@@ -156,7 +156,7 @@ def squeue(tmp_path):
 
 
 def run_lock(run_dir, environ=None, **options):
-    return RunLock(run_dir, JobEnvironment(environ or {}), **{"beat_s": 0.05, "watch_s": SHORT_S, **options})
+    return RunLock(run_dir, job_environment(environ or {}), **{"beat_s": 0.05, "watch_s": SHORT_S, **options})
 
 
 def test_whoever_watches_a_lock_can_attend_to_other_things(tmp_path):
@@ -176,7 +176,7 @@ def refused(run_dir, environ=None):
 def leave(run_dir, environ=JOB_7, **changes):
     """The lock file of a process of another machine that is silent."""
     values = {"machine": "another", "host": "n5", "pid": 4711, "start_ticks": 5, **changes}
-    owner = replace(Owner.this_process(JobEnvironment(environ)), **values)
+    owner = replace(Owner.this_process(job_environment(environ)), **values)
     (run_dir / "lock").write_text(json.dumps(asdict(owner)))
 
 
@@ -400,7 +400,7 @@ def test_clocks_that_jump_change_nothing(run_dir, hold, elsewhere, monkeypatch, 
         thread.join()
 
 
-OWNER = Owner.this_process(JobEnvironment(JOB_7))
+OWNER = Owner.this_process(job_environment(JOB_7))
 GARBAGE = {
     "empty": b"",
     "zeros": bytes(lock.RECORD_BYTES),
@@ -530,8 +530,8 @@ def test_a_requeued_job_waits_until_its_dead_process_lets_go(run_dir, hold, monk
     again = {**JOB_7, "SLURM_RESTART_COUNT": "1"}
     monkeypatch.setattr(lock, "PATIENCE", 2)
     with pytest.raises(TimeoutError, match=r"is over, but its lock .* is still held"):
-        RunLock(run_dir, JobEnvironment(again), watch_s=0.1).acquire()
-    waiting = RunLock(run_dir, JobEnvironment(again), watch_s=2.0)
+        RunLock(run_dir, job_environment(again), watch_s=0.1).acquire()
+    waiting = RunLock(run_dir, job_environment(again), watch_s=2.0)
     threading.Timer(1.0, holder.kill).start()
     with waiting:
         assert "that job was requeued" in waiting.notice or "that process has ended" in waiting.notice
@@ -619,14 +619,14 @@ import os, sys, time
 from pathlib import Path
 from fedhpc.job import lock
 from fedhpc.errors import ConfigError
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 
 lock.SETTLE_S = 0.1
 inside, taken = Path(sys.argv[1]) / "inside", 0
 end = time.monotonic() + 1
 while time.monotonic() < end:
     try:
-        with lock.RunLock(sys.argv[1], JobEnvironment({})):
+        with lock.RunLock(sys.argv[1], job_environment({})):
             os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
             inside.unlink()
             taken += 1

@@ -10,7 +10,7 @@ from tiny import final_tensors, metrics, run_dir
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.errors import EXIT_STOPPED
 from fedhpc.exchange import LocalExchange
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.schedulers.slurm import SlurmEnvironment
 
 VOLATILE = ("seconds", "bytes_down", "bytes_up")
 
@@ -139,14 +139,14 @@ def test_a_clock_that_jumps_does_not_stop_a_job(run_config, fedhpc, monkeypatch)
     in_a_job(monkeypatch, 3600)
     now = time.time
     config = run_config()
-    seconds_left = JobEnvironment.seconds_left
+    seconds_left = SlurmEnvironment.seconds_left
 
     def then_jump(environment):
         left = seconds_left(environment)
         monkeypatch.setattr(time, "time", lambda: now() + 7200)
         return left
 
-    monkeypatch.setattr(JobEnvironment, "seconds_left", then_jump)
+    monkeypatch.setattr(SlurmEnvironment, "seconds_left", then_jump)
     assert fedhpc("run", config)[0] == 0
 
 

@@ -13,7 +13,7 @@ from fedhpc.commands import cli
 from fedhpc.config.file import load_config
 from fedhpc.exchange import connect
 from fedhpc.exchange.messages import Op
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.quick_start import quick_start
 from fedhpc.job.stopping import StopRequest
 
@@ -32,7 +32,7 @@ def load_once(config, **place):
 
 def run(config, stop_at_step=0):
     """Start a job, or go on with it, and perhaps ask for a stop before its so many-th local step; how it ended."""
-    stop, environment = StopRequest(), JobEnvironment()
+    stop, environment = StopRequest(), job_environment()
     exchange = connect(stop, environment, 60.0)
     beat, steps = exchange.beat, 0
 

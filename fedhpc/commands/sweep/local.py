@@ -17,8 +17,9 @@ from fedhpc.commands.sweep.runner import Runner
 from fedhpc.commands.sweep.standing import CellLog, standing, waiting
 from fedhpc.commands.sweep.stops import Stops
 from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, ConfigError
-from fedhpc.job.environment import MPIRUN_VARIABLES, JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import RunLock
+from fedhpc.job.schedulers.base import MPIRUN_VARIABLES
 
 Failed = tuple[Experiment, Cell]
 
@@ -209,7 +210,7 @@ def _make(export: Export) -> int:
 @contextmanager
 def _locked(experiment: Experiment) -> Iterator[None]:
     experiment.make_folder()
-    with RunLock(experiment.out, JobEnvironment(), key="out"):
+    with RunLock(experiment.out, job_environment(), key="out"):
         yield
 
 

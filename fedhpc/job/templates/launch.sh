@@ -1,18 +1,28 @@
 # shellcheck shell=bash
-# Runs fedhpc on the ranks of this SLURM job, stops it in time, and lets SLURM run the job again while that is of use.
+# Runs fedhpc on the ranks of this batch job, stops it in time, and has the job run again while that is of use.
 # Job files source it with the arguments of `fedhpc run`, in a checkout from its top folder:
 #   . jobs/launch.sh CONFIG [--set KEY.SUB=VALUE ...]
+# What differs from scheduler to scheduler is in launch.slurm.sh, launch.pbs.sh, launch.lsf.sh, launch.flux.sh and, without
+# any, launch.none.sh. Each sets
+#   scheduler, how_many   its name, and how a job says how many ranks it is for
+#   ends                  the signals that end a job, in bash's names
+#   job, ranks, restarts  the job's id, how many ranks to start, how often the job was run before
+#   slots                 how many ranks the job has room for, where known
+# and defines prepare_launch, requeue, and after_end: what becomes of a job that was ended by one of these signals.
 #
 # From the environment, or set in the job file before that line:
-#   LAUNCH          what starts the ranks. Default: .venv/bin/mpirun -np $SLURM_NTASKS; of a package that pip has
-#                   installed, its mpirun.sh instead. Others:
+#   LAUNCH          what starts the ranks. Default: .venv/bin/mpirun -np RANKS; of a package that pip has installed, its
+#                   mpirun.sh instead. Others:
 #                     srun --mpi=pmix --kill-on-bad-exit=1     Open MPI, where SLURM has that plug-in
 #                     srun --mpi=pmi2 --kill-on-bad-exit=1     MPICH and its relatives, the same
-#                     mpirun -np $SLURM_NTASKS                 a module's MPI, loaded before, and before `make`
+#                     flux run --ntasks=RANKS                  MPICH; Open MPI with -o pmi=pmix, where Flux has that plug-in
+#                     mpirun -np RANKS                         a module's MPI, loaded before, and before `make`
 #   FEDHPC          the command. Default: .venv/bin/fedhpc
+#   FEDHPC_RANKS    how many ranks, but under SLURM, which is asked for tasks. Default: as many as the job has room for
 #   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions do not count, nor stops
 #                   after something was trained.
-#   FEDHPC_REQUEUE  no: SLURM does not run this job again, the next of a chain goes on (jobs/chain.sh).
+#   FEDHPC_REQUEUE  no: this job is not run again, the next of a chain goes on (fedhpc submit --chain, jobs/chain.sh).
+#   FEDHPC_JOB_FILE the job file, which is submitted once more where the scheduler runs no job again.
 #   CELL_LOG        of a cell of an experiment: what `fedhpc sweep` reads of its beginning and end (jobs/sweep.slurm).
 
 templates=${BASH_SOURCE[0]%/*}
@@ -38,18 +48,19 @@ note() { # LINE ...
 finish() { # STATUS MESSAGE
     say "$2"
     note "=== exit status $1"
-    rm -f "$failures"
+    rm -f "$failures" "$runs"
     exit "$1"
 }
 
 run_again() { # STATUS MESSAGE
-    trap '' TERM # which ends the job, and would end scontrol before it has its answer
+    # shellcheck disable=SC2086
+    trap '' $ends # which end the job, and would end scontrol before it has its answer
     if [ "${FEDHPC_REQUEUE:-yes}" = no ]; then
         finish "$1" "$2; the next job of the chain goes on"
-    elif ! patiently scontrol requeue "$job"; then
-        finish "$1" "$2; SLURM does not requeue it: submit it again to go on, or several at once with $templates/chain.sh"
+    elif ! requeue "$2"; then
+        finish "$1" "$2; $scheduler does not requeue it: submit it again to go on, or several at once with $several"
     fi
-    say "$2; requeued"
+    say "$2; $again"
     exit "$1"
 }
 
@@ -57,62 +68,84 @@ run_again() { # STATUS MESSAGE
 ask_to_stop() { # SIGNAL
     say "SIG$1: asking the ranks to stop"
     stops=$((stops + 1))
-    [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
+    [ -z "$launcher" ] || pass_on
 }
 
-launcher='' stops=0 terminated=''
+pass_on() {
+    kill -USR1 "$launcher" 2>/dev/null
+}
+
+# How often this job was run before, where the scheduler does not tell; a job that goes on from another one counts on.
+count_restarts() {
+    first=${FEDHPC_FIRST_JOB:-$job}
+    runs=fedhpc-$first.runs
+    restarts=$(($(cat "$runs" 2>/dev/null)))
+    echo $((restarts + 1)) >"$runs"
+    export FEDHPC_RESTARTS=$restarts # for the run's lock
+}
+
+# Where there are several nodes, any MPI's launcher finds them, and starts its daemons on them by the scheduler's means.
+use_hosts() { # FILE COMMAND
+    [ "$(sort -u "$1" | wc -l)" -gt 1 ] || return 0
+    export FEDHPC_HOSTS=$1 PRTE_MCA_prte_default_hostfile=$1 OMPI_MCA_orte_default_hostfile=$1 HYDRA_HOST_FILE=$1
+    ! command -v "$2" >/dev/null ||
+        export PRTE_MCA_plm_ssh_agent=$2 OMPI_MCA_plm_rsh_agent=$2 HYDRA_LAUNCHER=ssh HYDRA_LAUNCHER_EXEC=$2
+}
+
+launcher='' stops=0 terminated='' first='' runs='' again=requeued several='fedhpc submit --chain'
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop USR2' USR2
 trap 'terminated=yes; ask_to_stop TERM' TERM
 
-unset "${!SQUEUE_@}" SLURM_CLUSTERS # the user's settings could hide the job from squeue
-# A task of an array has a number of its own, but by that of the last task SLURM would take the whole array.
-job=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%A %i' | sed -n "s/^$SLURM_JOB_ID \(.*_.*\)/\1/p")
-[ "$SLURM_JOB_ID" != "${SLURM_ARRAY_JOB_ID:-}" ] || job=${job:-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-failures=fedhpc-$job.failures
+# Older versions of Flux do not set it.
+[ -z "${FLUX_URI:-}" ] || export FLUX_ENCLOSING_ID="${FLUX_ENCLOSING_ID:-$(flux getattr jobid 2>/dev/null)}"
+case 1 in
+"${SLURM_JOB_ID:+1}") part=slurm ;;
+"${PBS_JOBID:+1}") part=pbs ;;
+"${LSB_JOBID:+1}") part=lsf ;;
+"${FLUX_ENCLOSING_ID:+1}") part=flux ;;
+*) part=none ;;
+esac
+# shellcheck disable=SC1090
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.$part.sh"
+for signal in $ends; do
+    # shellcheck disable=SC2064
+    trap "terminated=yes; ask_to_stop $signal" "$signal"
+done
+
+failures=fedhpc-${first:-$job}.failures
 export FEDHPC_STARTED=$PWD/fedhpc-$job.started   # made by a run whose ranks have found each other
 export FEDHPC_TRAINED=$PWD/fedhpc-$job.trained   # made by a run that is stopped after it has trained something
 export FEDHPC_FINISHED=$PWD/fedhpc-$job.finished # made by the run that reaches its end
 rm -f "$FEDHPC_STARTED" "$FEDHPC_TRAINED" "$FEDHPC_FINISHED"
 
-# SLURM ends a job by SIGTERM to all its processes. Open MPI's mpirun and daemons would kill the ranks 0.2 s later, so
+# A job is ended by a signal to all its processes. Open MPI's mpirun and daemons would kill the ranks 0.2 s later, so
 # they must not see it. Nor must a rank die of a signal that comes while it starts: it stays pending until then.
-if env --block-signal=TERM true 2>/dev/null; then
-    deaf='env --block-signal=TERM'
-    patient='env --block-signal=TERM,USR1,USR2'
+blocked=${ends// /,}
+if env --block-signal="$blocked" true 2>/dev/null; then
+    deaf="env --block-signal=$blocked"
+    patient="env --block-signal=$blocked,USR1,USR2"
     export PRTE_MCA_prte_launch_agent="${PRTE_MCA_prte_launch_agent:-$deaf prted}"
 else
     deaf='' patient=''
-    say "this system's env cannot block signals: when SLURM ends the job, the ranks stop without a last checkpoint"
+    say "this system's env cannot block signals: when $scheduler ends the job, the ranks stop without a last checkpoint"
 fi
-[ -n "${LAUNCH:-${SLURM_NTASKS:-}}" ] || finish 2 'the job does not say how many tasks: ask for --ntasks'
+[ -n "${LAUNCH:-$ranks}" ] || finish 2 "the job does not say how many tasks: $how_many"
+[ -n "${LAUNCH:-}" ] || [ "$ranks" -le "${slots:-$ranks}" ] ||
+    finish 2 "$ranks ranks are asked for (FEDHPC_RANKS), but the job has room for $slots: $how_many"
 case $templates in
 */fedhpc/job/templates) mpirun="sh $templates/mpirun.sh" ;;
 *) mpirun=.venv/bin/mpirun ;;
 esac
-LAUNCH=${LAUNCH:-$mpirun -np $SLURM_NTASKS}
-unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV # of `sbatch --export=NONE`: daemons and ranks need what is exported here
-case " $LAUNCH " in
-*[\ /]srun\ *)
-    # srun does not take it from the job by itself; of a heterogeneous job, that of the first part is everyone's.
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}"
-    ;;
-*)
-    # Of one task each. mpirun starts one daemon on each node, by srun, and the ranks share what that is given.
-    unset SRUN_CPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_EXACT SLURM_EXCLUSIVE
-    case ${SLURM_GPUS_PER_TASK:+$SLURM_TASKS_PER_NODE} in
-    *[!0-9]*) say 'with --gpus-per-task, mpirun lets all ranks of a node see the GPUs of one: use --gres instead, or srun' ;;
-    esac
-    ;;
-esac
+LAUNCH=${LAUNCH:-$mpirun -np $ranks}
+prepare_launch
 
-say "job $job, run $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T'), $LAUNCH: fedhpc run $*"
-note "=== fedhpc run $*" "in SLURM job $job"
+say "job $job, run $((restarts + 1)), $(date '+%F %T'), $LAUNCH: fedhpc run $*"
+note "=== fedhpc run $*" "in $scheduler job $job"
 # shellcheck disable=SC2086 # several words each
 $deaf $LAUNCH $patient ${FEDHPC:-.venv/bin/fedhpc} run "$@" &
 launcher=$!
-[ $stops = 0 ] || kill -USR1 "$launcher" 2>/dev/null
+[ $stops = 0 ] || pass_on
 while # a signal ends `wait` before the launcher ends
     seen=$stops
     wait "$launcher"
@@ -124,6 +157,10 @@ started='' trained='' finished=''
 ! rm "$FEDHPC_STARTED" 2>/dev/null || started=yes
 ! rm "$FEDHPC_TRAINED" 2>/dev/null || trained=yes
 ! rm "$FEDHPC_FINISHED" 2>/dev/null || finished=yes
+if [ "$status" -lt 0 ]; then # bash loses it where the launcher ends while a signal is handled
+    status=75
+    [ -z "$finished" ] || status=0
+fi
 if [ $status = 0 ] && [ -z "$finished" ]; then
     say 'the launcher lost the ranks' # Open MPI's mpirun ends with 0 when it loses a daemon on another node
     status=1
@@ -135,21 +172,11 @@ case $status in
 2) finish 2 'ended with 2, which another run would not mend' ;;
 esac
 # Of a run that was begun before, a node may be at fault that lacks a file system.
-if [ -z "$started" ] && [ "$stops" = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+if [ -z "$started" ] && [ "$stops" = 0 ] && [ "$restarts" = 0 ]; then
     finish $status "ended with $status before the ranks had found each other, which another run would not mend: see above, \
 and \"Starting the ranks\" in docs/slurm.md"
 fi
-if [ -n "$terminated" ]; then
-    state=$(patiently squeue --noheader --jobs="$job" --format=%T)
-    case $state in
-    RUNNING*) ;; # in the grace before a preemption: SLURM does not requeue what ends by itself in it
-    *)
-        say "ended by SLURM, with $status"
-        note "=== exit status $status"
-        exit $status
-        ;;
-    esac
-fi
+[ -z "$terminated" ] || after_end $status
 what="failed with $status"
 if [ $status = 75 ]; then
     [ -z "$trained$terminated" ] || run_again 75 'stopped'

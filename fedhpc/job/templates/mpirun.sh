@@ -1,7 +1,7 @@
 #!/bin/sh
 # mpirun for one machine, also as root and with more ranks than cores; `make` installs it as .venv/bin/mpirun. As it is,
 # it calls the mpiexec beside FEDHPC, or else the one on PATH.
-# Inside a SLURM allocation the scheduler decides who goes where, and cores are not shared.
+# In a job of SLURM, or on several nodes, the scheduler decides who goes where, and cores are not shared.
 # Every setting can be overridden from the environment.
 set -eu
 
@@ -13,7 +13,7 @@ fi
 : "${PRTE_MCA_hwloc_default_binding_policy:=none}" "${OMPI_MCA_hwloc_base_binding_policy:=none}"
 export PRTE_MCA_hwloc_default_binding_policy OMPI_MCA_hwloc_base_binding_policy
 
-if [ -n "${SLURM_JOB_ID:-}" ]; then
+if [ -n "${SLURM_JOB_ID:-}${FEDHPC_HOSTS:-}" ]; then
     # Ranks in turn to the nodes, as their GPUs are spread, instead of filling one after the other (Open MPI 5, then 4).
     # Where SLURM has given the nodes different numbers of tasks, Open MPI 5 maps by node only some of the ranks.
     case ${SLURM_TASKS_PER_NODE:-} in
