@@ -8,7 +8,7 @@ import pytest
 
 from fedhpc.commands import cli
 from fedhpc.commands.submit.request import duration, gigabytes
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.job.environment import SCHEDULERS
 from fedhpc.job.job_files import COMMAND, TEMPLATES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedhpc.commands.submit.job_file import MARK, job_file
 from fedhpc.commands.submit.request import read_request
-from fedhpc.config_file import load_config
+from fedhpc.config.file import load_config
 from fedhpc.errors import ConfigError
 from fedhpc.job.environment import SCHEDULERS
 from fedhpc.job.schedulers.base import JobEnvironment
