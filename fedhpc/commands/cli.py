@@ -152,6 +152,7 @@ def set_up(
     from fedhpc.commands.role import follow, lead, make_worker
     from fedhpc.device.processor import limit_threads
     from fedhpc.server import job as jobs
+    from fedhpc.server.status_file import StatusFile
 
     def load() -> jobs.Job:
         config = read_config()
@@ -172,6 +173,8 @@ def set_up(
             state = jobs.load_state(job, resume, exchange.progress)
             jobs.log_notices(job, exchange.num_workers)
             stop_before_end(job.config, environment, exchange.stop)
+            log.info("this is process %d, %s", os.getpid(), environment.title)
+            held.enter_context(StatusFile(job.config, exchange, lock))
     with all_ranks_or_none(exchange) as digests:
         if not is_server:
             job = load()
