@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "export": export,
         "predict": predict,
         "sweep": sweep,
+        "watch": watch,
         "keys": keys,
         "completion": completion,
     }
@@ -300,6 +301,15 @@ def sweep(arguments: argparse.Namespace) -> int:
                 )
 
     return local.run(load_libraries)
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """`fedhpc watch`: how a run, or the runs of a sweep, are doing."""
+    with quick_start():
+        from fedhpc.commands.watch import watch_folder
+
+    watch_folder(arguments.path, every_s=arguments.every, once=arguments.once, as_json=arguments.json)
+    return 0
 
 
 def keys(arguments: argparse.Namespace) -> int:
