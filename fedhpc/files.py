@@ -44,8 +44,11 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Write a file so that under its name there is all of it or what was there before.
+
+    Args:
+        lasting: force it to disk, so that this holds after a failure of the machine, too.
 
     Raises:
         OSError: with the file's name, also when the disk is full.
@@ -56,7 +59,8 @@ def write_whole(path: Path, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:
             with suppress(OSError):

@@ -43,6 +43,7 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
         _export,
         _predict,
         _sweep,
+        _watch,
         _keys,
         _completion,
     ):
@@ -303,6 +304,22 @@ def _sweep(commands: Any) -> None:
     command.add_argument("--expect", metavar="DIGEST", help="with --cell: refuse if the experiment's cells are others")
     command.add_argument(
         "--dry-run", action="store_true", help="list the cells and where they stand; with --submit, print the command"
+    )
+
+
+def _watch(commands: Any) -> None:
+    command = commands.add_parser(
+        "watch",
+        help="how a run is doing: rounds, ranks, time left, stops",
+        description="Show how a run is doing, from the files in its folder alone: while it runs or waits to go on, and "
+        "when it has ended. On a terminal the view is renewed in place until then, or until Ctrl-C; elsewhere it is "
+        "printed once. Of a sweep's folder, a line for each cell that was begun.",
+    )
+    command.add_argument("path", metavar="RUN_DIR", type=Path, help="a run's folder, or a sweep's")
+    command.add_argument("--once", action="store_true", help="print the view once")
+    command.add_argument("--json", action="store_true", help="print one JSON object, once")
+    command.add_argument(
+        "--every", type=positive_rate, default=2.0, metavar="SECONDS", help="between two looks (%(default)g)"
     )
 
 

@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "export": export,
         "predict": predict,
         "sweep": sweep,
+        "watch": watch,
         "keys": keys,
         "completion": completion,
     }
@@ -154,6 +155,7 @@ def set_up(
     from fedhpc.commands.role import follow, lead, make_worker
     from fedhpc.device.processor import limit_threads
     from fedhpc.server import job as jobs
+    from fedhpc.server.status_file import StatusFile
 
     def load() -> jobs.Job:
         config = read_config()
@@ -174,6 +176,8 @@ def set_up(
             state = jobs.load_state(job, resume, exchange.progress)
             jobs.log_notices(job, exchange.num_workers)
             stop_before_end(job.config, environment, exchange.stop)
+            log.info("this is process %d, %s", os.getpid(), environment.title)
+            held.enter_context(StatusFile(job.config, exchange, lock))
     with all_ranks_or_none(exchange) as digests:
         if not is_server:
             job = load()
@@ -306,6 +310,15 @@ def sweep(arguments: argparse.Namespace) -> int:
                 )
 
     return local.run(load_libraries)
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """`fedhpc watch`: how a run, or the runs of a sweep, are doing."""
+    with quick_start():
+        from fedhpc.commands.watch import watch_folder
+
+    watch_folder(arguments.path, every_s=arguments.every, once=arguments.once, as_json=arguments.json)
+    return 0
 
 
 def keys(arguments: argparse.Namespace) -> int:

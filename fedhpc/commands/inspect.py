@@ -51,14 +51,14 @@ def _run(path: Path) -> tuple[str, bool]:
         moved = sum(record["bytes"] for record in records)
         lines.append(f"metrics: {len(records)} rounds recorded, {human_bytes(moved)} moved between devices and server")
         if evaluated:
-            lines.append(f"after round {evaluated[-1]['round'] + 1}: {_scores(evaluated[-1])}")
+            lines.append(f"after round {evaluated[-1]['round'] + 1}: {scores_text(evaluated[-1])}")
     parts = _checkpoints(CheckpointFiles(path))
     if not parts:
         lines.append("no checkpoint")
     return "\n".join([*lines, *(text for text, _ in parts)]), any(valid for _, valid in parts)
 
 
-def _scores(record: Mapping[str, Any]) -> str:
+def scores_text(record: Mapping[str, Any]) -> str:
     """All scores of an evaluated round."""
     texts = [
         f"{words if behind else score.title} {value:.4f}"

@@ -12,6 +12,7 @@ from fedhpc.config.sections import ExchangeConfig
 from fedhpc.errors import Halt
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.exchange.messages import Command, Note, NoteKind, Op, RecordType
+from fedhpc.job.status import RankStatus
 from fedhpc.job.stopping import StopRequest
 
 INTERRUPTIBLE = (Op.SCORE, Op.PROBE, Op.TRAIN, Op.RATIO, Op.EVALUATE, Op.GENERATE)
@@ -108,6 +109,10 @@ class Exchange(ABC):
     @abstractmethod
     def progress(self) -> None:
         """Send and read the notes that are due, while waiting for something other than a command or a reply."""
+
+    @abstractmethod
+    def heard(self) -> list[RankStatus]:
+        """Server: what each rank is doing, as far as this one has heard; from any thread."""
 
     @abstractmethod
     def post(self, note: Note) -> None:

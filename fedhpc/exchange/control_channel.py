@@ -9,6 +9,7 @@ import numpy as np
 
 from fedhpc.exchange.base import LONGEST_GAP_S
 from fedhpc.exchange.messages import NOTE, Note, NoteKind, Tag
+from fedhpc.job.status import RankStatus
 from fedhpc.job.stopping import StopRequest
 
 HEARTBEAT_S = 5.0
@@ -81,6 +82,15 @@ class ControlChannel:
                     f"rank {peer} on {self._hosts[peer]} has not been heard of for {silent:.0f} s "
                     f"(exchange.timeout_s: {timeout_s:g}); last known: {self._activities[peer]}"
                 )
+
+    def heard(self) -> list[RankStatus]:
+        """At the server: itself, and what it has heard of each worker; from any thread, so without a call of MPI."""
+        silence = {0: time.monotonic() - self._last_progress, **self._silence}
+        activities = {0: self.activity, **self._activities}
+        return [
+            RankStatus(rank=rank, host=self._hosts[rank], doing=doing, silent_s=silence[rank])
+            for rank, doing in activities.items()
+        ]
 
     def _stop_note(self) -> Note:
         rank = self._comm.rank

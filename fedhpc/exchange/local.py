@@ -10,6 +10,7 @@ from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.exchange.exact_sum import SumSize
 from fedhpc.exchange.messages import Command, Note, RecordType
 from fedhpc.job.background import settle
+from fedhpc.job.status import RankStatus
 from fedhpc.job.stopping import StopRequest
 
 LONGEST_WRITE_S = 10.0
@@ -23,12 +24,14 @@ class LocalExchange(Exchange):
         super().__init__(stop, timeout_s)
         self.rank, self.size, self.local_rank, self.ranks_here, self.num_workers = 0, 1, 0, 1, 1
         self.handler: Callable[[Command], np.ndarray | None] | None = None
+        self._activity, self._last_progress = "setting up", time.monotonic()
 
     def request(
         self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None
     ) -> np.ndarray:
         """See `Exchange`."""
         assert self.handler is not None
+        self._activity = f"{command.op.name.lower()}, round {command.round}"
         self.progress()
         self._refuse_when_stopped(command)
         start = time.perf_counter()
@@ -44,13 +47,20 @@ class LocalExchange(Exchange):
 
     def beat(self, activity: str) -> None:
         """See `Exchange`."""
+        self._activity = activity
         self.progress()
         if self.stop:
             raise Halt
 
     def progress(self) -> None:
         """See `Exchange`."""
+        self._last_progress = time.monotonic()
         self._look_for_failure()
+
+    def heard(self) -> list[RankStatus]:
+        """See `Exchange`."""
+        silent = time.monotonic() - self._last_progress
+        return [RankStatus(rank=0, host=self.host, doing=self._activity, silent_s=silent)]
 
     def post(self, note: Note) -> None:
         """See `Exchange`."""

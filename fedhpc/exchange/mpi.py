@@ -31,6 +31,7 @@ from fedhpc.exchange.repair import repair
 from fedhpc.exchange.shared_layout import PAYLOAD, PLACES, SharedLayout
 from fedhpc.exchange.transfer import RecordTransfer, Types
 from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
+from fedhpc.job.status import RankStatus
 from fedhpc.job.stopping import StopRequest
 
 PROBLEM_BYTES = 4096
@@ -102,6 +103,7 @@ class MpiExchange(Exchange):
             self.sums, self.exponent = sums, exponent
             bytes_up = len(records) * UPLOAD_HEADER.itemsize + arrived * summed.nbytes
         end = time.perf_counter()
+        self._control.activity = f"at work itself after {command.op.name.lower()}, round {command.round}"
         self.traffic = Traffic(
             bytes_down=self.num_workers * command.nbytes,
             bytes_up=bytes_up,
@@ -167,6 +169,10 @@ class MpiExchange(Exchange):
         self.progress()
         if self._control.halted:
             raise Halt
+
+    def heard(self) -> list[RankStatus]:
+        """See `Exchange`."""
+        return self._control.heard()
 
     def post(self, note: Note) -> None:
         """See `Exchange`."""

@@ -79,6 +79,12 @@ class Owner:
         kinds = get_type_hints(cls).items()
         return owner if all(isinstance(getattr(owner, name), kind) for name, kind in kinds) else None
 
+    def lives_here(self, machine: str) -> bool | None:
+        """Whether this process is alive; None if it is another machine's, or another user's."""
+        if (self.machine, self.uid) != (machine, os.getuid()):
+            return None
+        return start_ticks(self.pid) == self.start_ticks
+
     def write(self, descriptor: int) -> None:
         """Put on disk what `parse` reads, always of the same size: between two beats only the counter changes."""
         os.pwrite(descriptor, json.dumps(asdict(self)).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
@@ -229,8 +235,8 @@ class RunLock:
         owner, me = Owner.parse(record), self._me
         if owner is None:
             return self._changes(record, SETTLE_S), "it names no process"
-        if (owner.machine, owner.uid) == (me.machine, me.uid):
-            return start_ticks(owner.pid) == owner.start_ticks, "that process has ended"
+        if (alive := owner.lives_here(me.machine)) is not None:
+            return alive, "that process has ended"
         if known := self._by_scheduler(owner):
             return known
         return self._changes(record, self._watch_s), f"it gave no sign of life for {self._watch_s:g} s"

@@ -55,17 +55,24 @@ class RunFiles:
 
         What is no whole line of a round, as one that is being written or was cut short, is passed over.
         """
-        records = {}
-        for line in self.metrics.read_bytes().splitlines() if self.metrics.is_file() else ():
-            with suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if is_record(record):
-                    records[record["round"]] = record
-        return [records[round_index] for round_index in sorted(records)]
+        return records_in(self.metrics.read_bytes())[0] if self.metrics.is_file() else []
 
     def rounds_recorded(self) -> set[int]:
         """The rounds that have a line."""
         return {record["round"] for record in self.read_metrics()}
+
+
+def records_in(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """What `RunFiles.read_metrics` gives, from the file's content, and how many lines were passed over."""
+    records, passed_over = {}, 0
+    for line in data.splitlines():
+        passed_over += bool(line.strip())
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if is_record(record):
+                records[record["round"]] = record
+                passed_over -= 1
+    return [records[round_index] for round_index in sorted(records)], passed_over
 
 
 SPENT = "spent_budget"

@@ -53,3 +53,8 @@ class StopRequest:
     def ask_in(self, seconds: float) -> None:
         """Request a stop in so many seconds, measured by a clock that nobody sets."""
         self._end = time.monotonic() + seconds
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until that stop; None if there is none to come."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())

@@ -39,6 +39,7 @@ def test_a_script_is_valid(script, shell):
         (["run", "--re"], ["--resume"]),
         (["run", "--resume", "n"], ["never"]),
         (["run", "my"], ["my job.yaml"]),
+        (["watch", "--o"], ["--once"]),
         (["prepare", "--source", "my"], ["my job.yaml"]),
         (["completion", ""], ["bash", "fish", "zsh"]),
     ],

@@ -184,15 +184,8 @@ def read_run(
     if not files.config.is_file():
         found = "holds no config.yaml" if path.is_dir() else "is no folder"
         raise CheckpointError(f"{path} {found}; give run directories of fedhpc run")
-    try:
-        values = yaml.load(text_of(files.config), _LOADER)
-    except (OSError, *YAML_ERRORS) as error:
-        raise CheckpointError(f"{files.config}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{files.config}: must hold keys and values, found {type(values).__name__}")
-    with suppress(ValidationError, ConfigError):  # keys that came later than the run have their defaults
-        values = Config.model_validate(values).model_dump()
-    config = flatten(values) | ({} if rounds is None else {"federation.rounds": rounds})
+    values = read_config(files.config)
+    config = values | ({} if rounds is None else {"federation.rounds": rounds})
     if may_be_old_released(config):
         saved = CheckpointFiles(path).newest_readable(lambda file: json.loads(file.attrs["config"]))
         config |= as_called_now(saved) if saved is not None else {}
@@ -203,6 +196,23 @@ def read_run(
     config |= anew
     records = counted(recorded, rounds, budget_bytes)
     return Run(path=path, config=config, records=records, is_cut=len(records) < len(counted(recorded, rounds, None)))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's configuration, by dotted key.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        values = yaml.load(text_of(path), _LOADER)
+    except (OSError, *YAML_ERRORS) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold keys and values, found {type(values).__name__}")
+    with suppress(ValidationError, ConfigError):  # keys that came later than the run have their defaults
+        values = Config.model_validate(values).model_dump()
+    return flatten(values)
 
 
 DECIDED_BY_CLOCK = {"simulation.deadline_s": "a deadline", "simulation.over_selection": "over-selection"}

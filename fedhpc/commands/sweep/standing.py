@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,7 @@ class CellLog:
 
     def last_status(self) -> int | None:
         """Exit status of the latest run, if it has ended."""
-        found = re.fullmatch(rf"{END}(\d+)", (self._lines() or [""])[-1])
-        return int(found[1]) if found else None
+        return status_in(self._lines())
 
     def tail(self) -> list[str]:
         """The last lines that the latest run wrote."""
@@ -66,6 +66,12 @@ class CellLog:
 
     def _lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+
+
+def status_in(lines: Sequence[str]) -> int | None:
+    """Exit status of the latest run in the lines of a cell's log, if it has ended."""
+    found = re.fullmatch(rf"{END}(\d+)", (lines or [""])[-1])
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
