@@ -32,8 +32,8 @@ def container_words() -> str:
     if (kind := container()) is None:
         return ""
     return (
-        f". This process runs in a container ({kind}): the launcher's variables (PMI_*, PMIX_*, OMPI_*) and its files "
-        "in /tmp must reach it, so no --cleanenv, --contain or --env-file, and the MPI inside must be of the launcher's "
+        f". This process runs in a container ({kind}): the launcher's variables (PMI_*, PMIX_*) and its files in "
+        "/tmp must reach it, so no --cleanenv, --contain or --env-file, and the MPI inside must be of the launcher's "
         "kind; or start mpirun inside of the container"
     )
 

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import fedhpc
-from fedhpc.commands.doctor.examination import Target, examine
+from fedhpc.commands.doctor.examination import EARLIER_S, Target, examine
 from fedhpc.commands.doctor.finding import PROBLEM, WARNING, Finding, Report, rank_words
-from fedhpc.commands.doctor.limits import supervise
+from fedhpc.commands.doctor.limits import TERMINATED, supervise
 from fedhpc.config_file import load_config
 from fedhpc.errors import EXIT_FAILURE, ConfigError
 from fedhpc.files import check_target, write_target
@@ -54,9 +55,7 @@ def doctor(target: str | None, json_file: Path | None) -> int:
             _check_json(json_file)
     with supervise(partial(examine, environment, aim, speaks), take) as problem:
         if not speaks:
-            if problem is not None:
-                sys.stderr.write(f"fedhpc doctor: {_who()}: {problem}\n")
-            return 0
+            return 0 if problem is None or TERMINATED in problem else _say_aside(problem)
         if problem is not None:
             report.add(Finding("doctor", "not all was examined", problem, PROBLEM, _advice(problem)))
         show(report.text(_title(place, aim)))
@@ -88,9 +87,14 @@ def _title(place: Mapping[str, Any], target: Target) -> str:
     return "\n".join([f"fedhpc {fedhpc.__version__} doctor, {ranks}, run directory {target.folder}", *hosts])
 
 
-def _who() -> str:
+def _say_aside(problem: str) -> int:
+    """Another rank's words, if rank 0 cannot know them; only later its status, with which the launcher ends the job."""
     rank = next((os.environ[name] for name in ("PMIX_RANK", "PMI_RANK") if name in os.environ), "")
-    return f"{f'rank {rank}' if rank else f'process {os.getpid()}'} on {socket.gethostname()}"
+    who = f"rank {rank}" if rank else f"process {os.getpid()}"
+    sys.stderr.write(f"fedhpc doctor: {who} on {socket.gethostname()}: {problem}\n")
+    sys.stderr.flush()
+    time.sleep(EARLIER_S + 1)
+    return EXIT_FAILURE
 
 
 def _as_json(report: Report, place: Mapping[str, Any], target: Target) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def _answer(
 ) -> Any:
     """Another rank's answer to a question."""
     answers: dict[str, Callable[..., Any]] = {
+        "host": socket.gethostname,
         "facts": partial(_facts, subjects),
         "clock": surroundings.now,
         "gpu": lambda count: environment.gpu_index(survey.local_rank, count),
@@ -123,9 +124,10 @@ def _answer(
 
 def _lead(survey: Survey, own: Mapping[str, Any], environment: JobEnvironment, target: Target, tell: Tell) -> None:
     """Rank 0, once the ranks have found each other."""
-    tell.doing("what all ranks say of themselves", ANSWER_S)
+    tell.doing("what all ranks say of themselves", 2 * ANSWER_S)
+    names = {0: own["host"], **survey.ask("host", ANSWER_S)}
     facts = {0: own, **survey.ask("facts", ANSWER_S)}
-    hosts = {rank: facts[rank]["host"] for rank in sorted(facts)}
+    hosts = {rank: names[rank] for rank in sorted(facts)}
     tell.place(ranks=survey.size, hosts=dict(by_host(facts)))
     if survey.size > 1:
         _check_facts(facts, hosts, target, tell)
@@ -142,7 +144,7 @@ def _lead(survey: Survey, own: Mapping[str, Any], environment: JobEnvironment, t
     tell.found(storage.examine(target.folder, survey, hosts, is_asked_for=target.is_asked_for))
     if survey.silent:
         said = ", ".join(
-            f"rank {rank} on {hosts.get(rank, 'a host that is not known')} (asked: {what})"
+            f"rank {rank} on {names.get(rank, 'a host that is not known')} (asked: {what})"
             for rank, what in survey.silent.items()
         )
         advice = "look at that host and process: it hangs, was stopped, or its file system does not answer"

@@ -86,7 +86,7 @@ def check_launcher(library: str, launcher: tuple[str, str] | None) -> Iterator[F
     ours, theirs = kind_of(library), kind_of(text)
     value = f"{path}: {' '.join(theirs) if theirs else (text.split(chr(10))[0] or 'does not say what it is')}"
     if ours and theirs and (ours[0] != theirs[0] or (ours[0] == "Open MPI" and ours[1] != theirs[1])):
-        advice = f"it starts {ours[0]} ranks that do not find each other: take the mpirun of {' '.join(ours)}"
+        advice = f"ranks that it starts load {' '.join(ours)} and do not find each other: take the mpirun of that"
         yield Finding(SUBJECT, "mpirun on PATH", value, WARNING, advice)
     else:
         yield Finding(SUBJECT, "mpirun on PATH", value)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedhpc.commands.doctor.finding import Finding
@@ -23,6 +24,12 @@ from fedhpc.errors import EXIT_FAILURE, first_line
 
 SLACK_S = 2.0
 END_S = 1.0
+TERMINATED = "ended by SIGTERM"
+STATES = {
+    "T": "; the process was stopped",
+    "D": "; the process hangs in the kernel, as in a file system that does not answer",
+}
+"""By the letter for it in /proc."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -99,8 +106,15 @@ def _listen(reading: int, child: int, take: Callable[[dict[str, Any]], None]) ->
                     doing, deadline = message["doing"], time.monotonic() + message["limit_s"] + SLACK_S
                 take(message)
     except InterruptedError:
-        return f"{doing}: ended by SIGTERM"
-    return f"{doing}: no end of this within its time"
+        return f"{doing}: {TERMINATED}"
+    return f"{doing}: no end of this within its time{STATES.get(_state(child), '')}"
+
+
+def _state(child: int) -> str:
+    try:
+        return Path(f"/proc/{child}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _interrupt(*_: object) -> NoReturn:

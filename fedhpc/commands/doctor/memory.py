@@ -10,6 +10,7 @@ from typing import Any
 
 from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding, by_host, rank_words
 from fedhpc.commands.doctor.groups import memory_limit
+from fedhpc.exchange import is_launched
 from fedhpc.job.progress import human_bytes
 
 SUBJECT = "memory"
@@ -81,7 +82,7 @@ def _folder(host: str, ranks: list[int], shared: Mapping[str, Any]) -> Finding:
             f"the MPI cannot share memory there ({shared['error']}): remove what earlier jobs left, or give a "
             "container a larger one (--shm-size, or bind the host's)"
         )
-        return Finding(SUBJECT, name, room, WARNING if len(ranks) == 1 else PROBLEM, advice)
+        return Finding(SUBJECT, name, room, PROBLEM if is_launched() else WARNING, advice)
     if shared["free"] < needed:
         advice = f"the MPI may need {human_bytes(needed)} for {len(ranks)} ranks: remove what earlier jobs left there"
         return Finding(SUBJECT, name, room, WARNING, advice)

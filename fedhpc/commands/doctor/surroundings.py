@@ -47,7 +47,7 @@ def check_clocks(offsets: Mapping[int, tuple[float, float]], hosts: Mapping[int,
     """
     name = "clocks"
     if not offsets:
-        return Finding(JOB, name, "one process only")
+        return Finding(JOB, name, "one host only")
     far = {rank: ahead for rank, (ahead, doubt) in offsets.items() if abs(ahead) - doubt > SKEW_S}
     if not far:
         worst = max(abs(ahead) for ahead, _ in offsets.values())
