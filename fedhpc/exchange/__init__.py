@@ -83,7 +83,7 @@ def launch_problem(environment: JobEnvironment, size: int) -> str | None:
         size: processes that MPI sees, 1 without MPI.
     """
     if problem := environment.launch_problem(size, is_launched()):
-        return problem + container_words()
+        return problem + (container_words() if environment.is_step else "")
     # The first alone: an mpirun inside a step of srun's own MPI hands on that step's variables, too.
     variable = next((name for name in SIZE_VARIABLES if name in os.environ), "")
     if (launched := int(os.environ.get(variable, size))) != size:

@@ -75,7 +75,7 @@ class Survey:
             if not found:
                 _rest(began)
         self.silent |= dict.fromkeys(set(asked) - answers.keys(), what)
-        return answers
+        return dict(sorted(answers.items()))
 
     def serve(self, answer: Callable[[str, dict[str, Any]], Any]) -> None:
         """Another rank: answer until the question `end`.

