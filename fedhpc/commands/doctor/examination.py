@@ -16,7 +16,9 @@ from fedhpc.exchange import Survey, start_survey
 from fedhpc.job.environment import JobEnvironment
 
 FACTS_S = 15.0
-"""For what a rank says of itself: for each subject."""
+"""For what a rank says of itself; less than ANSWER_S."""
+HERE_S = 60.0
+"""For what the first task finds out alone."""
 START_S = 60.0
 """For MPI to start, on all hosts."""
 EARLIER_S = 5.0
@@ -26,7 +28,7 @@ JOIN_S = 30.0
 STORAGE_S = 300.0
 SERVE_S = 600.0
 IDLE_S = 1.0
-CLOCK_TRIES = 3
+CLOCK_S, CLOCK_TRIES = 2.0, 3
 Facts = Mapping[int, Mapping[str, Any]]
 
 
@@ -56,7 +58,7 @@ def examine(environment: JobEnvironment, target: Target, speaks: bool, tell: Tel
     subjects = _subjects(environment)
     own: dict[str, Any] = {}
     if speaks:
-        tell.doing("this host", FACTS_S * len(subjects) + ANSWER_S)
+        tell.doing("this host", HERE_S)
         own = _facts(subjects)
         tell.place(ranks=1, hosts={own["host"]: [0]})
         _check_facts({0: own}, {0: own["host"]}, target, tell)
@@ -97,7 +99,9 @@ def _subjects(environment: JobEnvironment) -> dict[str, Callable[[], dict[str, A
 
 
 def _facts(subjects: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-    found = {name: attempt(FACTS_S, look) for name, look in subjects.items()}
+    """What a rank says of itself, subject by subject; `error` where one takes too long."""
+    until = time.monotonic() + FACTS_S
+    found = {name: attempt(max(0.1, until - time.monotonic()), look) for name, look in subjects.items()}
     return {**found, "host": socket.gethostname()}
 
 
@@ -113,14 +117,17 @@ def _answer(
         "host": socket.gethostname,
         "facts": partial(_facts, subjects),
         "clock": surroundings.now,
-        "gpu": lambda count: environment.gpu_index(survey.local_rank, count),
+        "gpu": partial(_gpu, environment, survey),
         "see": storage.see,
         "lock": storage.lock,
         "write": partial(storage.write, rank=survey.rank),
         "end": lambda: None,
     }
-    limit_s = FACTS_S * len(subjects) if what == "facts" else storage.LIMIT_S
-    return attempt(limit_s, partial(answers[what], **given))
+    return attempt(ANSWER_S, partial(answers[what], **given))
+
+
+def _gpu(environment: JobEnvironment, survey: Survey) -> int:
+    return environment.gpu_index(survey.local_rank, len(gpus.visible()["gpus"]))
 
 
 def _lead(survey: Survey, own: Mapping[str, Any], environment: JobEnvironment, target: Target, tell: Tell) -> None:
@@ -134,12 +141,10 @@ def _lead(survey: Survey, own: Mapping[str, Any], environment: JobEnvironment, t
         _check_facts(facts, hosts, target, tell)
     _meet(survey, hosts, tell)
     tell.doing("GPUs", ANSWER_S)
-    counts = {rank: len(each["gpus"].get("gpus", ())) for rank, each in facts.items()}
-    indices = {0: environment.gpu_index(survey.local_rank, counts[0])}
-    for rank in survey.answering:
-        indices |= survey.ask("gpu", ANSWER_S, [rank], count=counts[rank]) if counts[rank] else {rank: 0}
-    tell.found(gpus.check(_of_subject("gpus", facts, hosts), indices))
-    tell.doing("clocks", ANSWER_S)
+    indices = {0: _gpu(environment, survey), **survey.ask("gpu", ANSWER_S)}
+    seen = {rank: each for rank, each in _of_subject("gpus", facts, hosts).items() if rank in indices}
+    tell.found(gpus.check(seen, indices))
+    tell.doing("clocks", CLOCK_S * (1 + len(set(hosts.values()))))
     tell.found([surroundings.check_clocks(_clocks(survey, hosts), hosts)])
     tell.doing("the file system of the run directory", STORAGE_S)
     tell.found(storage.examine(target.folder, survey, hosts, is_asked_for=target.is_asked_for))
@@ -165,7 +170,8 @@ def _meet(survey: Survey, hosts: Mapping[int, str], tell: Tell) -> None:
         tell.found([memory.check_sharing(places, hosts, survey.share_memory(ANSWER_S))])
         tell.doing("waiting", IDLE_S + ANSWER_S)
         time.sleep(IDLE_S)
-        tell.found([launch.check_idle(survey.ask("waiting", ANSWER_S))])
+        if shares := survey.ask("waiting", ANSWER_S):
+            tell.found([launch.check_idle(shares)])
     tell.doing("messages", fabric.COLLECT_S + len(set(hosts.values())) + 4 * fabric.SECONDS)
     tell.found(fabric.measure(survey, hosts))
 
@@ -194,7 +200,7 @@ def _clocks(survey: Survey, hosts: Mapping[int, str]) -> dict[int, tuple[float, 
     for rank in peers.values():
         for _ in range(CLOCK_TRIES):
             began = time.time()
-            for there in survey.ask("clock", ANSWER_S, [rank]).values():
+            for there in survey.ask("clock", CLOCK_S, [rank]).values():
                 doubt = (time.time() - began) / 2
                 if rank not in offsets or doubt < offsets[rank][1]:
                     offsets[rank] = (there - began - doubt, doubt)

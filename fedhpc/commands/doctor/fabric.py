@@ -36,7 +36,12 @@ def measure(survey: Survey, hosts: Mapping[int, str]) -> Iterator[Finding]:
             return
     if len(survey.answering) < survey.size - 1:
         return
-    found = survey.collect(MESSAGE_BYTES, COLLECT_S)
+    try:
+        found = survey.collect(MESSAGE_BYTES, COLLECT_S)
+    except TimeoutError:
+        advice = "messages between two ranks arrive, those of all do not: tell the administrators, with this report"
+        yield Finding(SUBJECT, "broadcast and gather", "come to no end", PROBLEM, advice)
+        return
     value = (
         f"{found['nbytes'] / 1e6:.1f} MB to all in {1e3 * found['broadcast_s']:.0f} ms, "
         f"as much from each in {1e3 * found['gather_s']:.0f} ms"
