@@ -20,6 +20,8 @@ USERS_FAULT = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
 )
 """Errors about a file that the user named or owns, which another start would not mend."""
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV)
+"""Errors of a file system that cannot do what it is asked."""
 
 
 class UserError(ValueError):

@@ -150,6 +150,23 @@ def check_folder(path: Path) -> None:
         pass
 
 
+def check_replaces(folder: Path) -> None:
+    """See that files and folders in a folder can be forced to disk and take their names, as checkpoints have to.
+
+    Raises:
+        OSError: they cannot, or something else is under the name then.
+    """
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as place:
+        part, whole = Path(place, "part"), Path(place, "whole")
+        part.mkdir()
+        for data in (b"old", b"new"):
+            write_whole(part / "file", data)
+        part.rename(whole)
+        fsync(whole)
+        if (whole / "file").read_bytes() != b"new":
+            raise _error(errno.ENOTSUP, whole / "file")
+
+
 def _check_names(path: Path, existing: Path) -> None:
     """A file system says that a name is too long only once the folder is there that it is to be in."""
     if max(len(os.fsencode(part)) for part in ("", *path.parts)) > os.pathconf(existing, "PC_NAME_MAX"):

@@ -22,6 +22,9 @@ SWEEP_EPILOG = (
     "exit status: 0 no cell failed; 1 some failed, they are listed; 2 the experiment is at fault, nothing was run; "
     "75 stopped on request, run again to go on"
 )
+DOCTOR_EPILOG = (
+    "exit status: 0 all is well, or there are warnings; 1 there are problems; 2 the command line is at fault"
+)
 
 
 def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
@@ -46,6 +49,7 @@ def make_parser(actions: Mapping[str, Callable[[argparse.Namespace], int]]) -> a
         _watch,
         _keys,
         _completion,
+        _doctor,
     ):
         add(commands)
     for name, command in commands.choices.items():
@@ -343,6 +347,23 @@ def _completion(commands: Any) -> None:
         "looks for such files. Its first lines say where.",
     )
     command.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this site has, and what will not work: alone, under mpirun or srun, in a job",
+        description="Examine versions, MPI and launcher, memory, GPUs, network, file system and job, each within a "
+        "time limit; nothing is trained. Started on several ranks, rank 0 reports for all.",
+        epilog=DOCTOR_EPILOG,
+    )
+    command.add_argument(
+        "target",
+        metavar="RUN_DIR or CONFIG",
+        nargs="?",
+        help="a run directory, which need not be there yet, or a run's YAML file (default: the current folder)",
+    )
+    command.add_argument("--json", metavar="FILE", type=Path, help="also write the report as JSON, for a bug report")
 
 
 def _add_trained(command: argparse.ArgumentParser) -> None:

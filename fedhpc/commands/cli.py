@@ -1,6 +1,7 @@
 """The command line: parse, validate, choose the role by rank."""
 
 import argparse
+import hashlib
 import os
 import sys
 import traceback
@@ -27,7 +28,7 @@ from fedhpc.exchange.messages import Op
 from fedhpc.files import check_target, write_target
 from fedhpc.job.console import run_command, show
 from fedhpc.job.environment import job_environment
-from fedhpc.job.lock import RunLock
+from fedhpc.job.lock import RunLock, check_seen
 from fedhpc.job.log import log, log_to_file, start_log
 from fedhpc.job.quick_start import quick_start
 from fedhpc.job.run_files import RunFiles
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "watch": watch,
         "keys": keys,
         "completion": completion,
+        "doctor": doctor,
     }
     return make_parser(actions)
 
@@ -182,7 +184,8 @@ def set_up(
         if not is_server:
             job = load()
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
-        digests.append(job.digest)
+        seen = check_seen(job.config.run_dir, exchange.host)
+        digests.append(hashlib.sha256(f"{job.digest} {seen}".encode()).hexdigest())
         if not is_server or isinstance(exchange, LocalExchange):
             worker = make_worker(job, exchange, environment)
     if isinstance(exchange, MpiExchange) and not is_server:
@@ -190,6 +193,13 @@ def set_up(
     if isinstance(exchange, LocalExchange):
         exchange.handler = worker.handle
     return partial(lead, job, exchange, environment, lock, state)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`fedhpc doctor`: what a site has, and what will not work there."""
+    from fedhpc.commands.doctor import doctor as examine
+
+    return examine(arguments.target, arguments.json)
 
 
 def plan(arguments: argparse.Namespace) -> int:

@@ -6,13 +6,16 @@ from fedhpc.errors import UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
+from fedhpc.exchange.survey import Survey
 from fedhpc.exchange.watchdog import time_limit
+from fedhpc.job.container import container, container_words, launcher_above
 from fedhpc.job.schedulers.base import JobEnvironment
 from fedhpc.job.stopping import StopRequest
 
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
 """Set by mpirun or srun in every process that they start as an MPI rank."""
+INTEL = "Intel"
 
 
 def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) -> Exchange:
@@ -21,33 +24,84 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
     Raises:
         UserError: the processes that were started together do not find each other, or cannot.
     """
-    launched_as_rank = any(variable in os.environ for variable in LAUNCHER_VARIABLES)
+    launched_as_rank = is_launched()
     if launched_as_rank and (problem := environment.pmi_problem()) and _loads_intel_mpi(timeout_s):
         raise UserError(problem)
     exchange = MpiExchange(stop, timeout_s) if launched_as_rank else LocalExchange(stop, timeout_s)
-    if problem := environment.launch_problem(exchange.size, launched_as_rank):
+    if problem := launch_problem(environment, exchange.size):
         raise UserError(problem)
-    # The first alone: an mpirun inside a step of srun's own MPI hands on that step's variables, too.
-    variable = next((name for name in SIZE_VARIABLES if name in os.environ), "")
-    if (launched := int(os.environ.get(variable, exchange.size))) != exchange.size:
-        raise UserError(
-            f"the launcher started {launched} processes ({variable}), but MPI sees {exchange.size}: mpirun and the MPI "
-            "library that mpi4py loads are not of the same installation"
-        )
     if exchange.rank == 0:
         environment.mark("STARTED")
     return exchange if exchange.size > 1 else LocalExchange(stop, timeout_s)
 
 
-def _loads_intel_mpi(timeout_s: float) -> bool:
-    """Whether mpi4py's MPI library is Intel's. If it is, MPI is not initialized: that could end every rank."""
-    import mpi4py  # noqa: PLC0415 - a single process needs no MPI at all
+def start_survey(environment: JobEnvironment) -> Survey:
+    """The ranks of this launch for questions; MPI is started under a launcher only.
+
+    Raises:
+        UserError: the processes that were started together do not find each other, or cannot.
+    """
+    if not is_launched():
+        survey = Survey()
+    elif (problem := environment.pmi_problem()) and library_version().startswith(INTEL):
+        raise UserError(problem)
+    else:
+        from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
+
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
+        survey = Survey(MPI)
+    if problem := launch_problem(environment, survey.size):
+        raise UserError(problem)
+    return survey
+
+
+def is_launched() -> bool:
+    """Whether mpirun or srun has started this process as an MPI rank."""
+    return any(variable in os.environ for variable in LAUNCHER_VARIABLES)
+
+
+def library_version() -> str:
+    """What the MPI library that mpi4py loads says that it is; MPI is not started by this.
+
+    Raises:
+        Exception: mpi4py or the library cannot be loaded.
+    """
+    import mpi4py  # noqa: PLC0415
 
     mpi4py.rc(initialize=False, finalize=True)
     from mpi4py import MPI  # noqa: PLC0415
 
-    if MPI.Get_library_version().startswith("Intel"):
+    return str(MPI.Get_library_version())
+
+
+def launch_problem(environment: JobEnvironment, size: int) -> str | None:
+    """Why the processes of this launch are not one job, for the user; None if they are.
+
+    Args:
+        environment: of the batch job.
+        size: processes that MPI sees, 1 without MPI.
+    """
+    if problem := environment.launch_problem(size, is_launched()):
+        return problem + (container_words() if environment.is_step else "")
+    # The first alone: an mpirun inside a step of srun's own MPI hands on that step's variables, too.
+    variable = next((name for name in SIZE_VARIABLES if name in os.environ), "")
+    if (launched := int(os.environ.get(variable, size))) != size:
+        return (
+            f"the launcher started {launched} processes ({variable}), but MPI sees {size}: mpirun and the MPI "
+            f"library that mpi4py loads are not of the same installation{container_words()}"
+        )
+    if not is_launched() and container() and (launcher := launcher_above()):
+        return f"{launcher} has started this process, but MPI finds no variable of a launcher{container_words()}"
+    return None
+
+
+def _loads_intel_mpi(timeout_s: float) -> bool:
+    """Whether mpi4py's MPI library is Intel's. If it is, MPI is not initialized: that could end every rank."""
+    if library_version().startswith(INTEL):
         return True
+    from mpi4py import MPI  # noqa: PLC0415
+
     with time_limit(timeout_s):
         MPI.Init_thread()
     return False
@@ -59,5 +113,10 @@ __all__ = [
     "Exchange",
     "LocalExchange",
     "MpiExchange",
+    "Survey",
     "connect",
+    "is_launched",
+    "launch_problem",
+    "library_version",
+    "start_survey",
 ]

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self, get_type_hints
 
-from fedhpc.errors import USERS_FAULT, ConfigError
+from fedhpc.errors import NOT_SUPPORTED, USERS_FAULT, ConfigError
 from fedhpc.job.environment import machine_id, start_ticks
 from fedhpc.job.schedulers.base import JobEnvironment
 
@@ -32,6 +32,8 @@ SETTLE_S = 1.0
 PATIENCE = 10
 """How often a lock is tried again whose holder's job is over: that job's node may be slow to release it."""
 LOOKS = 20
+SEEN_S = 5.0
+"""How long other hosts may take to see a new lock file."""
 RECORD_BYTES = 1024
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -137,7 +139,7 @@ class RunLock:
             while self._descriptor is None:
                 self._descriptor = self._try()
         except OSError as error:
-            if error.errno not in USERS_FAULT:
+            if error.errno not in (*USERS_FAULT, *NOT_SUPPORTED):
                 raise
             raise ConfigError(f"{self._key}: {self.path} cannot be locked: {error.strerror}") from None
         self._thread = threading.Thread(target=self._beat, args=[self._descriptor], daemon=True)
@@ -299,6 +301,29 @@ class RunLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def check_seen(run_dir: str | Path, host: str) -> str:
+    """See, on another rank, the lock that rank 0 has taken; what it says of its owner, the same on every rank.
+
+    Args:
+        run_dir: the run directory as this rank knows it.
+        host: this rank's, for messages.
+
+    Raises:
+        ConfigError: there is none, so that this host has another folder under this name.
+    """
+    path = Path(run_dir) / "lock"
+    for _ in range(LOOKS):
+        with suppress(OSError):
+            os.listdir(run_dir)  # a network file system then forgets that the file was not there
+            if owner := Owner.parse(path.read_bytes()):
+                return repr(replace(owner, beats=0))
+        time.sleep(SEEN_S / LOOKS)
+    raise ConfigError(
+        f"run_dir: {path}, which rank 0 has made, is not there on {host}: the hosts see different folders under this "
+        "name; choose a run_dir on a file system that all hosts share"
+    )
 
 
 def _name(record: bytes) -> str:

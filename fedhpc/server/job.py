@@ -25,12 +25,12 @@ from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.config import Config
 from fedhpc.data.prepared import Description, PreparedData, tokenizer_fingerprint
 from fedhpc.data.tokens import check_known
-from fedhpc.errors import CheckpointError, ConfigError, DataError
+from fedhpc.errors import NOT_SUPPORTED, USERS_FAULT, CheckpointError, ConfigError, DataError
 from fedhpc.evaluate.questions import Questions, check_task
 from fedhpc.exchange.secure.ciphers import check_installed
 from fedhpc.federation.partition import Partition, divide
 from fedhpc.federation.sampling import count_packs, held_out_devices, training_devices
-from fedhpc.files import check_folder, names_in
+from fedhpc.files import check_folder, check_replaces, names_in
 from fedhpc.job.log import log
 from fedhpc.methods.fedpeptao import OLD_RELEASED, RELEASED_STEPS, is_old_released
 from fedhpc.model.backbone import OTHER_WORDS
@@ -214,6 +214,16 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
         check_folder(run_dir)
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} is not writable: {error.strerror}") from None
+    if create:
+        try:
+            check_replaces(run_dir)
+        except OSError as error:
+            if error.errno not in (*USERS_FAULT, *NOT_SUPPORTED):
+                raise
+            raise ConfigError(
+                f"run_dir: {run_dir}: files there cannot take the place of others, as checkpoints have to: "
+                f"{error.strerror}; choose a run_dir on another file system"
+            ) from None
     for name in filter(RUN_FILES.__contains__, names_in(run_dir)):
         path, is_folder = run_dir / name, name in FOLDERS
         if not (path.is_dir() if is_folder else path.is_file()):
