@@ -24,8 +24,8 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     : "${OMPI_MCA_rmaps_base_mapping_policy:=node}"
     export PRTE_MCA_rmaps_default_mapping_policy PRTE_MCA_rmaps_default_ranking_policy OMPI_MCA_rmaps_base_mapping_policy
 else
-    # More ranks than cores.
-    : "${PRTE_MCA_rmaps_default_mapping_policy:=:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"
+    # More ranks than cores; of several hosts, those of each one's slots first (without `slot` all go to the first host).
+    : "${PRTE_MCA_rmaps_default_mapping_policy:=slot:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"
     export PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe
     # A waiting rank sleeps instead of taking a core from a working one.
     : "${OMPI_MCA_mpi_yield_when_idle:=1}" "${OMPI_MCA_threads_pthreads_yield_strategy:=nanosleep}"
