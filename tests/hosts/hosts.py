@@ -15,6 +15,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from fedhpc.job.environment import start_ticks
+
 ROOT = Path(__file__).parents[2]
 BESIDE_PYTHON = Path(sys.executable).parent
 PROGRAMS = ("unshare", "nsenter", "setpriv", "ip", "tc")
@@ -84,6 +86,8 @@ class Hosts:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)}
         self.environment |= {"PATH": PATH, "PYTHONPATH": str(ROOT)}
         self._shared = [self.folder, ROOT, Path(sys.prefix), Path(sys.base_prefix), *map(Path, shared)]
+        self.entered = {}
+        """Processes that mpirun has started on other hosts than its own -> when, in ticks; with all from before."""
         self._processes = {}
         """Host name, or "" of the network between them -> the process that keeps its namespaces."""
 
@@ -108,7 +112,7 @@ class Hosts:
         namespaces = [*NAMESPACES, f"--pid=/proc/{pid}/ns/pid_for_children"]
         return ["nsenter", "--target", str(pid), *namespaces, "env", f"--chdir={cwd or '/'}", *map(str, command)]
 
-    def run(self, host, *command, cwd=None, timeout_s=120, check=True, **variables):
+    def run(self, host, *command, cwd=None, timeout_s=300, check=True, **variables):
         """Run a command on a host; the completed process, outputs as text."""
         done = subprocess.run(
             self.command(host, *command, cwd=cwd),
@@ -143,6 +147,11 @@ class Hosts:
         places = ",".join(f"{name}:{count}" for name, count in zip(self.names, slots, strict=True) if count)
         variables = [f"PRTE_MCA_plm_ssh_agent={agent}", f"FEDHPC={BESIDE_PYTHON / 'fedhpc'}"]
         return ["env", *variables, "sh", str(ROOT / "jobs/mpirun.sh"), "--host", places, *map(str, arguments)]
+
+    def spread(self, num_ranks, *arguments):
+        """The same, for so many ranks that are dealt out to the hosts evenly."""
+        counts = [len(range(place, num_ranks, len(self.names))) for place in range(len(self.names))]
+        return self.mpirun(counts, "-np", num_ranks, *arguments)
 
     def cut(self, host):
         """Pull a host's cable."""
@@ -222,6 +231,7 @@ class Hosts:
                 self.command(host, "sh", "-c", command),
                 stdin=stdin, stdout=stdout, stderr=stderr, env=self.environment, start_new_session=True,
             )  # fmt: skip
+            self.entered[process.pid] = start_ticks(process.pid)
             for file in files:
                 os.close(file)
             with suppress(BrokenPipeError):  # nobody waits for it any more

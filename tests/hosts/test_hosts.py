@@ -13,12 +13,9 @@ from pathlib import Path
 import pytest
 import tiny
 from cluster import Cluster, missing_program
-from hosts import BESIDE_PYTHON, ROOT, Hosts, why_not
+from hosts import BESIDE_PYTHON, ROOT
 
 from fedhpc.commands import cli
-
-if reason := why_not():
-    pytest.skip(reason, allow_module_level=True)
 
 ALL = os.environ.get("FEDHPC_HOSTS") == "all"
 CPUS = (4, 10, 3)
@@ -33,13 +30,6 @@ export OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_threads_pthreads_yield_strategy=n
 export OMPI_MCA_threads_pthreads_nanosleep_time=100000 PYTHONPATH={root} {variables}
 exec {python} -m fedhpc "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    """Three of them."""
-    with Hosts(tmp_path_factory.mktemp("hosts"), 3, [tmp_path_factory.getbasetemp()]) as hosts:
-        yield hosts
 
 
 class HostCluster(Cluster):
@@ -197,7 +187,7 @@ def start_by_slurm(cluster, checkout, launcher, case, config):
     job_file.write_text((ROOT / "jobs/demo.slurm").read_text().replace("\n. jobs", f"\n{settings}. jobs"))
     submit = ["sbatch", "--parsable", *options, *size, job_file, config]
     number = cluster.run(*submit, cwd=case.get("cwd", checkout), **case.get("variables", {})).stdout.strip()
-    job = cluster.ended(number, 120)
+    job = cluster.ended(number)
     said = (checkout / f"{number}.out").read_text()
     assert job["JobState"] == "COMPLETED", said
     if "parts" in case:
@@ -210,6 +200,7 @@ def start_by_slurm(cluster, checkout, launcher, case, config):
     return said, dict(zip(nodes.split(), tasks, strict=True))
 
 
+@pytest.mark.skipif(not ALL, reason="FEDHPC_HOSTS is not all")
 def test_records_of_near_and_far_workers(hosts):
     """Two of the workers on each host, and one on the server's."""
     command = hosts.mpirun((2, 2, 1), "-np", 5, sys.executable, ROOT / "tests/mpi/near_and_far.py")

@@ -27,6 +27,9 @@ else
     # More ranks than cores; of several hosts, those of each one's slots first (without `slot` all go to the first host).
     : "${PRTE_MCA_rmaps_default_mapping_policy:=slot:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"
     export PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe
+    # An mpirun that finds out by itself that a host is lost ends with 0: the ranks do, within exchange.timeout_s.
+    : "${PRTE_MCA_oob_tcp_keepalive_time:=0}"
+    export PRTE_MCA_oob_tcp_keepalive_time
     # A waiting rank sleeps instead of taking a core from a working one.
     : "${OMPI_MCA_mpi_yield_when_idle:=1}" "${OMPI_MCA_threads_pthreads_yield_strategy:=nanosleep}"
     : "${OMPI_MCA_threads_pthreads_nanosleep_time:=100000}"
