@@ -53,7 +53,7 @@ QUEUE = "50ms"
 BURST_S = 0.001
 """What a shaped link may send at once, in seconds of its rate, but `SMALLEST_BURST` bytes at least."""
 SMALLEST_BURST = 16_000
-NETWORK = "10.77.0"
+NETWORK, SUBNET = "network", "10.77.0"
 
 
 def why_not():
@@ -82,14 +82,14 @@ class Hosts:
     def __init__(self, folder, count, shared=()):
         self.folder = Path(folder).resolve()
         self.names = [f"node{number}" for number in range(1, count + 1)]
-        self.addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(self.names, start=1)}
+        self.addresses = {name: f"{SUBNET}.{number}" for number, name in enumerate(self.names, start=1)}
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)}
         self.environment |= {"PATH": PATH, "PYTHONPATH": str(ROOT)}
         self._shared = [self.folder, ROOT, Path(sys.prefix), Path(sys.base_prefix), *map(Path, shared)]
         self.entered = {}
         """Processes that mpirun has started on other hosts than its own -> when, in ticks; with all from before."""
         self._processes = {}
-        """Host name, or "" of the network between them -> the process that keeps its namespaces."""
+        """Host name, or that of the network between them -> the process that keeps its namespaces."""
 
     def __enter__(self):
         try:
@@ -125,17 +125,6 @@ class Hosts:
         assert not check or done.returncode == 0, f"{command} on {host}: {done.stdout}{done.stderr}"
         return done
 
-    def spawn(self, host, *command, output, cwd=None, **variables):
-        """Begin a command on a host, its output in an open file; its process."""
-        return subprocess.Popen(
-            [*DIE_WITH_US, *self.command(host, *command, cwd=cwd)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=self.environment | {key: str(value) for key, value in variables.items()},
-            start_new_session=True,
-        )
-
     def mpirun(self, slots, *arguments):
         """The command that starts ranks by jobs/mpirun.sh and this environment's MPI, to be run on the first host.
 
@@ -155,29 +144,25 @@ class Hosts:
 
     def cut(self, host):
         """Pull a host's cable."""
-        self._in_network(f"link set {host} down")
+        self._configure(NETWORK, "ip", f"link set {host} down")
 
     def restore(self, host):
         """Put it back."""
-        self._in_network(f"link set {host} up")
+        self._configure(NETWORK, "ip", f"link set {host} up")
 
     def shape(self, host, mbit):
-        """Let a host's link carry so many megabits a second each way; None: as many as it can."""
-        for inside, device in ((self._processes[host], "eth0"), (self._processes[""], host)):
-            command = ["nsenter", "--target", str(inside.pid), "--net", "tc", "qdisc"]
-            if mbit is None:
-                subprocess.run([*command, "delete", "dev", device, "root"], env=self.environment, check=True)
-                continue
-            burst = max(SMALLEST_BURST, round(BURST_S * mbit * 1e6 / 8))
-            limits = ["tbf", "rate", f"{mbit}mbit", "burst", f"{burst}b", "latency", QUEUE]
-            subprocess.run([*command, "replace", "dev", device, "root", *limits], env=self.environment, check=True)
+        """Let a host's link carry so many megabits a second each way."""
+        burst = max(SMALLEST_BURST, round(BURST_S * mbit * 1e6 / 8))
+        limits = f"tbf rate {mbit}mbit burst {burst}b latency {QUEUE}"
+        for place, device in ((host, "eth0"), (NETWORK, host)):
+            self._configure(place, "tc", f"qdisc replace dev {device} root {limits}")
 
     def _start(self):
         names = self.folder / "names"
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
         names.write_text("\n".join(lines) + "\n")
-        self._keep("", "unshare", "--net", "sh", "-c", "echo up; exec sleep infinity")
-        self._in_network("link add bridge type bridge\nlink set bridge up")
+        self._keep(NETWORK, "unshare", "--net", "sh", "-c", "echo up; exec sleep infinity")
+        self._configure(NETWORK, "ip", "link add bridge type bridge\nlink set bridge up")
         hidden = [path.relative_to("/tmp") for path in self._shared if path.is_relative_to("/tmp")]
         for name in self.names:
             own, boot = self.folder / f"tmp.{name}", self.folder / f"boot.{name}"
@@ -185,12 +170,14 @@ class Hosts:
             boot.write_text(f"{uuid.uuid4()}\n")
             unshare = ["unshare", *NAMESPACES, "--pid", "--fork", "--kill-child", "--mount-proc"]
             self._keep(name, *unshare, "sh", "-c", START, "sh", name, own, names, boot, *hidden)
-            self._in_network(
+            self._configure(
+                NETWORK,
+                "ip",
                 f"link add {name} type veth peer name eth0 netns {self._processes[name].pid}\n"
-                f"link set {name} master bridge up"
+                f"link set {name} master bridge up",
             )
             ours = f"link set lo up\naddress add {self.addresses[name]}/24 dev eth0\nlink set eth0 up"
-            self._ip(name, ours)
+            self._configure(name, "ip", ours)
         self._listen()
 
     def _keep(self, name, *command):
@@ -202,13 +189,10 @@ class Hosts:
             start_new_session=True,
         )
         self._processes[name] = process
-        assert process.stdout.readline() == b"up\n", f"{name or 'the network'} did not come up"
+        assert process.stdout.readline() == b"up\n", f"{name} did not come up"
 
-    def _in_network(self, commands):
-        self._ip("", commands)
-
-    def _ip(self, name, commands):
-        command = ["nsenter", "--target", str(self._processes[name].pid), "--net", "ip", "-batch", "-"]
+    def _configure(self, place, program, commands):
+        command = ["nsenter", "--target", str(self._processes[place].pid), "--net", program, "-batch", "-"]
         subprocess.run(command, input=commands, text=True, env=self.environment, check=True)
 
     def _listen(self):

@@ -107,18 +107,18 @@ LAUNCHERS = {
     "srun with Intel MPI": ("pmi2", ".venv/bin/intel"),
 }
 SITUATIONS = {
-    "even": {"ranks": 3},
-    "uneven": {"ranks": 4},
-    "one node": {"ranks": 3, "nodes": 1},
-    "17 ranks": {"ranks": 17},
-    "heterogeneous job": {"only": "srun", "ranks": 5, "parts": True},
-    "no environment": {"only": "SLURM|srun", "ranks": 3, "options": ["--export=NONE"]},
-    "odd names": {"ranks": 3, "options": ["--job-name=a job/of mine"], "run": "a run/of mine"},
-    "submitted from elsewhere": {"ranks": 3, "cwd": "/"},
-    "no home to write to": {"ranks": 3, "variables": {"HOME": "/proc"}},
+    "even": {"slots": (1, 1, 1)},
+    "uneven": {"slots": (2, 1, 1)},
+    "one node": {"slots": (3, 0, 0)},
+    "17 ranks": {"slots": CPUS},
+    "heterogeneous job": {"only": "srun", "slots": (1, 2, 2), "parts": True},
+    "no environment": {"only": "SLURM|srun", "slots": (1, 1, 1), "options": ["--export=NONE"]},
+    "odd names": {"slots": (1, 1, 1), "options": ["--job-name=a job/of mine"], "run": "a run/of mine"},
+    "submitted from elsewhere": {"slots": (1, 1, 1), "cwd": "/"},
+    "no home to write to": {"slots": (1, 1, 1), "variables": {"HOME": "/proc"}},
 }
 EVERYTHING = {
-    "ranks": 4,
+    "slots": (2, 1, 0),
     "options": ["--export=NONE", "--job-name=a job/of mine"],
     "run": "a run/of mine",
     "cwd": "/",
@@ -160,9 +160,8 @@ def test_the_bits_and_bytes_of_one_process(request, hosts, checkout, config, alo
 
 def start_by_mpirun(hosts, checkout, case, config):
     """Without a scheduler; what was said, and how many ranks each host should have had."""
-    ranks = case["ranks"]
-    slots = (ranks, 0, 0) if "nodes" in case else {3: (1, 1, 1), 4: (2, 1, 1), 17: CPUS}[ranks]
-    command = hosts.mpirun(slots, "-np", ranks, checkout / ".venv/bin/fedhpc", "run", config)
+    slots = case["slots"]
+    command = hosts.mpirun(slots, "-np", sum(slots), checkout / ".venv/bin/fedhpc", "run", config)
     done = hosts.run("node1", *command, cwd=case.get("cwd", checkout), check=False, **case.get("variables", {}))
     assert done.returncode == 0, done.stderr
     return done.stderr, {name: count for name, count in zip(hosts.names, slots, strict=True) if count}
@@ -176,7 +175,8 @@ def start_by_slurm(cluster, checkout, launcher, case, config):
     if plugin and plugin not in cluster.run("srun", "--mpi=list").stdout.split():
         pytest.skip(f"this SLURM has no plug-in {plugin}")
     options = [f"--chdir={checkout}", f"--output={checkout}/%j.out", "--mem-per-cpu=1G", *case.get("options", [])]
-    size, step = [f"--ntasks={case['ranks']}", f"--nodes={case.get('nodes', 3)}"], ""
+    slots = [count for count in case["slots"] if count]
+    size, step = [f"--ntasks={sum(slots)}", f"--nodes={len(slots)}"], ""
     if "parts" in case:
         second = ["--ntasks=4", "--ntasks-per-node=2", "--nodelist=node[2-3]", "--mem-per-cpu=1G"]
         size, step = ["--ntasks=1", "--nodelist=node1", ":", *second], " --het-group=0,1"
@@ -191,12 +191,12 @@ def start_by_slurm(cluster, checkout, launcher, case, config):
     said = (checkout / f"{number}.out").read_text()
     assert job["JobState"] == "COMPLETED", said
     if "parts" in case:
-        return said, {"node1": 1, "node2": 2, "node3": 2}
+        return said, dict(zip(cluster.hosts.names, slots, strict=True))
     nodes, _, counts = said.partition("\n")[0].partition(" = ")
     tasks = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         tasks += [int(count)] * int(times or 1)
-    assert sum(tasks) == case["ranks"]
+    assert sum(tasks) == sum(slots)
     return said, dict(zip(nodes.split(), tasks, strict=True))
 
 
