@@ -7,6 +7,9 @@ megabits a second each way, the server's as many as it can. All layers of RoBERT
 down and up, gathered, added up on the way, or in 16 bits; the local work is nothing at all. Beside each way stand
 mpi4py's `Bcast` and `Gatherv` of a device's bytes, and what the simulated clock says of such devices
 (`simulation.down_mbit`, `simulation.up_mbit`). Figures are medians over the rounds.
+
+The clock is of devices that send an upload each. Those that are added up on the way are not that to these links: a sum
+has 16 bytes for each number, and passes from host to host before it comes to the server.
 """
 
 import argparse

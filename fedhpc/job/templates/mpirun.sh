@@ -1,6 +1,6 @@
 #!/bin/sh
-# mpirun for one machine, also as root and with more ranks than cores; `make` installs it as .venv/bin/mpirun. As it is,
-# it calls the mpiexec beside FEDHPC, or else the one on PATH.
+# mpirun for one machine, or hosts that --host names, also as root and with more ranks than cores; `make` installs it as
+# .venv/bin/mpirun. As it is, it calls the mpiexec beside FEDHPC, or else the one on PATH.
 # Inside a SLURM allocation the scheduler decides who goes where, and cores are not shared.
 # Every setting can be overridden from the environment.
 set -eu
@@ -24,10 +24,10 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     : "${OMPI_MCA_rmaps_base_mapping_policy:=node}"
     export PRTE_MCA_rmaps_default_mapping_policy PRTE_MCA_rmaps_default_ranking_policy OMPI_MCA_rmaps_base_mapping_policy
 else
-    # More ranks than cores; of several hosts, those of each one's slots first (without `slot` all go to the first host).
+    # More ranks than cores; on several hosts as many as each has slots (without `slot` all would go to the first one).
     : "${PRTE_MCA_rmaps_default_mapping_policy:=slot:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"
     export PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe
-    # An mpirun that finds out by itself that a host is lost ends with 0: the ranks do, within exchange.timeout_s.
+    # The ranks find out that a host is lost, within exchange.timeout_s; an mpirun that does so first ends with 0.
     : "${PRTE_MCA_oob_tcp_keepalive_time:=0}"
     export PRTE_MCA_oob_tcp_keepalive_time
     # A waiting rank sleeps instead of taking a core from a working one.
