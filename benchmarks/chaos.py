@@ -1,12 +1,13 @@
 """A fault campaign: ranks of real runs are struck at random moments; every run must end with the undisturbed bits.
 
-    python benchmarks/chaos.py --out runs/chaos [--runs 64] [--seed 1] [--ranks 4] [--only RUN ...]
+    python benchmarks/chaos.py --out runs/chaos [--runs 64] [--seed 1] [--ranks 4] [--only RUN ...] [--hosts]
 
 Each run is started under mpirun; a random rank gets SIGKILL, SIGTERM, SIGUSR1 or SIGSTOP during start-up, during the
 rounds, while a checkpoint is written or near the end. The run must end by itself, with the right status and no process
 left, and go on to the end on another number of ranks; some are struck again on the way. With an MPI that has ULFM, some
-runs must survive the loss of a rank without a new start. The table also goes to OUT/chaos.json with all details; of a
-run with anything wrong the folder stays. Exit status 1 if there is one.
+runs must survive the loss of a rank without a new start. With `--hosts`, as root, the ranks are spread over two
+emulated hosts (tests/hosts/hosts.py). The table also goes to OUT/chaos.json with all details; of a run with anything
+wrong the folder stays. Exit status 1 if there is one.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -32,8 +34,9 @@ from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
 from fedhpc.job.run_files import RunFiles
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/mpi")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/mpi"), str(ROOT / "tests/hosts")]
 import tiny  # noqa: E402
+from hosts import Hosts, why_not  # noqa: E402
 from launch import WITH_ULFM, has_ulfm  # noqa: E402
 from strike import CheckpointFiles, Job, catches  # noqa: E402
 
@@ -145,7 +148,7 @@ class Trial:
     """One run: its starts, the strikes, and what was wrong."""
 
     def __init__(self, plan, arguments, world, reference):
-        self.plan, self.reference = plan, reference
+        self.plan, self.reference, self.hosts = plan, reference, arguments.hosts
         self.rng = random.Random(f"{arguments.seed} {plan.number}")
         self.ranks = [arguments.ranks]
         self.folder = arguments.out / f"run_{plan.number:03d}"
@@ -188,7 +191,7 @@ class Trial:
             settings += ["--set", f"exchange.timeout_s={TIMEOUT_S}"]
         command = [ROOT / "tests/mpi/count_steps.py", steps, "run", self.config, *settings]
         output, options = self.folder / f"output_{number}.txt", WITH_ULFM if ulfm else ()
-        with Job(ranks, *command, output=output, options=options) as job:
+        with Job(ranks, *command, output=output, options=options, hosts=self.hosts) as job:
             strike = self.strike(job, kind, moment, ulfm) if kind else None
             status = job.wait(LIMIT_S if strike else START_LIMIT_S, self.metrics.read)
             ended = time.monotonic()
@@ -349,10 +352,21 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=4, help="of a run's first start; further ones take 2 to 5")
     parser.add_argument("--only", type=int, nargs="+", metavar="RUN", help="repeat some of the runs")
+    parser.add_argument("--hosts", action="store_true", help="spread the ranks over two emulated hosts")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # still end what was started
+    if arguments.hosts and (reason := why_not()):
+        sys.exit(reason)
     arguments.out = arguments.out.absolute()
     arguments.out.mkdir(parents=True)
+    if not arguments.hosts:
+        return campaign(arguments)
+    with tempfile.TemporaryDirectory() as folder, Hosts(folder, 2, [arguments.out]) as arguments.hosts:
+        return campaign(arguments)
+
+
+def campaign(arguments):
+    """All runs; 1 if one of them went wrong."""
     world = tiny.write_world(arguments.out)
     reference = undisturbed(arguments, world)
     print(f"undisturbed: first round after {reference.start_up_s:.1f} s, {ROUNDS} of {reference.round_s:.3f} s")
@@ -403,7 +417,7 @@ def undisturbed(arguments, world):
     files = RunFiles(tiny.run_dir(config))
     metrics = MetricsFile(files.metrics)
     command = [ROOT / "tests/mpi/count_steps.py", steps, "run", config]
-    with Job(arguments.ranks, *command, output=folder / "output.txt") as job:
+    with Job(arguments.ranks, *command, output=folder / "output.txt", hosts=arguments.hosts) as job:
         job.find(0)
         began = time.monotonic()
         if job.wait(START_LIMIT_S, metrics.read) != 0:

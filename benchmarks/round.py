@@ -61,11 +61,11 @@ class StandIn:
         yield assignment.device, self.update
 
 
-def engine_rounds(exchange, stand_in, folder, *, rounds, method="fedavg", way="gather"):
+def engine_rounds(exchange, stand_in, folder, *, rounds, method="fedavg", way="gather", ratio=RATIO):
     """Seconds of each round and its metrics, on rank 0."""
     workers = exchange.num_workers
     job = make_job(
-        folder, ratio=RATIO, rounds=rounds, num_devices=workers, sampled=workers, server={"method": method},
+        folder, ratio=ratio, rounds=rounds, num_devices=workers, sampled=workers, server={"method": method},
         evaluate={"every": rounds}, exchange=WAYS[way],
     )  # fmt: skip
     stand_in.update = None
@@ -76,17 +76,17 @@ def engine_rounds(exchange, stand_in, folder, *, rounds, method="fedavg", way="g
     return np.diff(server.began)[WARM:].tolist(), server.records[WARM:-1]
 
 
-def raw_rounds(comm, size):
+def raw_rounds(comm, size, size_up, rounds):
     """Seconds of each broadcast and gather of so many floats, on rank 0."""
-    down = np.ones(size, np.float32)
-    up = np.ones((comm.size - 1, size), np.float32) if comm.rank == 0 else None
-    counts = [0] + [size] * (comm.size - 1)
+    down, mine = np.ones(size, np.float32), np.ones(size_up if comm.rank else 0, np.float32)
+    up = np.ones((comm.size - 1, size_up), np.float32) if comm.rank == 0 else None
+    counts = [0] + [size_up] * (comm.size - 1)
     seconds = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         comm.Barrier()
         began = time.perf_counter()
         comm.Bcast(down, root=0)
-        comm.Gatherv(down if comm.rank else down[:0], [up, counts] if comm.rank == 0 else None, root=0)
+        comm.Gatherv(mine, [up, counts] if comm.rank == 0 else None, root=0)
         seconds.append(time.perf_counter() - began)
     return seconds[WARM:]
 
@@ -136,7 +136,7 @@ def main():
     parts = {"fedavg": [], "fedpeptao": []}
     by_way = {way: ([], []) for way in WAYS}
     for block in range(arguments.blocks):
-        times["raw"] += raw_rounds(comm, size)
+        times["raw"] += raw_rounds(comm, size, size, ROUNDS)
         for method in ("fedavg", "fedpeptao"):
             seconds, found = engine_rounds(
                 exchange, stand_in, folder / f"{method}{block}", rounds=ROUNDS, method=method

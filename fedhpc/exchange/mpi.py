@@ -30,7 +30,7 @@ from fedhpc.exchange.reduction import Reduction
 from fedhpc.exchange.repair import repair
 from fedhpc.exchange.shared_layout import PAYLOAD, PLACES, SharedLayout
 from fedhpc.exchange.transfer import RecordTransfer, Types
-from fedhpc.exchange.watchdog import ABORT_S, Watchdog, time_limit
+from fedhpc.exchange.watchdog import ABORT_S, Watchdog, end_launcher_later, time_limit
 from fedhpc.job.status import RankStatus
 from fedhpc.job.stopping import StopRequest
 
@@ -245,6 +245,7 @@ class MpiExchange(Exchange):
         """See `Exchange`."""
         sys.stdout.flush()
         sys.stderr.flush()
+        end_launcher_later()
         with self._watchdog.over("MPI_Abort", ABORT_S):
             self._comm.Abort(status)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedhpc.errors import RanksLost
 from fedhpc.exchange.connection import Connection
+from fedhpc.exchange.watchdog import ULFM
 
 
 def repair(
@@ -28,7 +29,7 @@ def repair(
     Raises:
         RanksLost: the server is lost, no worker is left, or the MPI cannot do it.
     """
-    if "OMPI_MCA_mpi_ft_enable" not in os.environ:
+    if ULFM not in os.environ:
         raise RanksLost("exchange.on_rank_failure: continue needs an MPI with ULFM: mpirun --with-ft ulfm")
     if _join_survivors(connection, join, inside) != 0:
         raise RanksLost("rank 0, the server, is lost")

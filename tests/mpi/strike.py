@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +18,22 @@ NAP_S = 0.001
 
 
 class Job:
-    """Ranks under mpirun, their output in a file; a context manager that leaves none of their processes."""
+    """Ranks under mpirun, their output in a file; a context manager that leaves none of their processes.
 
-    def __init__(self, num_ranks, *arguments, output, options=()):
+    Args:
+        hosts: emulated ones (`hosts.Hosts`) that the ranks are spread over, mpirun being on the first; else this one.
+    """
+
+    def __init__(self, num_ranks, *arguments, output, options=(), hosts=None):
         self.num_ranks, self.output, self.started = num_ranks, output, time.monotonic()
+        self._elsewhere = hosts.entered if hosts else {}
+        if hosts:
+            start = hosts.command("node1", *hosts.spread(num_ranks, *options, sys.executable, *arguments))
+        else:
+            start = command(num_ranks, *arguments, options=options)
         with output.open("ab") as file:
             self.launcher = subprocess.Popen(
-                command(num_ranks, *arguments, options=options),
+                start,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -49,6 +59,7 @@ class Job:
         for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 parents[int(path.parent.name)] = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+        self._seen |= {pid: ticks for pid, ticks in list(self._elsewhere.items()) if ticks}
         alive = [pid for pid, ticks in self._seen.items() if start_ticks(pid) == ticks]
         for pid in alive:  # grows
             for child in (child for child, parent in parents.items() if parent == pid and child not in alive):

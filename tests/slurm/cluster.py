@@ -17,7 +17,7 @@ KILL_WAIT_S = 10
 # No job accounting, no cgroups; ended jobs are not forgotten. More CPUs than the host has: 17 tasks fit on any.
 CONF = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -45,7 +45,7 @@ KillWait={kill_wait}
 MailProg=/bin/true
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=100000\n"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus} RealMemory=100000\n"
 
 
 def missing_program():
@@ -74,8 +74,7 @@ class Cluster:
         self.daemons = []
 
     def start(self):
-        host = socket.gethostname().partition(".")[0]
-        nodes = [host, *(f"node{number}" for number in range(2, len(self.cpus) + 1))]
+        nodes = self.nodes()
         for name in ("state", "munge", *(f"spool.{node}" for node in nodes)):
             (self.folder / name).mkdir(mode=0o755)
         key, munge_socket = self.folder / "munge/key", self.folder / "munge/socket"
@@ -83,21 +82,34 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         user = pwd.getpwuid(os.geteuid()).pw_name
         controller, *ports = free_ports(1 + len(nodes))
-        conf = CONF.format(
-            host=host, user=user, port=controller, socket=munge_socket, folder=self.folder, kill_wait=KILL_WAIT_S
-        )
-        for node, port, cpus in zip(nodes, ports, self.cpus, strict=True):
-            conf += NODE.format(name=node, host=host, port=port, cpus=cpus)
+        conf = ""
+        for (node, (host, address)), port, cpus in zip(nodes.items(), ports, self.cpus, strict=True):
+            conf = conf or CONF.format(
+                host=host, address=address, user=user, port=controller, socket=munge_socket, folder=self.folder,
+                kill_wait=KILL_WAIT_S,
+            )  # fmt: skip
+            conf += NODE.format(name=node, host=host, address=address, port=port, cpus=cpus)
         self.conf.write_text(conf)
         files = [f"--key-file={key}", f"--socket={munge_socket}"]
         files += [f"--{name}-file={self.folder / 'munge' / name}" for name in ("pid", "log", "seed")]
-        self._spawn("munged", "--foreground", "--force", "--num-threads=2", *files)
+        first = next(iter(nodes))
+        self._spawn(first, "munged", "--foreground", "--force", "--num-threads=2", *files)
         self._wait_until(munge_socket.is_socket)
-        self._spawn("slurmctld", "-D", "-f", str(self.conf))
+        self._spawn(first, "slurmctld", "-D", "-f", str(self.conf))
         for node in nodes:
-            self._spawn("slurmd", "-D", "-N", node, "-f", str(self.conf))
+            self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
         idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
         self._wait_until(lambda: len(self.run(*idle, check=False).stdout.split()) == len(nodes))
+
+    def nodes(self):
+        """Node -> the host that it is on, and its address."""
+        host = socket.gethostname().partition(".")[0]
+        names = [host, *(f"node{number}" for number in range(2, len(self.cpus) + 1))]
+        return dict.fromkeys(names, (host, "127.0.0.1"))
+
+    def on(self, node, command, cwd=None):
+        """What runs a command on a node; `cwd` as far as that does not go without saying."""
+        return command
 
     def stop(self):
         if self.daemons:
@@ -119,7 +131,7 @@ class Cluster:
         """A command of this cluster; the completed process, outputs as text."""
         environment = self.environment | {key: str(value) for key, value in variables.items()}
         done = subprocess.run(
-            [str(part) for part in command],
+            self.on(next(iter(self.nodes())), [str(part) for part in command], cwd),
             capture_output=True,
             text=True,
             timeout=120,
@@ -159,11 +171,11 @@ class Cluster:
                 continue
         return found
 
-    def _spawn(self, program, *arguments):
+    def _spawn(self, node, program, *arguments):
         with (self.folder / f"{program}.{len(self.daemons)}.out").open("w") as output:
             daemon = subprocess.Popen(
                 # It ends with this process, also when that is killed.
-                ["setpriv", "--pdeathsig", "TERM", shutil.which(program, path=PATH), *arguments],
+                ["setpriv", "--pdeathsig", "TERM", *self.on(node, [shutil.which(program, path=PATH), *arguments])],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

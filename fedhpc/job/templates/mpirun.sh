@@ -1,6 +1,6 @@
 #!/bin/sh
-# mpirun for one machine, also as root and with more ranks than cores; `make` installs it as .venv/bin/mpirun. As it is,
-# it calls the mpiexec beside FEDHPC, or else the one on PATH.
+# mpirun for one machine, or hosts that --host names, also as root and with more ranks than cores; `make` installs it as
+# .venv/bin/mpirun. As it is, it calls the mpiexec beside FEDHPC, or else the one on PATH.
 # In a job of SLURM, or on several nodes, the scheduler decides who goes where, and cores are not shared.
 # Every setting can be overridden from the environment.
 set -eu
@@ -24,9 +24,12 @@ if [ -n "${SLURM_JOB_ID:-}${FEDHPC_HOSTS:-}" ]; then
     : "${OMPI_MCA_rmaps_base_mapping_policy:=node}"
     export PRTE_MCA_rmaps_default_mapping_policy PRTE_MCA_rmaps_default_ranking_policy OMPI_MCA_rmaps_base_mapping_policy
 else
-    # More ranks than cores.
-    : "${PRTE_MCA_rmaps_default_mapping_policy:=:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"
+    # More ranks than cores; on several hosts as many as each has slots (without `slot` all would go to the first one).
+    : "${PRTE_MCA_rmaps_default_mapping_policy:=slot:oversubscribe}" "${OMPI_MCA_rmaps_base_oversubscribe:=1}"
     export PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe
+    # The ranks find out that a host is lost, within exchange.timeout_s; an mpirun that does so first ends with 0.
+    : "${PRTE_MCA_oob_tcp_keepalive_time:=0}"
+    export PRTE_MCA_oob_tcp_keepalive_time
     # A waiting rank sleeps instead of taking a core from a working one.
     : "${OMPI_MCA_mpi_yield_when_idle:=1}" "${OMPI_MCA_threads_pthreads_yield_strategy:=nanosleep}"
     : "${OMPI_MCA_threads_pthreads_nanosleep_time:=100000}"
