@@ -83,11 +83,11 @@ class WandB(Tracker):
         from wandb.sdk import wandb_setup
 
         try:
-            wandb.login(prompt=False, verify=False)
+            problem = "" if wandb.login(prompt=False, verify=False) else "there is none."
         except wandb.Error as error:
-            raise ConfigError(
-                f"trackers: wandb: mode: online needs a key: {first_line(error)} Set WANDB_API_KEY, {OTHERWISE}"
-            ) from None
+            problem = first_line(error)
+        if problem:
+            raise ConfigError(f"trackers: wandb: mode: online needs a key: {problem} Set WANDB_API_KEY, {OTHERWISE}")
         server, answers = wandb_setup.singleton().settings.base_url, threading.Event()
 
         def ask() -> None:
