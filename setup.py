@@ -12,6 +12,8 @@ GENERATION = ["rouge-score>=0.1.2", "sacrebleu>=2.4"]
 """What scores generated text."""
 PRIVACY = ["dp-accounting>=0.6"]
 """What computes what a run costs in privacy."""
+TENSORBOARD = ["tensorboard>=2.20"]
+MLFLOW = ["mlflow-skinny>=3.10"]
 
 setup(
     name="fedhpc",
@@ -71,11 +73,17 @@ setup(
         "privacy": PRIVACY,
         "quantization": ["bitsandbytes>=0.50", "accelerate>=1.0"],
         "secure": ["cryptography>=43"],
+        "tensorboard": TENSORBOARD,
+        "wandb": ["wandb>=0.31"],
+        "mlflow": MLFLOW,
+        "trackio": ["trackio>=0.43"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML"),
             *("accelerate", "bitsandbytes", "cryptography>=43", "peft>=0.21"),
             *GENERATION,
             *PRIVACY,
+            *TENSORBOARD,
+            *MLFLOW,
             *("more-itertools", "pytablewriter", "requests"),  # of what lm-eval needs, that which is used here
         ],
         "bench": ["peft>=0.18"],

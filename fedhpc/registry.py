@@ -29,7 +29,7 @@ from fedhpc.errors import ConfigError
 SHIPPED = (
     *("fedhpc.methods", "fedhpc.tuning", "fedhpc.federation.partitions", "fedhpc.attack.attacks"),
     *("fedhpc.selection.strategies", "fedhpc.exchange.encodings", "fedhpc.evaluate.metrics"),
-    "fedhpc.evaluate.generation_metrics",
+    *("fedhpc.evaluate.generation_metrics", "fedhpc.job.trackers"),
 )
 """Modules that register fedhpc's own parts; of a folder all files, so that a new part is one file."""
 ENTRY_POINTS = "fedhpc.plugins"
@@ -147,7 +147,7 @@ ENCODINGS = Registry("upload encoding", "Encoding", section="exchange", key="enc
 ATTACKS = Registry("attack", "Attack", section="attack", key="kind", default="none")
 METRICS = Registry("metric", "Metric")
 GENERATION_METRICS = Registry("metric of generated text", "GenerationMetric", taken=RECORDED)
-TRACKERS = Registry("tracker", "Tracker")
+TRACKERS = Registry("tracker", "Tracker", section="trackers", key="kind")
 SECTIONS = (METHODS, TUNINGS, PARTITIONS, STRATEGIES, ENCODINGS, ATTACKS)
 """Registries whose parts have keys in a section of the configuration."""
 

@@ -34,6 +34,7 @@ from fedhpc.job.quick_start import quick_start
 from fedhpc.job.run_files import RunFiles
 from fedhpc.job.schedulers.base import JobEnvironment
 from fedhpc.job.stopping import StopRequest
+from fedhpc.job.tracker import any_at_work
 
 
 def main(argv: Sequence[str] | None = None, *, prefix: str = "fedhpc: ") -> int:
@@ -133,8 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
                 environment.mark("FINISHED")
     with faults_end_every_rank(exchange):
         exchange.finalize()
-    if isinstance(exchange, MpiExchange):
-        # Without Python's own long way out: nobody is left to notice a rank that hangs there, as in MPI after a repair.
+    if isinstance(exchange, MpiExchange) or any_at_work():
+        # Without Python's own long way out: nobody is left to notice a rank that hangs there, as in MPI after a repair,
+        # or for a tracker.
         os._exit(status)
     return status
 
@@ -171,6 +173,7 @@ def set_up(
             job = load()
             jobs.check_data(job)
             jobs.check_run_dir(job.config)
+            jobs.check_trackers(job.config)
             lock = held.enter_context(RunLock(job.config.run_dir, environment, exchange.progress))
             log_to_file(RunFiles(job.config.run_dir).log, exchange.rank, exchange.size, exchange.host)
             if lock.notice:

@@ -23,7 +23,8 @@ from fedhpc import yaml_files
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError
 from fedhpc.files import write_target
-from fedhpc.registry import SECTIONS, Registry, load_plugins
+from fedhpc.job.tracker import TrackerConfig
+from fedhpc.registry import SECTIONS, TRACKERS, Registry, load_plugins
 
 TOP_LEVEL = "top level"
 MARKER = re.compile(r"<!-- keys: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
@@ -50,16 +51,23 @@ def section_names() -> list[str]:
     return [TOP_LEVEL, *(name for name, field in Config.model_fields.items() if _is_section(field))]
 
 
+def tables() -> list[str]:
+    """What has a table of keys: the sections, and entries of `trackers`."""
+    return [*section_names(), TRACKERS.section]
+
+
 def keys_of(section: str) -> list[Key]:
     """The keys of a section, those of all registered parts included, common ones first.
 
     Raises:
         ConfigError: there is no such section.
     """
+    if section == TRACKERS.section:
+        return _own_keys(TRACKERS, TrackerConfig)
     if section == TOP_LEVEL:
         return list(_keys("", Config, [name for name, field in Config.model_fields.items() if not _is_section(field)]))
     if section not in section_names():
-        raise ConfigError(f"{section!r} is no section; there are {', '.join(section_names())}")
+        raise ConfigError(f"{section!r} is no section; there are {', '.join(tables())}")
     common: Any = Config.model_fields[section].annotation
     registry = next((registry for registry in SECTIONS if registry.section == section), None)
     found = list(_keys(f"{section}.", common, common.model_fields))
@@ -112,7 +120,7 @@ def write_tables(path: Path) -> str:
 def show_keys(section: str | None, plugins: Sequence[str] = ()) -> str:
     """What `fedhpc keys` prints."""
     load_plugins(plugins)
-    return keys_text([section] if section else section_names())
+    return keys_text([section] if section else tables())
 
 
 REQUIRED = "required"
@@ -125,7 +133,8 @@ def _is_section(field: FieldInfo) -> bool:
 
 
 def _summary(section: str) -> str:
-    words: str = Config.model_fields[section].annotation.__doc__  # type: ignore[assignment]
+    keys: Any = TrackerConfig if section == TRACKERS.section else Config.model_fields[section].annotation
+    words: str = keys.__doc__
     return words.splitlines()[0].partition(";")[0].rstrip(".")
 
 

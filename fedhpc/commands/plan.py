@@ -26,7 +26,7 @@ from fedhpc.exchange.secure.records import device_bytes, rank_bytes
 from fedhpc.federation.sampling import Homes, count_packs, local_steps, most_at_once, training_devices
 from fedhpc.job.progress import human_bytes
 from fedhpc.model.pretrained import count_parameters
-from fedhpc.server.job import Job, check_data, check_run_dir, job_notices, load_job
+from fedhpc.server.job import Job, check_data, check_run_dir, check_trackers, job_notices, load_job
 
 
 def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) -> str:
@@ -38,6 +38,7 @@ def plan_text(config: Config, *, ranks: int, examples_per_second: float | None) 
     job = load_job(config)
     check_data(job)
     check_run_dir(config, create=False)
+    check_trackers(config)
     num_workers = max(1, ranks - 1)
     total = count_parameters(job.shape.name)
     sections = (

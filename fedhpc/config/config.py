@@ -133,8 +133,8 @@ class Config(Section):
     def _trackers_are_known(cls, trackers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for place, entry in enumerate(trackers):
             if entry.get("kind") not in TRACKERS:
-                known = f"valid: {', '.join(TRACKERS)}" if len(TRACKERS) else "no plug-in has registered one"
-                raise ValueError(f"trackers: entry {place}: kind {entry.get('kind')!r} is no tracker; {known}")
+                known = ", ".join(TRACKERS)
+                raise ValueError(f"trackers: entry {place}: kind {entry.get('kind')!r} is no tracker; valid: {known}")
             try:
                 TRACKERS[entry["kind"]].Config.model_validate(entry)
             except ValidationError as error:

@@ -1,5 +1,6 @@
 """The serial twin: one process is server and worker."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from fedhpc.exchange.messages import Command, Note, RecordType
 from fedhpc.job.background import settle
 from fedhpc.job.status import RankStatus
 from fedhpc.job.stopping import StopRequest
+from fedhpc.job.tracker import any_at_work
 
 LONGEST_WRITE_S = 10.0
 """A failed process waits at most so long for what it is writing."""
@@ -90,4 +92,6 @@ class LocalExchange(Exchange):
     def abort(self, status: int) -> None:
         """See `Exchange`; a checkpoint under way is waited for, unless its file system hangs."""
         settle(LONGEST_WRITE_S)
+        if any_at_work():
+            os._exit(status)
         raise SystemExit(status)

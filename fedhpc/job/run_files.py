@@ -20,18 +20,20 @@ class RunFiles:
         self.metrics = self.run_dir / "metrics.jsonl"
         self.log = self.run_dir / "log.txt"
         self.generations = self.run_dir / "generations"
+        self.trackers = self.run_dir / "trackers"
 
     def answers(self, round_index: int) -> Path:
         """The file of the answers of a round, counted from 0."""
         return self.generations / f"round_{round_index:06d}.jsonl"
 
     def begin_anew(self) -> Path | None:
-        """Put the lines and answers of rounds aside that nobody goes on from; where the lines are now."""
+        """Put aside what rounds have left that nobody goes on from; where their lines are now."""
+        folders = self.generations, self.trackers
         for number in count(1):
-            aside = self.metrics.with_suffix(f".{number}.jsonl"), self.generations.with_suffix(f".{number}")
+            aside = self.metrics.with_suffix(f".{number}.jsonl"), *(path.with_suffix(f".{number}") for path in folders)
             if not any(path.exists() for path in aside):
                 break
-        for path, other in zip((self.metrics, self.generations), aside, strict=True):
+        for path, other in zip((self.metrics, *folders), aside, strict=True):
             if path.exists():
                 path.rename(other)
         return aside[0] if aside[0].exists() else None

@@ -32,6 +32,7 @@ from fedhpc.federation.partition import Partition, divide
 from fedhpc.federation.sampling import count_packs, held_out_devices, training_devices
 from fedhpc.files import check_folder, check_replaces, names_in
 from fedhpc.job.log import log
+from fedhpc.job.tracker import make_trackers
 from fedhpc.methods.fedpeptao import OLD_RELEASED, RELEASED_STEPS, is_old_released
 from fedhpc.model.backbone import OTHER_WORDS
 from fedhpc.model.limits import check_answers, check_lengths
@@ -44,7 +45,7 @@ from fedhpc.selection import make_strategy
 from fedhpc.server.notices import notices
 from fedhpc.tuning import Tuning, make_tuning
 
-FOLDERS = ("checkpoints", "traces", "generations")
+FOLDERS = ("checkpoints", "traces", "generations", "trackers")
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt", *FOLDERS)
 LEAST_SECRET = 1 << 40
 """Smaller seeds are soon tried one after the other."""
@@ -238,6 +239,16 @@ def check_run_dir(config: Config, *, create: bool = True) -> None:
             raise ConfigError(
                 f"run_dir: {error.filename} cannot be read and written: {error.strerror}; choose another run_dir"
             ) from None
+
+
+def check_trackers(config: Config) -> None:
+    """See that a run's trackers could begin, from this node.
+
+    Raises:
+        ConfigError: one of them could not.
+    """
+    for tracker in make_trackers(config):
+        tracker.check_ready(Path(config.run_dir))
 
 
 def job_notices(job: Job) -> list[str]:

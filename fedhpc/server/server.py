@@ -32,7 +32,7 @@ from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
 from fedhpc.job.progress import Progress, human_bytes
 from fedhpc.job.run_files import RunFiles
-from fedhpc.job.tracker import Trackers
+from fedhpc.job.tracker import Ending, Trackers
 from fedhpc.methods import ServerState, SummedMethod, make_method
 from fedhpc.methods.updates import RoundUploads, Sums, distance
 from fedhpc.selection import make_strategy
@@ -80,6 +80,7 @@ class Server:
         """The whole job, from the start or from a checkpoint's state; how it ended, FINISH or SUSPEND."""
         resolved = self.config.resolved(task=self.description.task, max_length=self.description.max_length)
         write_whole(self.files.config, resolved.to_yaml().encode())
+        ending: Ending = "failed"
         try:
             try:
                 self.state = self.fresh_state() if found is None else self.resumed_state(found)
@@ -87,10 +88,12 @@ class Server:
                 state = self.run_rounds(self.state)
             except Halt:
                 self.suspend()
+                ending = "stopped"
                 return Op.SUSPEND
             self.saving.wait()
             self.files.force_metrics()
             self._command(Command(op=Op.FINISH))
+            ending = "finished"
         except RanksLost:
             self.saving.abandon()
             raise
@@ -98,7 +101,7 @@ class Server:
             self.saving.give_up_waiting()
             raise
         finally:
-            self.trackers.end()
+            self.trackers.end(ending)
         digest = hashlib.sha256(state.server.params.tobytes())
         for _, weight in sorted(state.added.items()):
             digest.update(weight.tobytes())
