@@ -1,7 +1,6 @@
 """Rank 0: select layers, then the rounds. The server holds the global prompts and never sees an example."""
 
 import hashlib
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fedhpc.attack.attack import bad_devices
 from fedhpc.checkpoint.state_file import RunState
@@ -19,30 +18,28 @@ from fedhpc.checkpoint.trace import write_trace
 from fedhpc.errors import Halt, RanksLost
 from fedhpc.evaluate.outcomes import make_outcomes
 from fedhpc.exchange import Exchange, messages
-from fedhpc.exchange.encoding import Upload, make_encoding
-from fedhpc.exchange.exact_sum import SumSize
+from fedhpc.exchange.encoding import make_encoding
 from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
-from fedhpc.exchange.secure.records import threshold
 from fedhpc.exchange.simulation import Load, round_seconds
 from fedhpc.federation.packing import choose_pack, largest_pack
-from fedhpc.federation.sampling import Placement, population, sample_devices, training_devices, upload_counts
+from fedhpc.federation.sampling import population, sample_devices, training_devices, upload_counts
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
 from fedhpc.job.progress import Progress, human_bytes
 from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Ending, Trackers
-from fedhpc.methods import ServerState, SummedMethod, make_method
-from fedhpc.methods.updates import RoundUploads, Sums, distance
+from fedhpc.methods import make_method
+from fedhpc.methods.updates import RoundUploads, distance
 from fedhpc.selection import make_strategy
 from fedhpc.selection.ratio import describe_ratio, describe_spread, global_ratio
 from fedhpc.selection.strategy import global_scores
+from fedhpc.server.collecting import Collector
 from fedhpc.server.generations import Generations
 from fedhpc.server.job import Job
 from fedhpc.server.saving import CheckpointWriter
-from fedhpc.server.secure_sums import SecureSums
-from fedhpc.server.soundness import check_finite, sift, warn_of_growth
+from fedhpc.server.soundness import check_finite, warn_of_growth
 
 
 class Server:
@@ -55,7 +52,6 @@ class Server:
         self.tuning = job.tuning
         self.exchange = exchange
         self.partition = job.partition
-        self.placement = Placement(job.config.federation.num_devices, exchange.num_workers)
         self.num_layers = job.shape.num_layers
         self.num_workers = exchange.num_workers
         self.outcomes = make_outcomes(self.description, job.config)
@@ -66,15 +62,17 @@ class Server:
         counts = upload_counts(job.config, job.partition, job.data.split("train").num_terms)
         self.method = make_method(job.config.server, population(job.config, counts))
         self.encoding = make_encoding(job.config, self.method)
+        self.devices = Collector(job, exchange, self.method, self.encoding, self.saving)
         self.privacy = job.privacy
         self.strategy = make_strategy(job.config.selection)
         self.trackers = Trackers(job.config)
         self.state: RunState | None = None
         """The run between two steps of the main loop; what a stop saves."""
-        self.in_round = False
-        """Whether devices are at work on the round after the state's."""
-        self.has_trained = False
-        """Whether devices have been, since the start."""
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether devices have been at work since the start."""
+        return self.devices.has_trained
 
     def run(self, found: RunState | None) -> Op:
         """The whole job, from the start or from a checkpoint's state; how it ended, FINISH or SUSPEND."""
@@ -136,8 +134,8 @@ class Server:
             if self.exchange.stop:
                 raise Halt
             uploads, record = None, this.record()
-            if not this.is_empty and len(this.present) >= self.fewest(this):
-                uploads, record = self.train(state, this)
+            if not this.is_empty and len(this.present) >= self.devices.fewest(this):
+                uploads, record = self.devices.collect(state, this)
             # 3. Server update: P^{t+1}.
             state = self.update(state, uploads, record) if uploads else self.skip(state, this, record)
             # 4. Evaluate and checkpoint, when due; metrics.
@@ -194,7 +192,7 @@ class Server:
         if self.state is None:
             log.info("stopping before round 0; nothing to save")
         else:
-            written = self.saving.save_at_stop(self.state, in_round=self.in_round)
+            written = self.saving.save_at_stop(self.state, in_round=self.devices.in_round)
         self._command(Command(op=Op.SUSPEND))
         log.info(
             "stopped on request (%s), %s written; %.1f s since the request; the same command goes on from here",
@@ -243,7 +241,7 @@ class Server:
             generation=state.part,
             layers=state.layers,
             pack=state.pack,
-            placed=messages.place_packs(packs, self.placement.place(packs, this.steps)),
+            placed=messages.place_packs(packs, self.devices.placement.place(packs, this.steps)),
         )
         self._command(command)
         return state
@@ -279,77 +277,6 @@ class Server:
         load = Load.of(state.server.params.size, self.method, self.encoding)
         return plan_round(self.config, self.partition, state.server.round, load, state.server.scalars)
 
-    def fewest(self, this: Round) -> int:
-        """How many of the round's devices there must be for an update."""
-        return threshold(len(this.sampled)) if self.encoding.masked_among else 0
-
-    def train(self, state: RunState, this: Round) -> tuple[RoundUploads | None, dict[str, Any]]:
-        """Broadcast, local updates, gather; the uploads in sampled order and the start of the round's metrics.
-
-        None where too few of them are sound.
-        """
-        t, devices, packs = this.index, this.present, this.packs(state.pack)
-        workers = self.placement.place(packs, this.steps)
-        counts = self._count(workers, [len(pack) for pack in packs])
-        start, encoding = state.server.params, self.encoding
-        sent = [state.server.vectors[name] for name in self.method.sends]
-        payload = np.concatenate([start, *sent]) if sent else start
-        command = Command(
-            op=Op.TRAIN,
-            round=t,
-            layers=state.layers,
-            pack=state.pack,
-            placed=messages.place_packs(packs, workers),
-            clip=self.privacy.clip(state.server) if self.privacy else math.inf,
-            payload=payload,
-        )
-        masked, summed, size = encoding.masked_among > 0, None, encoding.length(start.size)
-        if encoding.num_sums:
-            summed = SumSize(num_sums=encoding.num_sums, size=size, num_terms=len(devices), masked=masked)
-        upload = Upload.of(start.size, encoding, self.method)
-        self.saving.control.prefetch(devices, state.layers)
-        if not devices:  # changes that are under way arrive all the same
-            return self._no_uploads(this), this.record()
-        secure = SecureSums(self.exchange, this, command.placed, self.placement.homes) if masked else None
-        self.in_round, self.has_trained = True, True
-        record_type = messages.upload_record(0) if masked else upload.record
-        records = self.exchange.request(command, record_type, counts, summed=summed)
-        self.in_round = False
-        traffic, headers = self.exchange.traffic, messages.upload_headers(records)
-        busy = [float(part.sum()) for part in np.split(headers["seconds"], np.cumsum(counts)[:-1])]
-        for header in headers:
-            self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
-        place = {int(device): row for row, device in enumerate(headers["device"])}
-        order = np.array([place[device] for device in devices])
-        headers = headers[order]
-        kept, rejected = sift(self.config, t, start, headers)
-        enough, sums = len(kept) >= self.fewest(this), self.exchange.sums
-        if secure and enough:
-            sums = secure.open(sorted(headers["device"][kept].tolist()))
-        record = this.measured(headers, busy, sum(secure.traffic, traffic) if secure else traffic)
-        record["rejected"] = rejected
-        if not enough:
-            return None, record
-        order, headers = order[kept], headers[kept]
-        uploads = RoundUploads(
-            device_ids=headers["device"],
-            num_examples=headers["num_examples"],
-            counts=headers["count"],
-            num_steps=headers["num_steps"],
-            params=[] if summed else [encoding.decode(upload.payloads(records)[i], start) for i in order],
-            gradients=[upload.gradients(records)[row] for row in order] if upload.with_gradient else (),
-            device_learning_rate=this.learning_rate,
-            arrivals=this.arrivals,
-        )
-        told: dict[str, Any] = {}
-        if summed:
-            uploads, told = self._with_sums(uploads, summed.floats(sums, self.exchange.exponent), state, this)
-        return uploads, record | told | {
-            "examples": int(uploads.num_examples.sum()),
-            "steps": int(uploads.num_steps.sum()),
-            "loss": float(uploads.weights @ headers["loss"]),
-        }
-
     def skip(self, state: RunState, this: Round, record: dict[str, Any]) -> RunState:
         """A round in which no device takes part, or too few do: the server's state stays as it was."""
         who = [f"{device} {reason}" for device, reason in this.absent.items()]
@@ -357,34 +284,10 @@ class Server:
         why = "nobody takes part"
         if there := len(this.sampled) - len(who):
             why = f"{there} of {len(this.sampled)} devices are too few for a sum, exchange.mode: secure needs "
-            why += f"{self.fewest(this)}"
+            why += f"{self.devices.fewest(this)}"
         log.warning("round %d skipped, %s: %s", this.index, why, ", ".join(who))
-        record |= {"server_learning_rate": self._server_learning_rate(state.server)}
+        record |= {"server_learning_rate": self.method.server_learning_rate(state.server)}
         return replace(state, server=replace(state.server, round=this.index + 1), record=record, part=0)
-
-    def _no_uploads(self, this: Round) -> RoundUploads:
-        none = np.zeros(0, np.int64)
-        return RoundUploads(
-            device_ids=none,
-            num_examples=none,
-            counts=none,
-            num_steps=none,
-            params=[],
-            device_learning_rate=this.learning_rate,
-            arrivals=this.arrivals,
-        )
-
-    def _with_sums(
-        self, uploads: RoundUploads, sums: NDArray[np.float64], state: RunState, this: Round
-    ) -> tuple[RoundUploads, dict[str, Any]]:
-        """The uploads in use with what they add up to; what the metrics say of their clipping."""
-        if self.privacy:
-            assert isinstance(self.method, SummedMethod)  # the configuration refuses the others
-            origin = self.method.origin(state.server.params)
-            return self.privacy.release(uploads, sums, state.server, origin, this.steps)
-        weighted, *total = sums
-        found = Sums(mean=weighted / uploads.counts.sum(), total=total[0] if total else None)
-        return replace(uploads, sums=found), {}
 
     def update(self, state: RunState, uploads: RoundUploads, record: dict[str, Any]) -> RunState:
         """The method's server step, watched for growth without bound; with `trace` also what it came from."""
@@ -397,9 +300,10 @@ class Server:
         norm = distance(server.params, state.server.params)
         check_finite(norm, record["round"])
         norms = (*state.update_norms, norm)
-        warn_of_growth(norms, self.method)
+        if self.config.privacy.quantile is None:  # changes, and the noise on them, grow with the clip
+            warn_of_growth(norms, self.method)
         record["update_norm"] = norm
-        record["server_learning_rate"] = self._server_learning_rate(server)
+        record["server_learning_rate"] = self.method.server_learning_rate(server)
         record["seconds"]["server"] = time.perf_counter() - start
         if self.config.trace:
             write_trace(
@@ -427,9 +331,6 @@ class Server:
         record["bytes"] += nbytes * len(record["devices"])
         record["bytes_down"] += self.exchange.traffic.bytes_down
         return added
-
-    def _server_learning_rate(self, server: ServerState) -> float | None:
-        return self.method.server_learning_rate(server)
 
     def narrow(self, state: RunState) -> RunState:
         """End of the warm-up: the lossless ratio decides how many layers stay in the exchange."""
