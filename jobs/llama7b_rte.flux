@@ -7,7 +7,6 @@
 # flux: --cores-per-slot=8
 # flux: --gpus-per-slot=1
 # flux: --time-limit=1440m
-# flux: --signal=USR1@120
 # flux: --output=fedhpc-rte-{{id}}.out
 
 # module load openmpi

@@ -108,8 +108,7 @@ class JobEnvironment(ABC):
         visible = self.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         return (
             f"FEDHPC_GPUS_PER_NODE: the job file asked for {self.gpus_asked} GPUs on each node, but {count} can be "
-            f"used here, in {self.title} (CUDA_VISIBLE_DEVICES: {visible}): see how the site gives GPUs, or ask for "
-            "fewer"
+            f"used here, in {self.title} (CUDA_VISIBLE_DEVICES: {visible}): see how they are given, or ask for fewer"
         )
 
     def launch_problem(self, size: int, has_mpi: bool) -> str | None:

@@ -8,7 +8,6 @@
 # flux: --nslots=2
 # flux: --cores-per-slot=2
 # flux: --time-limit=90m
-# flux: --signal=USR1@120
 # flux: --output=fedhpc-my_reviews-{{id}}.out
 
 # module load openmpi
