@@ -37,7 +37,7 @@ def time_limit(limit_s: float) -> Iterator[None]:
 def end_launcher_later() -> None:
     """End the launcher on this host if it has not ended by itself after `ABORT_S`; this rank may end before.
 
-    mpirun waits until every host has ended its ranks: of one that it cannot reach, for a quarter of an hour and more.
+    mpirun waits until every host has ended its ranks: of one that it cannot reach, for a quarter of an hour.
     """
     launcher = os.getppid()
     with suppress(OSError):

@@ -126,7 +126,7 @@ TIMES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "script", "seconds"), TIMES)
+@pytest.mark.parametrize(("key", "script", "seconds"), TIMES, ids=range(len(TIMES)))
 def test_the_time_that_is_left(answering, key, script, seconds):
     left = answering(key, script).seconds_left()
     assert left is seconds if seconds is None else left == pytest.approx(seconds, abs=30)

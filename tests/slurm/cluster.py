@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
@@ -125,7 +126,8 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         for pid in self.processes():
-            os.kill(pid, 9)
+            with suppress(ProcessLookupError):  # that ends with another one
+                os.kill(pid, 9)
 
     def run(self, *command, cwd=None, check=True, **variables):
         """A command of this cluster; the completed process, outputs as text."""

@@ -18,6 +18,8 @@ prepare_launch() {
         export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}"
         ;;
     *)
+        [ "${SLURM_HET_SIZE:-1}" = 1 ] || finish 2 'mpirun starts the ranks of the first part of a heterogeneous job only: set \
+LAUNCH, to srun --het-group=0,1 and so on'
         # Of one task each. mpirun starts one daemon on each node, by srun, and the ranks share what that is given.
         unset SRUN_CPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_EXACT SLURM_EXCLUSIVE
         case ${SLURM_GPUS_PER_TASK:+$SLURM_TASKS_PER_NODE} in
