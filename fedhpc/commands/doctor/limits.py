@@ -38,7 +38,6 @@ class Tell:
 
     def __init__(self, writing: int) -> None:
         self._writing = writing
-        self._lock = threading.Lock()
 
     def doing(self, what: str, limit_s: float) -> None:
         """Begin with something that takes at most so long."""
@@ -59,9 +58,8 @@ class Tell:
 
     def _write(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
-        with self._lock:
-            while data:
-                data = data[os.write(self._writing, data) :]
+        while data:
+            data = data[os.write(self._writing, data) :]
 
 
 @contextmanager

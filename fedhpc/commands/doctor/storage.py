@@ -143,8 +143,11 @@ def _between_ranks(place: Path, survey: Survey, hosts: Mapping[int, str]) -> Ite
         yield Finding(SUBJECT, "seen by all ranks", _delay(seen) if seen else "one process only")
     yield from _locks(file, survey, peers, hosts)
     for name, change in (("append seen", partial(_append, file, mark)), ("rename seen", partial(_rename, file, mark))):
-        text = change()
-        late = survey.ask("see", LIMIT_S, peers, file=str(file), text=text)
+        changed = attempt(LIMIT_S, lambda change=change: {"text": change()})
+        if "error" in changed:
+            yield Finding(SUBJECT, name, changed["error"], PROBLEM, "choose a run_dir on another file system")
+            continue
+        late = survey.ask("see", LIMIT_S, peers, file=str(file), text=changed["text"])
         if unseen := [rank for rank, each in late.items() if each.get("seen_s") is None]:
             advice = "caches of the file system hide what others write: choose a run_dir on another"
             yield Finding(SUBJECT, name, f"not within {SEEN_S:g} s by {rank_words(unseen)}", PROBLEM, advice)

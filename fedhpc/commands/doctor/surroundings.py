@@ -66,7 +66,7 @@ def facts() -> dict[str, Any]:
     return {
         "home": [home, _writable(home)],
         "cache": [cache, _writable(cache)],
-        "temporary": [tempfile.gettempdir() if _found_temporary() else "none", _found_temporary()],
+        "temporary": _temporary(),
     }
 
 
@@ -121,9 +121,10 @@ def _writable(folder: str) -> bool:
     return attempt(FOLDER_S, look) is None
 
 
-def _found_temporary() -> bool:
+def _temporary() -> list[Any]:
+    """The folder for temporary files, and that files can be made in it, by which it is found."""
     found = attempt(FOLDER_S, lambda: {"folder": tempfile.gettempdir()})
-    return "folder" in found and _writable(found["folder"])
+    return [found.get("folder", "none"), "folder" in found]
 
 
 def now() -> float:

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +32,6 @@ def facts() -> dict[str, Any]:
         "processor": model,
         "bfloat16": " ".join(flag for flag in BFLOAT16 if flag in flags) or None,
         "extras": extras(),
-        "program": sys.prefix,
     }
 
 
