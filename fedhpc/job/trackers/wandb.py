@@ -53,7 +53,8 @@ class WandB(Tracker):
         folder, is_online = RunFiles(run_dir).trackers, self.config.mode == "online"
         for old in folder.glob(f"wandb/offline-run-*-{name}"):
             shutil.rmtree(old)  # sent beside the new one, its rounds would be there twice
-        alone = {"console": "off", "silent": True, "disable_git": True, "disable_code": True, "x_disable_stats": True}
+        no_more = {"console": "off", "silent": True, "disable_git": True, "disable_code": True, "x_disable_stats": True}
+        no_more |= {"x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False}
         self._run = wandb.init(
             **self.config.model_dump(exclude={"kind"}),
             id=name,
@@ -63,7 +64,7 @@ class WandB(Tracker):
             config=hyper_parameters(run),
             allow_val_change=True,
             reinit="create_new",
-            settings=wandb.Settings(**alone),
+            settings=wandb.Settings(**no_more),
         )
         for metrics in earlier:
             self.record(metrics)
