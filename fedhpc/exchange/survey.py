@@ -39,8 +39,9 @@ class Survey:
             mpi: mpi4py's module, MPI initialized; None for a process of its own.
         """
         self._mpi = mpi
-        self._comm = mpi.COMM_WORLD if mpi else None
-        self.rank, self.size = (self._comm.rank, self._comm.size) if mpi else (0, 1)
+        self._comm: Any = mpi.COMM_WORLD if mpi else None
+        self.rank: int = mpi.COMM_WORLD.rank if mpi else 0
+        self.size: int = mpi.COMM_WORLD.size if mpi else 1
         self.silent: dict[int, str] = {}
         """Rank 0: the ranks that did not answer, and what they were asked."""
         self.local_rank, self.ranks_here = 0, 1
@@ -82,8 +83,14 @@ class Survey:
 
         `waiting` is answered here: processor seconds for each second that the rank has waited for this question.
         """
-        own = {"join": self._join, "memory": self._look_at_memory, "echo": self._echo, "collect": self._collect}
-        own["waiting"] = lambda: share
+        share = 0.0
+        own: dict[str, Callable[..., Any]] = {
+            "join": self._join,
+            "memory": self._look_at_memory,
+            "echo": self._echo,
+            "collect": self._collect,
+            "waiting": lambda: share,
+        }
         while True:
             began, processor = time.monotonic(), time.process_time()
             while (text := self._received(0, TAG_QUESTION)) is None:

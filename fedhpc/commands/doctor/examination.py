@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from fedhpc.commands.doctor import fabric, gpus, launch, memory, storage, surroundings, versions
-from fedhpc.commands.doctor.finding import PROBLEM, WARNING, Finding, by_host, rank_words
+from fedhpc.commands.doctor.finding import PROBLEM, WARNING, Finding, by_host, first_of_hosts, rank_words
 from fedhpc.commands.doctor.limits import Tell, attempt
 from fedhpc.errors import UserError
 from fedhpc.exchange import Survey, start_survey
@@ -195,7 +195,7 @@ def _of_subject(name: str, facts: Facts, hosts: Mapping[int, str]) -> dict[int, 
 
 def _clocks(survey: Survey, hosts: Mapping[int, str]) -> dict[int, tuple[float, float]]:
     """Of a rank on each other host: how far its clock is ahead of this one's, and how far that may be wrong."""
-    peers = {host: rank for rank, host in reversed(hosts.items()) if host != hosts[0]}
+    peers = {host: rank for host, rank in first_of_hosts(hosts).items() if host != hosts[0]}
     offsets: dict[int, tuple[float, float]] = {}
     for rank in peers.values():
         for _ in range(CLOCK_TRIES):

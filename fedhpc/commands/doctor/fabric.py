@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding
+from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding, first_of_hosts
 from fedhpc.exchange import Survey
 
 SUBJECT = "network"
@@ -21,9 +21,9 @@ def measure(survey: Survey, hosts: Mapping[int, str]) -> Iterator[Finding]:
         survey: the ranks.
         hosts: of each rank that answers.
     """
-    peers = {host: rank for rank, host in reversed(hosts.items()) if rank > 0}
+    peers = first_of_hosts(hosts)
     each = max(LEAST_EACH_S, min(MOST_EACH_S, SECONDS / max(1, len(peers))))
-    for host, rank in sorted(peers.items(), key=lambda item: item[1]):
+    for host, rank in peers.items():
         try:
             yield line(host, rank, survey.measure(rank, each, MESSAGE_BYTES), is_near=host == hosts[0])
         except TimeoutError:

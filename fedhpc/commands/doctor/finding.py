@@ -90,3 +90,12 @@ def by_host(facts: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[str, list[
     for rank, each in facts.items():
         hosts[each["host"]].append(rank)
     yield from hosts.items()
+
+
+def first_of_hosts(hosts: Mapping[int, str]) -> dict[str, int]:
+    """Of each host the first rank, rank 0 left out; in the order of these ranks."""
+    firsts: dict[str, int] = {}
+    for rank in sorted(hosts):
+        if rank > 0:
+            firsts.setdefault(hosts[rank], rank)
+    return firsts

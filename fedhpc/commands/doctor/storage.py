@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding, by_value, rank_words
+from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding, by_value, first_of_hosts, rank_words
 from fedhpc.commands.doctor.limits import attempt
 from fedhpc.exchange import Survey
 from fedhpc.files import check_replaces, fsync
@@ -124,7 +124,7 @@ def _replacing(place: str) -> Finding:
 
 def _between_ranks(place: Path, survey: Survey, hosts: Mapping[int, str]) -> Iterator[Finding]:
     """Locks, and whether ranks see what others have just written; of each host one rank, and one beside rank 0."""
-    peers = sorted({host: rank for rank, host in reversed(hosts.items()) if rank > 0}.values())
+    peers = list(first_of_hosts(hosts).values())
     mark = f"{time.time_ns()}"
     file = place / "mark"
     written = attempt(LIMIT_S, lambda: _put(file, mark))
@@ -143,7 +143,7 @@ def _between_ranks(place: Path, survey: Survey, hosts: Mapping[int, str]) -> Ite
         yield Finding(SUBJECT, "seen by all ranks", _delay(seen) if seen else "one process only")
     yield from _locks(file, survey, peers, hosts)
     for name, change in (("append seen", partial(_append, file, mark)), ("rename seen", partial(_rename, file, mark))):
-        changed = attempt(LIMIT_S, lambda change=change: {"text": change()})
+        changed = attempt(LIMIT_S, change)
         if "error" in changed:
             yield Finding(SUBJECT, name, changed["error"], PROBLEM, "choose a run_dir on another file system")
             continue
@@ -243,17 +243,17 @@ def _put(file: Path, text: str) -> None:
     fsync(file)
 
 
-def _append(file: Path, mark: str) -> str:
+def _append(file: Path, mark: str) -> dict[str, str]:
     with file.open("a") as target:
         target.write("+")
-    return f"{mark}+"
+    return {"text": f"{mark}+"}
 
 
-def _rename(file: Path, mark: str) -> str:
+def _rename(file: Path, mark: str) -> dict[str, str]:
     new = file.with_name("new")
     _put(new, f"{mark}!")
     os.replace(new, file)
-    return f"{mark}!"
+    return {"text": f"{mark}!"}
 
 
 def see(file: str, text: str) -> dict[str, Any]:
