@@ -65,7 +65,7 @@ def users_fault(error: UserError | OSError) -> str | None:
     return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, in short."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
