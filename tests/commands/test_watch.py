@@ -216,6 +216,7 @@ def test_a_change_that_was_seen_counts_instead_of_clocks(make_run):
         ("lock", b"\0" * 50, "lock        of a process that cannot be told"),
         ("log.txt", bytes(range(256)) * 9, "3 of 20"),
     ],
+    ids=range(10),
 )
 def test_what_is_damaged_is_left_out_with_a_word(make_run, fedhpc, name, content, words):
     folder = make_run(lock=owner(), status_json=status())
