@@ -18,7 +18,9 @@ from fedhpc.data.task_files import load_task
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_PROGRAMS = {"cp", "export", "jupyter", "lm_eval", "mlflow", "pip", "tensorboard", "trackio", "wandb"}
+OTHER_PROGRAMS = {
+    *("cat", "cp", "export", "jupyter", "lm_eval", "mlflow", "pip", "sbatch", "tensorboard", "trackio", "wandb"),
+}
 
 
 def blocks(page, *languages):

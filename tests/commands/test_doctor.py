@@ -18,7 +18,7 @@ from fedhpc.config.file import load_config
 from fedhpc.errors import ConfigError
 from fedhpc.exchange import Survey, launch_problem
 from fedhpc.job import container as containers
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import RunLock, check_seen
 
 HOSTS = {0: "a", 1: "a", 2: "b"}
@@ -199,15 +199,15 @@ def test_ranks_that_spin():
 
 
 def test_a_container_without_the_launchers_variables(monkeypatch):
-    environment = JobEnvironment({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"})
+    environment = job_environment({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"})
     monkeypatch.setattr(containers, "FILES", {})
     monkeypatch.setattr(containers, "CGROUPS", {})
     assert "container" not in launch_problem(environment, 1)
     monkeypatch.setenv("APPTAINER_CONTAINER", "/image.sif")
     assert "container (Apptainer)" in launch_problem(environment, 1)
-    assert launch_problem(JobEnvironment({}), 1) is None
+    assert launch_problem(job_environment({}), 1) is None
     monkeypatch.setattr(containers, "LAUNCHERS", [open(f"/proc/{os.getppid()}/comm").read().strip()])  # noqa: SIM115
-    assert "has started this process" in launch_problem(JobEnvironment({}), 1)
+    assert "has started this process" in launch_problem(job_environment({}), 1)
 
 
 # Memory and GPUs
@@ -331,9 +331,9 @@ def test_clocks_apart():
 
 
 def test_the_time_that_a_job_has_left():
-    soon = JobEnvironment({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 120)})
+    soon = job_environment({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 120)})
     assert named(surroundings.job(soon), "time limit").verdict == WARNING
-    later = JobEnvironment({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 7200)})
+    later = job_environment({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 7200)})
     assert named(surroundings.job(later), "time limit").verdict == OK
 
 
@@ -356,7 +356,7 @@ def test_a_run_needs_files_that_take_the_place_of_others(world, tmp_path, monkey
 
 def test_a_run_needs_one_folder_on_all_hosts(tmp_path, monkeypatch):
     monkeypatch.setattr("fedhpc.job.lock.SEEN_S", 0.1)
-    with RunLock(tmp_path, JobEnvironment({})):
+    with RunLock(tmp_path, job_environment({})):
         assert check_seen(tmp_path, "node2") == check_seen(tmp_path, "node2")
     with pytest.raises(ConfigError, match="not there on node2: the hosts see different folders"):
         check_seen(tmp_path, "node2")

@@ -24,7 +24,7 @@ from fedhpc.config import Config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from fedhpc.exchange import LocalExchange
 from fedhpc.exchange.control_channel import ControlChannel
-from fedhpc.job.environment import JobEnvironment
+from fedhpc.job.environment import job_environment
 from fedhpc.job.lock import Owner
 from fedhpc.job.status import RankStatus, Status
 from fedhpc.job.stopping import StopRequest
@@ -64,7 +64,7 @@ def record(index, **more):
 
 def owner(**changes):
     """A lock file's content: this process's, unless changed."""
-    return json.dumps(vars(Owner.this_process(JobEnvironment({}))) | changes).encode()
+    return json.dumps(vars(Owner.this_process(job_environment({}))) | changes).encode()
 
 
 def status(**changes):

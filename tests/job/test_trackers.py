@@ -15,6 +15,7 @@ from fedhpc.config import Config
 from fedhpc.errors import ConfigError
 from fedhpc.job import tracker as trackers
 from fedhpc.job import tracking
+from fedhpc.job.log import log
 from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Tracker, Trackers, any_at_work, make_trackers
 from fedhpc.job.tracking import numbers
@@ -66,8 +67,15 @@ def probes():
     TRACKERS._parts = before
 
 
-def of_this_log(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "fedhpc"]
+@pytest.fixture
+def said():
+    """The log's lines from now on."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    before, log.handlers[:] = log.handlers[:], [handler]
+    yield lines
+    log.handlers[:] = before
 
 
 def test_the_numbers_of_a_round():
@@ -137,10 +145,9 @@ def test_a_tracker_has_a_thread_of_its_own_and_learns_how_the_run_ends(probes, t
     assert not any_at_work()
 
 
-def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monkeypatch, caplog, tmp_path):
+def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monkeypatch, said, tmp_path):
     monkeypatch.setattr(trackers, "END_S", 0.2)
     monkeypatch.setattr(trackers, "MOST_WAITING", 2)
-    monkeypatch.setattr(logging.getLogger("fedhpc"), "propagate", True)
     release = threading.Event()
 
     @probes("hanging")
@@ -158,13 +165,12 @@ def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monke
     try:
         assert time.monotonic() - start < 2
         assert any_at_work()
-        assert of_this_log(caplog) == ["tracker hanging is 2 rounds behind; rounds that find no place are left out"]
+        assert said == ["tracker hanging is 2 rounds behind; rounds that find no place are left out"]
     finally:
         release.set()
 
 
-def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(logging.getLogger("fedhpc"), "propagate", True)
+def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, said, tmp_path):
     seen = []
 
     @probes("failing")
@@ -184,8 +190,8 @@ def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, monkeypatch, c
         every.record(line(t))
     every.end("finished")
     assert seen == [0, 1, 2]
-    (said,) = of_this_log(caplog)
-    assert said.startswith("tracker failing has failed and sees no more rounds: OSError: the server is gone (")
+    (line_said,) = said
+    assert line_said.startswith("tracker failing has failed and sees no more rounds: OSError: the server is gone (")
 
 
 @pytest.mark.parametrize("kind", SHIPPED)
