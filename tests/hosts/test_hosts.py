@@ -1,6 +1,6 @@
 """Ranks on several hosts, by every launcher: placed as asked for, near and far ones mixed, to the bits of one process.
 
-By default two jobs that have every oddity at once. FEDHPC_HOSTS=all tries each cell of the table by itself, some
+By default two jobs that have every oddity at once. FEDHPC_TEST_ALL=1 tries each cell of the table by itself, some
 minutes; MPICH and Intel MPI only if FEDHPC_MPICH or FEDHPC_INTEL_MPI is the path of its libmpi.so.
 """
 
@@ -17,7 +17,7 @@ from hosts import BESIDE_PYTHON, ROOT
 
 from fedhpc.commands import cli
 
-ALL = os.environ.get("FEDHPC_HOSTS") == "all"
+ALL = "FEDHPC_TEST_ALL" in os.environ
 CPUS = (4, 10, 3)
 DEVICES, ROUNDS = 6, 2
 HEADER_BYTES, COMMAND_BYTES, PLACE_BYTES = 64, 72, 12
@@ -200,7 +200,7 @@ def start_by_slurm(cluster, checkout, launcher, case, config):
     return said, dict(zip(nodes.split(), tasks, strict=True))
 
 
-@pytest.mark.skipif(not ALL, reason="FEDHPC_HOSTS is not all")
+@pytest.mark.skipif(not ALL, reason="FEDHPC_TEST_ALL is not set")
 def test_records_of_near_and_far_workers(hosts):
     """Two of the workers on each host, and one on the server's."""
     command = hosts.mpirun((2, 2, 1), "-np", 5, sys.executable, ROOT / "tests/mpi/near_and_far.py")
