@@ -78,20 +78,22 @@ class Trackers:
 
     def __init__(self, config: Config) -> None:
         self._trackers = make_trackers(config)
+        self._is_private = config.privacy.is_on
         self._threads: list[_Thread] = []
         """Of those that have begun."""
 
-    def begin(self, *args: Any) -> None:
+    def begin(self, run: Config, run_dir: Path, earlier: Sequence[Mapping[str, Any]]) -> None:
         """See `Tracker`."""
+        earlier = [self._told(metrics) for metrics in earlier]
         self._threads = [_Thread(tracker) for tracker in self._trackers]
         for thread in self._threads:
             thread.start()
-            thread.tell("begin", *args)
+            thread.tell("begin", run, run_dir, earlier)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """See `Tracker`."""
         for thread in self._threads:
-            thread.tell("record", metrics)
+            thread.tell("record", self._told(metrics))
 
     def end(self, ending: Ending) -> None:
         """See `Tracker`."""
@@ -104,6 +106,12 @@ class Trackers:
             if thread.is_alive():
                 thread.warn(f"is not done {END_S:g} s after the run; what it has not taken yet is lost to it")
         self._threads = []
+
+    def _told(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Under `privacy`, nobody is told seconds, which depend on who takes part."""
+        if not self._is_private:
+            return metrics
+        return {name: value for name, value in metrics.items() if name != "seconds"}
 
 
 def make_trackers(config: Config) -> list[Tracker]:

@@ -20,8 +20,11 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def hyper_parameters(run: Config) -> dict[str, bool | int | float | str]:
-    """Dotted key -> value of a run's configuration; what is no text, number or truth value as JSON."""
-    flat = flatten(run.model_dump(exclude={"trackers"}))
+    """Dotted key -> value of a run's configuration; what is no text, number or truth value as JSON.
+
+    Under `privacy` without the seed: who knows it takes the noise away.
+    """
+    flat = flatten(run.model_dump(exclude={"trackers", "seed"} if run.privacy.is_on else {"trackers"}))
     return {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in flat.items()}
 
 

@@ -285,7 +285,8 @@ class Server:
         if there := len(this.sampled) - len(who):
             why = f"{there} of {len(this.sampled)} devices are too few for a sum, exchange.mode: secure needs "
             why += f"{self.devices.fewest(this)}"
-        log.warning("round %d skipped, %s: %s", this.index, why, ", ".join(who))
+        told = f"{len(who)} of the devices sampled" if self.privacy else ", ".join(who)
+        log.warning("round %d skipped, %s: %s", this.index, why, told)
         record |= {"server_learning_rate": self.method.server_learning_rate(state.server)}
         return replace(state, server=replace(state.server, round=this.index + 1), record=record, part=0)
 

@@ -38,16 +38,21 @@ def sift(
             continue
         device, norm = int(header["device"]), float(header["norm"])
         reason = _reason(config, round_index, start, header)
-        log.warning("round %d: upload of device %d rejected: %s", round_index, device, reason)
+        log.warning("round %d: upload of %s rejected: %s", round_index, _device(config, device), reason)
         rejected.append({"device": device, "norm": norm if np.isfinite(norm) else None, "reason": reason})
     if len(rejected) > config.server.max_rejected * len(headers) + 1e-9:
         raise FloatingPointError(
             f"round {round_index}: {len(rejected)} of {len(headers)} uploads are bad, more than server.max_rejected: "
             f"{config.server.max_rejected} allows; the last checkpoint is intact. Bad: "
-            + "; ".join(f"device {bad['device']}: {bad['reason']}" for bad in rejected[:5])
+            + "; ".join(f"{_device(config, bad['device'])}: {bad['reason']}" for bad in rejected[:5])
             + f". {ADVICE}"
         )
     return kept, rejected
+
+
+def _device(config: Config, device: int) -> str:
+    """Under `privacy`, nobody is told who takes part."""
+    return "a device" if config.privacy.is_on else f"device {device}"
 
 
 def _reason(config: Config, round_index: int, start: Vector, header: np.ndarray) -> str:

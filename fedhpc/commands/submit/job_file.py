@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from fedhpc.commands.submit.request import Request
+from fedhpc.errors import ConfigError
 from fedhpc.job.environment import SCHEDULERS
 from fedhpc.job.job_files import COMMAND, TEMPLATES
 
@@ -23,7 +24,13 @@ def job_file(key: str, request: Request, config: Path, overrides: Sequence[str],
         config: the run's YAML file.
         overrides: KEY.SUB=VALUE, as of `--set`.
         path: where it will be.
+
+    Raises:
+        ConfigError: a name would break the file.
     """
+    for name in (str(config), str(path)):
+        if not name.isprintable():
+            raise ConfigError(f"{name!r}: a job file names it in a comment, which a line break would end; rename it")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -37,6 +44,7 @@ def job_file(key: str, request: Request, config: Path, overrides: Sequence[str],
     run = [str(config), *(part for override in overrides for part in ("--set", override))]
     in_checkout = Path("jobs/launch.sh").is_file()
     return environment.get_template(f"job.{key}.j2").render(
+        key=key,
         asked=request,
         name=f"fedhpc-{re.sub('[^A-Za-z0-9.-]', '_', config.stem)}",
         mark=MARK,

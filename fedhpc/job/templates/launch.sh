@@ -22,6 +22,7 @@
 #   MAX_FAILURES    so often a job that failed is run again. Default: 3. Preemptions do not count, nor stops
 #                   after something was trained.
 #   FEDHPC_REQUEUE  no: this job is not run again, the next of a chain goes on (fedhpc submit --chain, jobs/chain.sh).
+#   FEDHPC_SCHEDULER slurm, pbs, lsf, flux or none, whose job this is. Default: the one whose variables are set
 #   FEDHPC_JOB_FILE the job file, which is submitted once more where the scheduler runs no job again.
 #   CELL_LOG        of a cell of an experiment: what `fedhpc sweep` reads of its beginning and end (jobs/sweep.slurm).
 
@@ -99,13 +100,16 @@ trap 'terminated=yes; ask_to_stop TERM' TERM
 
 # Older versions of Flux do not set it.
 [ -z "${FLUX_URI:-}" ] || export FLUX_ENCLOSING_ID="${FLUX_ENCLOSING_ID:-$(flux getattr jobid 2>/dev/null)}"
+# A job of one scheduler can run within a job of another one, whose variables it sees.
 case 1 in
+"${FEDHPC_SCHEDULER:+1}") part=$FEDHPC_SCHEDULER ;;
+"${FLUX_ENCLOSING_ID:+1}") part=flux ;;
 "${SLURM_JOB_ID:+1}") part=slurm ;;
 "${PBS_JOBID:+1}") part=pbs ;;
 "${LSB_JOBID:+1}") part=lsf ;;
-"${FLUX_ENCLOSING_ID:+1}") part=flux ;;
 *) part=none ;;
 esac
+export FEDHPC_SCHEDULER=$part
 # shellcheck disable=SC1090
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.$part.sh"
 for signal in $ends; do
