@@ -283,7 +283,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     from fedhpc.commands.sweep.experiment import load_experiment
     from fedhpc.commands.sweep.job_array import asked_for, task_arguments
 
-    if arguments.submit is None and (asked := asked_for(arguments)):
+    if arguments.submit is None and (asked := asked_for(arguments, "scheduler")):
         raise ConfigError(f"{asked[0]}: goes with --submit; leave it out")
     experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
     if arguments.cell is not None:

@@ -30,9 +30,13 @@ def job_file(key: str, request: Request, config: Path, overrides: Sequence[str],
     return _job_file(key, request, config, path, "launch.sh", shlex.join(run), by_hand=" ".join(by_hand))
 
 
-def array_file(key: str, request: Request, experiment: Path, path: Path) -> str:
-    """The job file of an experiment's array, or of each of its cells; see `job_file`."""
-    by_hand = shlex.join(["fedhpc", "sweep", str(experiment), "--scheduler", key, "--submit", str(path)])
+def array_file(key: str, request: Request, experiment: Path, options: Sequence[str], path: Path) -> str:
+    """The job file of an experiment's array, or of each of its cells; see `job_file`.
+
+    Args:
+        options: of `fedhpc sweep` for this experiment.
+    """
+    by_hand = shlex.join(["fedhpc", "sweep", str(experiment), *options, "--scheduler", key, "--submit", str(path)])
     return _job_file(key, request, experiment, path, "cell.sh", '"$@"', by_hand=by_hand)
 
 

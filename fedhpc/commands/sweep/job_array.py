@@ -140,16 +140,16 @@ def make_array(experiment: Experiment, given: argparse.Namespace) -> JobArray | 
         return None
     array.check_limit()
     if not own:
-        write_job_file(path, array_file(key, request, experiment.path, path))
+        write_job_file(path, array_file(key, request, experiment.path, experiment.options, path))
     if not array.is_numbered_by_cells:
         experiment.make_folder()
         write_whole(array.list_file, array.tasks.encode(errors="surrogateescape"))
     return array
 
 
-def asked_for(given: argparse.Namespace) -> list[str]:
-    """The options that say what a job asks for, of those that are given."""
-    return [f"--{name.replace('_', '-')}" for name in RESOURCES if getattr(given, name) is not None]
+def asked_for(given: argparse.Namespace, *others: str) -> list[str]:
+    """The options that say what a job asks for, or that have other names, of those that are given."""
+    return [f"--{name.replace('_', '-')}" for name in (*RESOURCES, *others) if getattr(given, name) is not None]
 
 
 def _packaged() -> str:
