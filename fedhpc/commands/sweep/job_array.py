@@ -43,7 +43,7 @@ class JobArray:
 
     @property
     def is_numbered_by_cells(self) -> bool:
-        """Whether task N runs cell N, for all N."""
+        """Whether task N runs cell N."""
         return self.scheduler is SCHEDULERS["slurm"]
 
     @property
@@ -106,8 +106,9 @@ class JobArray:
         status = 0
         while len(jobs) < self.jobs and status == 0:
             command = self.command(jobs)
+            say(shlex.join(command))
             status, said = submit_file(self.scheduler, command, self.job_file)
-            say(said.rstrip("\n") if status == 0 else f"{shlex.join(command)} failed with {status}")
+            say(said.rstrip("\n") if status == 0 else f"failed with {status}")
             if status == 0:
                 jobs.append(self.scheduler.submitted(said))
         if jobs and not self.is_numbered_by_cells:
