@@ -12,5 +12,6 @@
 # module load openmpi
 export FEDHPC_RANKS=17
 export FEDHPC_GPUS_PER_NODE=1
+export FEDHPC_SCHEDULER=flux
 export FEDHPC_JOB_FILE=jobs/llama7b_rte.flux
 . jobs/launch.sh jobs/llama-7b/rte.yaml

@@ -203,7 +203,7 @@ def test_a_slurm_job_is_warned_of_its_end_and_run_again(path):
     assert sum(tasks) == (3 if path.stem == "llama7b_chat" else 17)  # two devices a round
     assert (tasks == [1, 16]) == ("hetjob" in options)
     last = [line for line in text.splitlines() if line][-1]
-    assert re.match(r'\. (jobs|"\$\{FEDHPC_TEMPLATES:-jobs\})/launch\.sh', last)
+    assert re.match(r'\. (jobs|"\$\{FEDHPC_TEMPLATES:-jobs\})/(launch|cell)\.sh', last)
 
 
 def test_there_is_a_slurm_job_for_each_published_model():

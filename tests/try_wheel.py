@@ -70,7 +70,7 @@ def tour(folder, bin_dir, mpirun, data, model, **variables):
     said["predict"] = call("fedhpc", "predict", "runs/mine", "--text", "the place was bright")
     said["completion"] = call("fedhpc", "completion", "bash")
     Path(folder, "grid.yaml").write_text("base: mine.yaml\nout: runs/grid\ngrid: {seed: [1, 2]}\n")
-    said["sweep"] = call("fedhpc", "sweep", "grid.yaml", "--submit", "--dry-run")
+    said["sweep"] = call("fedhpc", "sweep", "grid.yaml", "--submit", "--dry-run", "--scheduler", "slurm")
     assert "rank 0/3" in Path(folder, "runs/mine/log.txt").read_text()
     assert json.loads(said["predict"])["label"]
     assert Path(folder, "report.html").stat().st_size > 10_000

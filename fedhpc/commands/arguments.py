@@ -161,22 +161,7 @@ def _submit(commands: Any) -> None:
         description="Write a job file that survives preemption and time limits, show it, and submit it.",
     )
     _add_config(command)
-    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="(default: the first that is found here)")
-    command.add_argument("--nodes", type=number_to(100_000), default=1, metavar="N", help="(%(default)s)")
-    command.add_argument(
-        "--ranks",
-        type=number_to(1_000_000),
-        metavar="R",
-        help="MPI ranks in all, the server included (default: N times --ranks-per-node, or the devices of a round and "
-        "one)",
-    )
-    command.add_argument("--ranks-per-node", type=number_to(10_000), metavar="R", help="at most")
-    command.add_argument("--gpus-per-node", type=number_to(64), metavar="G", help="(none)")
-    command.add_argument("--cpus-per-task", type=number_to(10_000), metavar="C", help="of a rank (device.threads)")
-    command.add_argument("--memory", "--mem", type=gigabytes, metavar="SIZE", help="of a node, as 64G")
-    command.add_argument("--time", "--walltime", type=duration, metavar="TIME", help="limit, as 24:00:00 or 1d12h")
-    command.add_argument("--account", type=word, help="SLURM's account, LSF's project, Flux's bank")
-    command.add_argument("--queue", "--partition", type=word)
+    _add_job(command, tuple(SCHEDULERS))
     command.add_argument(
         "--chain",
         type=number_to(1000),
@@ -285,7 +270,7 @@ def _sweep(commands: Any) -> None:
         "--jobs",
         type=positive_number,
         metavar="N",
-        help="cells at once (default: 1; of an array as many as SLURM starts)",
+        help="cells at once (default: 1; of an array as many as the scheduler starts)",
     )
     action = command.add_mutually_exclusive_group()
     action.add_argument(
@@ -294,10 +279,10 @@ def _sweep(commands: Any) -> None:
     action.add_argument(
         "--submit",
         nargs="?",
-        const=SWEEP_FILE,
+        const="",
         metavar="FILE",
-        help=f"submit the cells that are not done as one SLURM array with this job file (default: {SWEEP_FILE}, "
-        "or the one that fedhpc brings)",
+        help="submit the cells that are not done as one job array with this job file (default: one that is made as by "
+        f"`fedhpc submit`; of SLURM, where nothing is asked for, {SWEEP_FILE} or the one that fedhpc brings)",
     )
     action.add_argument(
         "--cell",
@@ -307,8 +292,12 @@ def _sweep(commands: Any) -> None:
     )
     command.add_argument("--expect", metavar="DIGEST", help="with --cell: refuse if the experiment's cells are others")
     command.add_argument(
-        "--dry-run", action="store_true", help="list the cells and where they stand; with --submit, print the command"
+        "--dry-run",
+        action="store_true",
+        help="list the cells and where they stand; with --submit, write the job file and print the command",
     )
+    _add_job(command.add_argument_group("with --submit"), tuple(key for key in SCHEDULERS if key != "none"))
+    command.set_defaults(chain=1)
 
 
 def _watch(commands: Any) -> None:
@@ -374,6 +363,25 @@ def _add_trained(command: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="this device's personal parameters; otherwise the global ones, untrained where they are not exchanged",
     )
+
+
+def _add_job(command: argparse._ActionsContainer, schedulers: tuple[str, ...]) -> None:
+    command.add_argument("--scheduler", choices=schedulers, help="(default: the first that is found here)")
+    command.add_argument("--nodes", type=number_to(100_000), metavar="N", help="(1)")
+    command.add_argument(
+        "--ranks",
+        type=number_to(1_000_000),
+        metavar="R",
+        help="MPI ranks in all, the server included (default: N times --ranks-per-node, or the devices of a round and "
+        "one)",
+    )
+    command.add_argument("--ranks-per-node", type=number_to(10_000), metavar="R", help="at most")
+    command.add_argument("--gpus-per-node", type=number_to(64), metavar="G", help="(none)")
+    command.add_argument("--cpus-per-task", type=number_to(10_000), metavar="C", help="of a rank (device.threads)")
+    command.add_argument("--memory", "--mem", type=gigabytes, metavar="SIZE", help="of a node, as 64G")
+    command.add_argument("--time", "--walltime", type=duration, metavar="TIME", help="limit, as 24:00:00 or 1d12h")
+    command.add_argument("--account", type=word, help="SLURM's account, LSF's project, Flux's bank")
+    command.add_argument("--queue", "--partition", type=word)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -281,8 +281,10 @@ def predict(arguments: argparse.Namespace) -> int:
 def sweep(arguments: argparse.Namespace) -> int:
     """`fedhpc sweep`: the runs of an experiment."""
     from fedhpc.commands.sweep.experiment import load_experiment
-    from fedhpc.commands.sweep.job_array import task_arguments
+    from fedhpc.commands.sweep.job_array import asked_for, task_arguments
 
+    if arguments.submit is None and (asked := asked_for(arguments, "scheduler")):
+        raise ConfigError(f"{asked[0]}: goes with --submit; leave it out")
     experiment = load_experiment(arguments.experiment, arguments.set, arguments.out)
     if arguments.cell is not None:
         show(task_arguments(experiment, arguments.cell, arguments.expect), exactly=True)
@@ -301,13 +303,13 @@ def sweep(arguments: argparse.Namespace) -> int:
         check_out(one)
         check_run_dirs(one)
     launches = [arguments.launch if arguments.launch is not None else one.launch for one in (*needed, experiment)]
-    for launch in () if arguments.submit else launches:
+    for launch in () if arguments.submit is not None else launches:
         check_launch(launch)
     with quick_start():
         work = find_work(experiment, arguments.sources)
     local = LocalSweep(work, launch=arguments.launch, at_once=arguments.jobs, run=main)
-    if arguments.submit:
-        return local.submit(arguments.submit, dry_run=arguments.dry_run)
+    if arguments.submit is not None:
+        return local.submit(arguments)
     if arguments.dry_run:
         show(overview(work))
         return 0

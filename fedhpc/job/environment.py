@@ -13,24 +13,24 @@ from fedhpc.job.schedulers.pbs import PbsEnvironment
 from fedhpc.job.schedulers.slurm import SlurmEnvironment
 
 SCHEDULERS: Mapping[str, type[JobEnvironment]] = {
+    "flux": FluxEnvironment,
     "slurm": SlurmEnvironment,
     "pbs": PbsEnvironment,
     "lsf": LsfEnvironment,
-    "flux": FluxEnvironment,
     "none": NoScheduler,
 }
+"""In this order they are looked for, here and by launch.sh: Flux can run within a job of another one."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def job_environment(environ: Mapping[str, str] = os.environ) -> JobEnvironment:
     """That of the scheduler whose job this process belongs to.
 
-    launch.sh says which; where it has not started the process, the variables do. Flux can run within a job of another
-    scheduler, so that it is looked for first.
+    launch.sh says which; where it has not started the process, the variables do.
     """
     if (said := environ.get("FEDHPC_SCHEDULER")) in SCHEDULERS:
         return SCHEDULERS[said](environ)
-    found = (SCHEDULERS[key](environ) for key in ("flux", "slurm", "pbs", "lsf"))
+    found = (scheduler(environ) for scheduler in SCHEDULERS.values())
     return next((job for job in found if job.job_id is not None), NoScheduler(environ))
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,28 @@ def test_what_the_scheduler_refuses_ends_the_command_with_its_status(here, fedhp
     assert out.endswith("qsub failed with 170\n")
 
 
-def test_without_a_scheduler_the_job_runs_here(here, fedhpc, monkeypatch):
+def test_without_a_scheduler_the_job_runs_here(here, monkeypatch):
+    """In the place of the command, so that it gets the signals; also within a job of a scheduler, which it is not."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setenv("LAUNCH", "false")
-    status, out, _ = fedhpc("submit", "my reviews.yaml", "--scheduler", "none", "--ranks", 1, "--out", "job")
-    assert status == 1
-    assert "fedhpc job: ended with 1 before the ranks had found each other" in out
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    options = ["--scheduler", "none", "--ranks", "1", "--out", "job"]
+    command = [sys.executable, "-m", "fedhpc", "submit", "my reviews.yaml", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "fedhpc job: ended with 1 before the ranks had found each other" in done.stdout
+    assert "77" not in done.stdout
+
+
+def test_a_name_cannot_add_lines_to_a_job_file(here, fedhpc):
+    status, _, err = fedhpc("submit", "my reviews.yaml", "--scheduler", "pbs", "--dry-run", "--out", "o\necho\n#")
+    assert (status, list(here.glob("o*"))) == (2, [])
+    assert "'o\\necho\\n#': a job file names it in a comment" in err
+
+
+def test_a_job_file_can_be_a_pipe(here, fedhpc):
+    assert fedhpc("submit", "my reviews.yaml", "--scheduler", "pbs", "--dry-run", "--out", "/dev/null")[0] == 0
 
 
 def test_a_file_that_is_not_its_own_is_not_overwritten(here, fedhpc):
@@ -138,7 +155,7 @@ def test_a_file_that_is_not_its_own_is_not_overwritten(here, fedhpc):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "--scheduler: there is no sbatch or qsub or bsub or flux on PATH (found here: no scheduler)"),
+        ("", "--scheduler: there is no flux or sbatch or qsub or bsub on PATH (found here: no scheduler)"),
         ("--scheduler pbs", "--scheduler pbs: there is no qsub on PATH (found here: no scheduler)"),
         (
             "--scheduler pbs --dry-run --ranks 9 --nodes 2 --ranks-per-node 4",
@@ -190,7 +207,7 @@ def test_what_cannot_be_typed_is_refused(here, capfd, options, message):
 def test_schedulers_that_are_there_are_named(here, fedhpc):
     put(here, sbatch="", flux="")
     err = fedhpc("submit", "my reviews.yaml", "--scheduler", "lsf")[2]
-    assert "--scheduler lsf: there is no bsub on PATH (found here: slurm, flux)" in err
+    assert "--scheduler lsf: there is no bsub on PATH (found here: flux, slurm)" in err
 
 
 @pytest.mark.parametrize(

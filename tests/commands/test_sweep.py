@@ -305,7 +305,7 @@ def test_a_name_that_is_too_long_for_a_file_system_is_cut_and_stays_unique(write
         (["--launch", "mpirunn -np 3"], "launch: 'mpirunn -np 3': there is no such command"),
         (["--out", "x" * 256], f"out: {'x' * 256}"),
         (["--out", "/proc/sweep"], "out: /proc cannot be written"),
-        (["--submit", "nowhere.slurm"], "--submit nowhere.slurm: no such file here"),
+        (["--submit", "nowhere.slurm", "--scheduler", "slurm"], "--submit nowhere.slurm: no such file here"),
     ],
 )
 def test_a_dry_run_refuses_what_the_sweep_would(write, fedhpc, option, message):
@@ -487,7 +487,7 @@ def test_a_sweep_is_not_started_by_mpirun(write, fedhpc, monkeypatch):
 def test_outside_a_checkout_the_job_file_is_the_packages(write, fedhpc, tmp_path, monkeypatch):
     path = write()
     monkeypatch.chdir(tmp_path)
-    _, out, _ = fedhpc("sweep", path, "--submit", "--dry-run")
+    _, out, _ = fedhpc("sweep", path, "--submit", "--dry-run", "--scheduler", "slurm")
     export = f"--export=ALL,FEDHPC={COMMAND},FEDHPC_TEMPLATES={TEMPLATES}"
     assert shlex.split(out)[:4] == ["sbatch", export, "--array=0-11", str(TEMPLATES / "sweep.slurm")]
     assert (TEMPLATES / "sweep.slurm").is_file()
@@ -495,7 +495,8 @@ def test_outside_a_checkout_the_job_file_is_the_packages(write, fedhpc, tmp_path
 
 def test_an_array_of_other_cells_than_were_submitted_is_refused(write, fedhpc):
     path = write()
-    _, out, _ = fedhpc("sweep", path, "--submit", "jobs/sweep.slurm", "--dry-run", "--jobs", 4, "--set", "trace=true")
+    options = ["--submit", "--scheduler", "slurm", "--dry-run", "--jobs", 4, "--set", "trace=true"]
+    _, out, _ = fedhpc("sweep", path, *options)
     digest = load_experiment(path).digest
     assert out == f"sbatch --array=0-11%4 jobs/sweep.slurm {path} --expect {digest} --set trace=true\n"
     assert fedhpc("sweep", path, "--cell", 3, "--expect", digest)[0] == 0

@@ -10,8 +10,9 @@ from pathlib import Path
 JOBS = Path(__file__).parents[2] / "jobs"
 
 QUEUE = """\
+variables="FEDHPC_ARRAY=$FEDHPC_ARRAY FEDHPC_JOB_FILE=$FEDHPC_JOB_FILE FEDHPC_TASK=$FEDHPC_TASK"
 enqueue() { # NUMBER FILE FIRST
-    printf '%s\\t%s\\t%s\\n' "$1" "$2" "$3" >>queue
+    printf '%s\\t%s\\t%s\\t%s\\n' "$1" "$2" "$3" "$variables" >>queue
 }
 new_number() {
     number=$(($(cat number 2>/dev/null) + 1))
@@ -23,11 +24,21 @@ PROGRAMS = {
     "pbs": {
         "qsub": """
             for file; do
-                case $file in FEDHPC_FIRST_JOB=*) first=${file#*=} ;; esac
+                case $file in FEDHPC_FIRST_JOB=*) first=${file#*=} first=${first%%,*} ;; esac
             done
+            case $* in *FEDHPC_ARRAY,FEDHPC_JOB_FILE*) ;; *) variables= ;; esac
             new_number
-            enqueue $number.server "$file" "$first"
-            echo $number.server""",
+            case $* in
+            *-J*)
+                tasks=$(echo "$*" | sed 's/.*-J 1-\\([0-9]*\\).*/\\1/')
+                for task in $(seq $tasks); do enqueue "$number[$task].server" "$file" ""; done
+                echo "$number[].server"
+                ;;
+            *)
+                enqueue $number.server "$file" "$first"
+                echo $number.server
+                ;;
+            esac""",
         # qrerun(1B): "PBS Manager or Operator privilege is required to use this command."
         "qrerun": '[ -e manager ] && enqueue "$1" job "" || { echo "qrerun: Unauthorized Request  $1" >&2; exit 159; }',
         "pbs_tmrsh": "",
@@ -36,9 +47,11 @@ PROGRAMS = {
         "bsub": """
             new_number
             cat >job.$number
-            enqueue $number job.$number ""
+            tasks=$(echo "$*" | sed -n 's/.*\\[1-\\([0-9]*\\)\\].*/\\1/p')
+            for task in $(seq ${tasks:-0}); do enqueue "$number[$task]" job.$number ""; done
+            [ -n "$tasks" ] || enqueue $number job.$number ""
             echo "Job <$number> is submitted to queue <normal>.\"""",
-        "brequeue": 'enqueue "$1" job.$1 ""; echo "Job <$1> is being requeued"',
+        "brequeue": 'enqueue "$1" "job.${1%%\\[*}" ""; echo "Job <$1> is being requeued"',
         "blaunch": "",
     },
     "flux": {
@@ -60,6 +73,8 @@ PROGRAMS = {
 FEDHPC = f"""\
 #!/bin/bash
 # Ends with the first exit status of the file `statuses`, and removes it from there; `wait` waits for a request to stop.
+# As `fedhpc sweep --cell`, it prints a log and, as what is to be run, its own arguments.
+[ "$1" != sweep ] || {{ printf '%s\\n' "logs/cell${{!#}}.log" "$@"; exit; }}
 read -r status rest <statuses
 echo "$rest" >statuses
 echo "${{FEDHPC_RESTARTS:-none}}" >>restarts
@@ -113,16 +128,25 @@ class StandIn:
 
     def start(self, job, **variables):
         """Run a job as the scheduler does; its process."""
-        number, file, first = job
+        number, file, first, *variables_of_job = job
+        array, _, index = number.partition("]")[0].partition("[")
         nodes = (self.folder / "nodes").read_text()
         own = {
-            "pbs": {"PBS_JOBID": number, "PBS_NODEFILE": "nodes", "PBS_O_WORKDIR": str(self.folder)},
-            "lsf": {"LSB_JOBID": number, "LSB_JOBINDEX": "0", "LSB_DJOB_HOSTFILE": "nodes"},
+            "pbs": {
+                "PBS_JOBID": number,
+                "PBS_NODEFILE": "nodes",
+                "PBS_O_WORKDIR": str(self.folder),
+                "PBS_ARRAY_INDEX": index,
+            },
+            "lsf": {"LSB_JOBID": array, "LSB_JOBINDEX": index or "0", "LSB_DJOB_HOSTFILE": "nodes"},
             "flux": {"FLUX_URI": "local:///flux", "FLUX_ENCLOSING_ID": number},
             "none": {},
         }[self.key]
         if self.key == "lsf":
             own["LSB_DJOB_NUMPROC"] = str(len(nodes.split()))
+        own = {name: value for name, value in own.items() if value}
+        for name, value in (pair.split("=", 1) for pair in " ".join(variables_of_job).split()):
+            own |= {name: value} if value else {}
         if first:
             own["FEDHPC_FIRST_JOB"] = first
         return subprocess.Popen(

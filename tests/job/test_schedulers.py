@@ -103,6 +103,13 @@ def test_gpus_that_the_job_asked_for_and_has_not(key):
     assert job_environment(JOB.get(key, {"SLURM_JOB_ID": "7"})).gpu_problem(0) is None
 
 
+def test_a_job_of_one_scheduler_within_one_of_another():
+    both = {"SLURM_JOB_ID": "77", "FLUX_ENCLOSING_ID": "fABC"}
+    assert job_environment(both).job_id == "fABC"
+    assert job_environment(both | {"FEDHPC_SCHEDULER": "slurm"}).job_id == "77"
+    assert job_environment(both | {"FEDHPC_SCHEDULER": "none"}).job_id is None
+
+
 STARTED = time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(time.time() - 600))
 TIMES = [
     # what the command says, seconds that are left of it

@@ -18,7 +18,7 @@ from fedhpc.job import tracking
 from fedhpc.job.log import log
 from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Tracker, Trackers, any_at_work, make_trackers
-from fedhpc.job.tracking import numbers
+from fedhpc.job.tracking import hyper_parameters, numbers
 from fedhpc.registry import TRACKERS
 
 SHIPPED = ("mlflow", "tensorboard", "trackio", "wandb")
@@ -143,6 +143,30 @@ def test_a_tracker_has_a_thread_of_its_own_and_learns_how_the_run_ends(probes, t
     assert [what for what, _, _ in seen] == ["begin", 0, 1, "stopped"]
     assert len({thread for _, _, thread in seen} | {threading.main_thread()}) == 2
     assert not any_at_work()
+
+
+def test_what_would_undo_privacy_is_not_tracked(probes, tmp_path):
+    """The seed, from which the noise follows, and seconds, which depend on who takes part."""
+    seen = []
+
+    @probes("seeing")
+    class Seeing(Tracker):
+        def begin(self, run, run_dir, earlier):
+            seen.extend(earlier)
+
+        def record(self, metrics):
+            seen.append(metrics)
+
+    for privacy, left_out in (({}, set()), ({"clip": 1.0, "noise": 1.0}, {"seconds"})):
+        more = {"exchange": {"mode": "reduce"}, "server": {"method": "fedavg", "weights": "uniform"}}
+        more |= {"selection": {"strategy": "all"}, "privacy": privacy}
+        run = config(tmp_path, {"kind": "seeing"}, **more)
+        every = Trackers(run)
+        every.begin(run, tmp_path, [line(0)])
+        every.record(line(1))
+        every.end("finished")
+        assert [line(0).keys() - metrics.keys() for metrics in seen[-2:]] == [left_out] * 2
+        assert ("seed" in hyper_parameters(run)) is not run.privacy.is_on
 
 
 def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monkeypatch, said, tmp_path):

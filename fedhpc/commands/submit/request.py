@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedhpc.config import Config
@@ -57,21 +58,22 @@ class Request:
         return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 
 
-def read_request(given: argparse.Namespace, config: Config) -> Request:
-    """What the command line asks for; what it leaves out follows from the run.
+def read_request(given: argparse.Namespace, configs: Sequence[Config]) -> Request:
+    """What the command line asks for; what it leaves out follows from the run, or the largest of several.
 
     Raises:
-        ConfigError: it contradicts itself, or the run.
+        ConfigError: it contradicts itself, or a run.
     """
-    nodes, each = given.nodes, given.ranks_per_node
-    ranks = given.ranks or (nodes * each if each else 1 + config.federation.devices_per_round)
+    nodes, each = given.nodes or 1, given.ranks_per_node
+    devices = max(config.federation.devices_per_round for config in configs)
+    ranks = given.ranks or (nodes * each if each else 1 + devices)
     if each and ranks > nodes * each:
         raise ConfigError(
             f"--ranks {ranks}: {nodes} nodes with {each} ranks each (--ranks-per-node) have room for {nodes * each}"
         )
     if ranks < nodes:
         raise ConfigError(f"--nodes {nodes}: {ranks} ranks leave nodes without any; ask for {ranks} nodes at most")
-    margin = config.checkpoint.stop_before_end_s
+    margin = max(config.checkpoint.stop_before_end_s for config in configs)
     if given.time is not None and given.time <= margin:
         raise ConfigError(
             f"--time: {given.time} s, but the run stops {margin:g} s before the end (checkpoint.stop_before_end_s); "
@@ -80,7 +82,7 @@ def read_request(given: argparse.Namespace, config: Config) -> Request:
     return Request(
         nodes=nodes,
         ranks=ranks,
-        cpus=given.cpus_per_task or config.device.threads,
+        cpus=given.cpus_per_task or max(config.device.threads for config in configs),
         gpus=given.gpus_per_node or 0,
         memory_gb=given.memory,
         seconds=given.time,

@@ -1,5 +1,6 @@
 """`fedhpc sweep` on this machine: what there is to do, the runs, and what became of them."""
 
+import argparse
 import os
 import shlex
 import shutil
@@ -10,7 +11,7 @@ from functools import partial
 
 from fedhpc.commands.sweep.experiment import Cell, Experiment
 from fedhpc.commands.sweep.exports import Export, find_exports
-from fedhpc.commands.sweep.job_array import array_command, submit
+from fedhpc.commands.sweep.job_array import make_array
 from fedhpc.commands.sweep.prepared import Part, find_parts, make
 from fedhpc.commands.sweep.results import write_tables
 from fedhpc.commands.sweep.runner import Runner
@@ -107,7 +108,7 @@ class LocalSweep:
 
         Args:
             launch: what starts the ranks of a cell, instead of what the experiments say.
-            at_once: so many cells; one unless given, or as many as SLURM starts.
+            at_once: so many cells; one unless given.
             run: the command line, for cells without a launcher: they are forks of this process.
         """
         self._work, self._launch, self._at_once, self._run = work, launch, at_once, run
@@ -138,23 +139,25 @@ class LocalSweep:
             _say("stopped; the same command goes on from here")
         return status
 
-    def submit(self, job_file: str, *, dry_run: bool) -> int:
-        """Prepare and export here, and hand the cells to SLURM; those of needed experiments first, and alone."""
+    def submit(self, given: argparse.Namespace) -> int:
+        """Prepare and export here, and hand the cells to a scheduler; those of needed experiments first, and alone.
+
+        Args:
+            given: the command line.
+        """
         experiment, needs = self._work.experiment, self._work.unfinished
-        commands = [
-            command for one in needs or [experiment] if (command := array_command(one, job_file, self._at_once))
-        ]
-        for command in commands:
-            _say(shlex.join(command))
-        if not commands:
+        arrays = [array for one in needs or [experiment] if (array := make_array(one, given))]
+        for array in arrays if given.dry_run else ():
+            _say(array.show())
+        if not arrays:
             _say("all cells are done")
-        if dry_run or not commands:
+        if given.dry_run or not arrays:
             return 0
         with self._stops.listening():
             status = self._in_turn(self._prepare, *(() if needs else (self._export,)))
         if status:
             return status
-        status = max(map(submit, commands))
+        status = max(array.submit(_say) for array in arrays)
         if needs and not status:
             _say("these are needed first: when they have ended, run the same command again to go on")
         return status

@@ -34,6 +34,10 @@ class JobEnvironment(ABC):
     cancel_command: ClassVar[str]
     file_is_input: ClassVar[bool] = False
     """Whether the submit command reads the job file from its input, instead of taking its name."""
+    directive: ClassVar[str] = "(?!)"
+    """What begins a job file's lines to the scheduler, as a regular expression."""
+    has_arrays: ClassVar[bool] = True
+    """Whether one job can have many tasks."""
     gpu_variables: ClassVar[tuple[str, ...]] = GPU_VARIABLES
     """Set in jobs that were given GPUs."""
 
@@ -155,6 +159,20 @@ class JobEnvironment(ABC):
             after: earlier jobs of a chain: this one starts when all of them have ended without success, and is removed
                 when one of them succeeds.
         """
+
+    @classmethod
+    def array_options(cls, name: str, tasks: int, at_once: int | None) -> list[str]:
+        """What the submit command is told of an array whose tasks have the numbers 1 to `tasks`.
+
+        Args:
+            name: the job's.
+            at_once: at most so many tasks run at once.
+        """
+        return []
+
+    def array_limit(self) -> tuple[int, str] | None:
+        """How many tasks an array may have, and the setting that says so; None if nobody tells."""
+        return None
 
     @classmethod
     def submitted(cls, output: str) -> str:

@@ -23,6 +23,8 @@ class FluxEnvironment(JobEnvironment):
     name: ClassVar[str] = "Flux"
     submit_command: ClassVar[str] = "flux"
     cancel_command: ClassVar[str] = "flux cancel"
+    directive: ClassVar[str] = "(?i:# ?flux:)"
+    has_arrays: ClassVar[bool] = False
 
     @property
     def job_id(self) -> str | None:

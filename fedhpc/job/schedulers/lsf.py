@@ -1,7 +1,7 @@
 """IBM Spectrum LSF.
 
-Manuals: "Environment variables set for job execution" in the configuration reference; bsub (-w, -ti, -wa, -wt), bjobs
-(-o, -a, JOB STATUS) and brequeue in the command reference, https://www.ibm.com/docs/en/spectrum-lsf/10.1.0
+Manuals: "Environment variables set for job execution" in the configuration reference; bsub (-w, -ti, -wa, -wt, -J),
+bjobs (-o, -a, JOB STATUS), bparams and brequeue in the command reference, https://www.ibm.com/docs/en/spectrum-lsf/10.1.0
 """
 
 import re
@@ -25,6 +25,7 @@ class LsfEnvironment(JobEnvironment):
     name: ClassVar[str] = "LSF"
     submit_command: ClassVar[str] = "bsub"
     cancel_command: ClassVar[str] = "bkill"
+    directive: ClassVar[str] = "#BSUB"
     file_is_input: ClassVar[bool] = True
 
     @property
@@ -53,6 +54,17 @@ class LsfEnvironment(JobEnvironment):
     def submission(cls, after: Sequence[str] = ()) -> list[str]:
         """The command that submits a job file; `-ti` removes a job that cannot start any more."""
         return ["bsub", *(["-w", " && ".join(f"exit({job})" for job in after), "-ti"] if after else [])]
+
+    @classmethod
+    def array_options(cls, name: str, tasks: int, at_once: int | None) -> list[str]:
+        """A name with indices, which count from 1."""
+        return ["-J", f"{name}[1-{tasks}]" + (f"%{at_once}" if at_once else "")]
+
+    def array_limit(self) -> tuple[int, str] | None:
+        """The highest index that an element may have (lsb.params)."""
+        answer = self.ask("bparams", "-a")
+        found = re.search(r"\bMAX_JOB_ARRAY_SIZE\s*=\s*(\d+)", answer[1] if answer else "")
+        return (int(found[1]), "MAX_JOB_ARRAY_SIZE") if found else None
 
     @classmethod
     def submitted(cls, output: str) -> str:

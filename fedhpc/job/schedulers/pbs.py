@@ -1,7 +1,7 @@
 """PBS Professional and OpenPBS.
 
-Manuals: qsub(1B) (ENVIRONMENT VARIABLES, -W depend), qstat(1B) (job states, -f -F json), pbs_job_attributes(7B),
-qrerun(1B), which only a manager or operator of PBS may call.
+Manuals: qsub(1B) (ENVIRONMENT VARIABLES, -W depend, -J), qstat(1B) (job states, -f -F json), pbs_job_attributes(7B),
+pbs_server_attributes(7B) (max_array_size), qrerun(1B), which only a manager or operator of PBS may call.
 """
 
 import json
@@ -28,6 +28,7 @@ class PbsEnvironment(JobEnvironment):
     name: ClassVar[str] = "PBS"
     submit_command: ClassVar[str] = "qsub"
     cancel_command: ClassVar[str] = "qdel"
+    directive: ClassVar[str] = "#PBS"
 
     @property
     def job_id(self) -> str | None:
@@ -72,6 +73,18 @@ class PbsEnvironment(JobEnvironment):
     def submission(cls, after: Sequence[str] = ()) -> list[str]:
         """The command that submits a job file; PBS deletes a job whose dependency cannot be met any more."""
         return ["qsub", *(["-W", f"depend=afternotok:{':'.join(after)}"] if after else [])]
+
+    @classmethod
+    def array_options(cls, name: str, tasks: int, at_once: int | None) -> list[str]:
+        """A range, of two at least; and what is handed on to a job of a sweep."""
+        array = ["-J", f"1-{tasks}" + (f"%{at_once}" if at_once else "")] if tasks > 1 else []
+        return [*array, "-v", "FEDHPC_ARRAY,FEDHPC_JOB_FILE"]
+
+    def array_limit(self) -> tuple[int, str] | None:
+        """The server's; a queue may have a lower one."""
+        answer = self.ask("qstat", "-B", "-f", "-F", "json")
+        found = re.search(r'"max_array_size":\s*(\d+)', answer[1] if answer else "")
+        return (int(found[1]), "max_array_size") if found else None
 
     def _qstat(self, job_id: str) -> dict[str, Any] | None:
         """A job's attributes, none of one that PBS does not know; None if it does not answer."""

@@ -32,6 +32,7 @@ class SlurmEnvironment(JobEnvironment):
     name: ClassVar[str] = "SLURM"
     submit_command: ClassVar[str] = "sbatch"
     cancel_command: ClassVar[str] = "scancel"
+    directive: ClassVar[str] = "#SBATCH"
     gpu_variables: ClassVar[tuple[str, ...]] = (*GPU_VARIABLES, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 
     @property
@@ -137,6 +138,12 @@ class SlurmEnvironment(JobEnvironment):
         """The command that submits a job file; `afternotok` counts a job that SLURM removed as one without success."""
         chain = ["--kill-on-invalid-dep=yes", f"--dependency=afternotok:{':'.join(after)}"] if after else []
         return ["sbatch", "--parsable", *chain]
+
+    def array_limit(self) -> tuple[int, str] | None:
+        """One more than the highest number that a task may have (slurm.conf(5))."""
+        answer = self.ask("scontrol", "show", "config")
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer[1] if answer else "", re.MULTILINE)
+        return (int(found[1]), "MaxArraySize") if found else None
 
     @classmethod
     def submitted(cls, output: str) -> str:

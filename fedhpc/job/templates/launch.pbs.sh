@@ -15,7 +15,10 @@ prepare_launch() {
 requeue() { # qrerun is for managers and operators of PBS: the job file is submitted once more
     case ${FEDHPC_JOB_FILE:+$job} in
     '' | *\[*) qrerun "$job" ;; # one job of an array cannot be
-    *) again="goes on as job $(patiently qsub -W "depend=afterany:$job" -v "FEDHPC_FIRST_JOB=$first" "$FEDHPC_JOB_FILE")" ;;
+    *)
+        variables=FEDHPC_FIRST_JOB=$first${FEDHPC_ARRAY:+,FEDHPC_ARRAY,FEDHPC_JOB_FILE}
+        again="goes on as job $(patiently qsub -W "depend=afterany:$job" -v "$variables" "$FEDHPC_JOB_FILE")"
+        ;;
     esac
 }
 

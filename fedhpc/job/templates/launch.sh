@@ -59,7 +59,9 @@ run_again() { # STATUS MESSAGE
     if [ "${FEDHPC_REQUEUE:-yes}" = no ]; then
         finish "$1" "$2; the next job of the chain goes on"
     elif ! requeue "$2"; then
-        finish "$1" "$2; $scheduler does not requeue it: submit it again to go on, or several at once with $several"
+        again="submit it again to go on, or several at once with $several"
+        [ -z "${CELL_LOG:-}" ] || again="when the array has ended, the same fedhpc sweep --submit goes on"
+        finish "$1" "$2; $scheduler does not requeue it: $again"
     fi
     say "$2; $again"
     exit "$1"

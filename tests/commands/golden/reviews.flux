@@ -13,6 +13,7 @@
 # module load openmpi
 export FEDHPC=COMMAND
 export FEDHPC_RANKS=4
+export FEDHPC_SCHEDULER=flux
 export FEDHPC_JOB_FILE='a job'
 export FEDHPC_REQUEUE=no
 . TEMPLATES/launch.sh 'my reviews.yaml' --set seed=7

@@ -1,0 +1,1 @@
+../fedhpc/job/templates/cell.sh
