@@ -134,6 +134,17 @@ def test_a_file_of_ones_own(cluster):
     assert cells_run(cluster) == [0, 2, 4]
 
 
+def test_under_slurm_a_file_is_made_where_something_is_asked_for(cluster, fedhpc):
+    cluster = cluster("pbs")
+    command = ("sweep", "my grid.yaml", "--submit", "--scheduler", "slurm", "--dry-run")
+    digest = load_experiment(Path("my grid.yaml")).digest
+    for options, file in ((), "jobs/sweep.slurm"), (("--ranks", 3, "--nodes", 2), "out/sweep.slurm"):
+        assert fedhpc(*command, *options)[1] == f"sbatch --array=0,2,4 {file} 'my grid.yaml' --expect {digest}\n"
+    made = (cluster.folder / "out/sweep.slurm").read_text()
+    assert {"#SBATCH --ntasks=3", "#SBATCH --nodes=2", "#SBATCH --output=%x-%A_%a.out"} <= set(made.splitlines())
+    assert made.endswith('\n. jobs/cell.sh "$@"\n')
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
