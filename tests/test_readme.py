@@ -18,7 +18,7 @@ from fedhpc.data.task_files import load_task
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_PROGRAMS = {"cp", "export", "jupyter", "lm_eval", "pip"}
+OTHER_PROGRAMS = {"apptainer", "cp", "docker", "export", "jupyter", "lm_eval", "pip", "rattler-build"}
 
 
 def blocks(page, *languages):
