@@ -1,6 +1,6 @@
 """Ranks in containers, which are made of namespaces here: the right bytes, over memory that is shared or else sent.
 
-By default each rank in one of its own; FEDHPC_CONTAINERS=all tries other ways, too.
+By default each rank in one of its own; FEDHPC_TEST_ALL=1 tries other ways, too.
 """
 
 import os
@@ -16,7 +16,7 @@ from fedhpc import exchange
 from fedhpc.errors import UserError
 from fedhpc.exchange import NO_SHARED_MEMORY, TRANSPORTS, prepare_mpi
 
-ALL = os.environ.get("FEDHPC_CONTAINERS") == "all"
+ALL = "FEDHPC_TEST_ALL" in os.environ
 PROGRAM = Path(__file__).parent / "contained.py"
 PROCESSES = ("unshare", "--pid", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc")
 USERS = ("unshare", "--user", "--map-root-user")
@@ -55,7 +55,7 @@ def test_each_rank_in_a_container(own):
     assert said(*mpirun, *around, python, program) == words
 
 
-@pytest.mark.skipif(not ALL, reason="FEDHPC_CONTAINERS is not all")
+@pytest.mark.skipif(not ALL, reason="FEDHPC_TEST_ALL is not set")
 @pytest.mark.parametrize("around", [PROCESSES, (*USERS, *PROCESSES, *OWN_MEMORY)])
 def test_mpirun_in_a_container(around):
     assert said(*around, *command(3, PROGRAM)) == [ALL_NEAR, "transports None"]
