@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_PROGRAMS = {
-    *("cat", "cp", "export", "jupyter", "lm_eval", "mlflow", "pip", "sbatch", "tensorboard", "trackio", "wandb"),
+    *("apptainer", "cat", "cp", "docker", "export", "jupyter", "lm_eval", "mlflow", "pip", "rattler-build", "sbatch"),
+    *("tensorboard", "trackio", "wandb"),
 }
 
 

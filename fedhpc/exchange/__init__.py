@@ -8,13 +8,17 @@ from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
 from fedhpc.exchange.survey import Survey
 from fedhpc.exchange.watchdog import time_limit
-from fedhpc.job.container import container, container_words, launcher_above
+from fedhpc.job.container import container, container_words, is_cut_off, launcher_above
 from fedhpc.job.schedulers.base import JobEnvironment
 from fedhpc.job.stopping import StopRequest
 
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHER_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK", "PMI_RANK")
 """Set by mpirun or srun in every process that they start as an MPI rank."""
+PRRTE, LAUNCHER_FOLDER = "PRTE_LAUNCHED", "PMIX_SERVER_TMPDIR"
+"""Set by the mpirun of Open MPI 5."""
+TRANSPORTS, NO_SHARED_MEMORY = "OMPI_MCA_btl", "^sm,smcuda,vader"
+"""Of Open MPI 5, and 4."""
 INTEL = "Intel"
 
 
@@ -25,6 +29,8 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
         UserError: the processes that were started together do not find each other, or cannot.
     """
     launched_as_rank = is_launched()
+    if launched_as_rank:
+        prepare_mpi()
     if launched_as_rank and (problem := environment.pmi_problem()) and _loads_intel_mpi(timeout_s):
         raise UserError(problem)
     exchange = MpiExchange(stop, timeout_s) if launched_as_rank else LocalExchange(stop, timeout_s)
@@ -46,6 +52,7 @@ def start_survey(environment: JobEnvironment) -> Survey:
     elif (problem := environment.pmi_problem()) and library_version().startswith(INTEL):
         raise UserError(problem)
     else:
+        prepare_mpi()
         from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
 
         if not MPI.Is_initialized():
@@ -54,6 +61,25 @@ def start_survey(environment: JobEnvironment) -> Survey:
     if problem := launch_problem(environment, survey.size):
         raise UserError(problem)
     return survey
+
+
+def prepare_mpi() -> None:
+    """Before a rank starts MPI: see that it can in a container of this rank alone.
+
+    Open MPI takes shared memory for its own if who made it has the number of this process, as in another container, and
+    crashes: `segment_attach` in its opal/mca/shmem/mmap/shmem_mmap_module.c. There ranks talk by TCP.
+
+    Raises:
+        UserError: the folder in which Open MPI's launcher leaves files for its ranks cannot be seen.
+    """
+    folder = os.environ.get(LAUNCHER_FOLDER, "")
+    if PRRTE in os.environ and folder and not os.path.isdir(folder):
+        raise UserError(
+            f"the launcher's folder {folder} ({LAUNCHER_FOLDER}) is not there: the container around this rank has a "
+            "/tmp of its own; bind the host's, or start mpirun inside of the container"
+        )
+    if is_cut_off():
+        os.environ.setdefault(TRANSPORTS, NO_SHARED_MEMORY)
 
 
 def is_launched() -> bool:

@@ -1,6 +1,7 @@
 """Whether this process runs in a container, and whether a launcher outside has started it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 VARIABLES = {"APPTAINER_CONTAINER": "Apptainer", "SINGULARITY_CONTAINER": "Singularity", "container": "container"}
@@ -9,7 +10,11 @@ FILES = {"/.dockerenv": "Docker", "/run/.containerenv": "podman", "/.singularity
 CGROUPS = {"docker": "Docker", "kubepods": "Kubernetes", "libpod": "podman"}
 LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "prterun", "prted", "orterun", "orted", "hydra_pmi_proxy")
 """Names of processes, of which the system keeps 15 characters."""
+SCHEDULERS = ("slurmstepd", "flux-shell")
+"""What starts ranks for a scheduler, and processes that are none."""
 NAME_LENGTH = 15
+FIRST_NAMESPACE = "pid:[4026531836]"
+"""That of the machine's own processes: PROC_PID_INIT_INO of Linux's include/linux/proc_ns.h."""
 
 
 def container() -> str | None:
@@ -38,15 +43,25 @@ def container_words() -> str:
     )
 
 
-def launcher_above() -> str | None:
-    """The name of an MPI launcher that this process descends from, as far as it can see."""
+def launcher_above(others: Sequence[str] = ()) -> str | None:
+    """The name of an MPI launcher, or of one of these others, that this process descends from, as far as it can see."""
     pid = os.getpid()
-    while pid > 1:
+    while pid > 0:
         try:
             name, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").partition("(")[2].rpartition(")")
         except OSError:
             return None
-        if name in [launcher[:NAME_LENGTH] for launcher in LAUNCHERS]:
+        if name in [launcher[:NAME_LENGTH] for launcher in (*LAUNCHERS, *others)]:
             return name
         pid = int(rest.split()[1])
     return None
+
+
+def is_cut_off() -> bool:
+    """Whether this process, a rank, does not see what has started it: other ranks may have its process number."""
+    try:
+        if os.readlink("/proc/self/ns/pid") == FIRST_NAMESPACE:
+            return False
+    except OSError:
+        return False
+    return launcher_above(SCHEDULERS) is None
