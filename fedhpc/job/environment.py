@@ -28,7 +28,7 @@ def job_environment(environ: Mapping[str, str] = os.environ) -> JobEnvironment:
 
     launch.sh says which; where it has not started the process, the variables do.
     """
-    if (said := environ.get("FEDHPC_SCHEDULER")) in SCHEDULERS:
+    if (said := environ.get("FEDHPC_SCHEDULER", "")) in SCHEDULERS:
         return SCHEDULERS[said](environ)
     found = (scheduler(environ) for scheduler in SCHEDULERS.values())
     return next((job for job in found if job.job_id is not None), NoScheduler(environ))

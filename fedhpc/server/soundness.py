@@ -50,7 +50,7 @@ def sift(
     return kept, rejected
 
 
-def _device(config: Config, device: int) -> str:
+def _device(config: Config, device: object) -> str:
     """Under `privacy`, nobody is told who takes part."""
     return "a device" if config.privacy.is_on else f"device {device}"
 

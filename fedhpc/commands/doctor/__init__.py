@@ -115,4 +115,6 @@ def _advice(problem: str) -> str:
             "what the MPI said stands before this report; a rank that has not started holds all others up: ranks that "
             "wait for it say so. A full /dev/shm or /tmp, or a launcher of another MPI, end processes here"
         )
+    if TERMINATED in problem:
+        return "it was told to end; what else was found stands above"
     return "this hangs or crashes here; what else was found stands above"

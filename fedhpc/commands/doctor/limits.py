@@ -159,8 +159,11 @@ def _live(work: Callable[[Tell], None], writing: int) -> NoReturn:
     try:
         # Whoever kills the process that was started means this one, too.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILURE))  # what it has written is removed
         work(Tell(writing))
         status = 0
+    except (KeyboardInterrupt, SystemExit):
+        pass  # the process that was started says it
     except BaseException:
         traceback.print_exc()
     finally:

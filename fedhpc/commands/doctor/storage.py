@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -87,7 +88,7 @@ def mount_of(path: Path) -> tuple[str, str]:
     real = Path(os.path.realpath(path))
     for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
         before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")  # as \040 for a space
+        point = re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), before.split()[4])  # as \040 for a space
         if real.is_relative_to(point) and len(point) >= best:
             best, found = len(point), tuple(after.split()[:2])  # type: ignore[assignment]
     return found

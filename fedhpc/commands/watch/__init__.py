@@ -15,6 +15,9 @@ from fedhpc.errors import EXIT_STOPPED, CheckpointError
 from fedhpc.files import names_in
 from fedhpc.job.console import show
 
+LONGEST_S = 86400.0
+"""Between two looks."""
+
 
 def watch_folder(path: Path, *, every_s: float, once: bool, as_json: bool) -> None:
     """Show how what is in a folder is doing; on a terminal again and again until it has ended.
@@ -34,7 +37,7 @@ def watch_folder(path: Path, *, every_s: float, once: bool, as_json: bool) -> No
             screen.show(_lines(view))
         if not live or _is_over(path, view):
             return
-        time.sleep(every_s)
+        time.sleep(min(every_s, LONGEST_S))
 
 
 View = Health | list[tuple[str, Health]]

@@ -34,8 +34,9 @@ class MLflow(Tracker):
     def check_ready(self, run_dir: Path) -> None:
         """See `Tracker`."""
         load_package(self.config.kind)
-        where = urlsplit(self._uri(run_dir))
-        if where.scheme in ("", "file"):
+        if self.config.tracking_uri is None:
+            check_writable(self.config.kind, Path(self._uri(run_dir)))
+        elif (where := urlsplit(self.config.tracking_uri)).scheme in ("", "file") and where.path != "databricks":
             check_writable(self.config.kind, Path(where.path))
 
     def begin(self, run: Any, run_dir: Path, earlier: Sequence[Mapping[str, Any]]) -> None:
