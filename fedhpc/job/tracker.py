@@ -5,8 +5,9 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Any, ClassVar, Literal
 
 from fedhpc.config import Config
@@ -140,6 +141,10 @@ class _Thread(threading.Thread):
         try:
             self._calls.put_nowait((what, args))
         except Full:
+            if what == "end":
+                with suppress(Empty):
+                    self._calls.get_nowait()
+                self._calls.put_nowait((what, args))
             self.warn(f"is {MOST_WAITING} rounds behind; rounds that find no place are left out")
 
     def run(self) -> None:

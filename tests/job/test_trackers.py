@@ -192,6 +192,10 @@ def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monke
         assert said == ["tracker hanging is 2 rounds behind; rounds that find no place are left out"]
     finally:
         release.set()
+    until = time.monotonic() + 10
+    while any_at_work() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any_at_work()  # though its last call found no place either
 
 
 def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, said, tmp_path):
