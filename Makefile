@@ -57,7 +57,7 @@ demo: $(VENV)/base-$(MPI)
 # A file's tests share ranks, or a SLURM cluster; the files that take longest come first in the alphabet.
 test: $(VENV)/tests-$(MPI) lint
 	@tests/slurm/install.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/tests-$(MPI)
 	$(BIN)/ruff check

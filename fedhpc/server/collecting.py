@@ -60,22 +60,24 @@ class Collector:
             self.placement.measured(int(header["device"]), float(header["seconds"]), int(header["num_steps"]))
         place = {int(device): row for row, device in enumerate(headers["device"])}
         order = np.array([place[device] for device in this.present])
-        kept, rejected = sift(self.config, this.index, state.server.params, headers[order])
-        order, sums = order[kept], self.exchange.sums
+        headers = headers[order]  # a copy: the next request uses the records' memory again
+        kept, rejected = sift(self.config, this.index, state.server.params, headers)
+        sums = self.exchange.sums
         if secure and len(kept) >= self.fewest(this):
-            sums = secure.open(sorted(headers["device"][order].tolist()))
+            sums = secure.open(sorted(headers["device"][kept].tolist()))
         record = this.measured(headers, busy, sum(secure.traffic, traffic) if secure else traffic)
         record["rejected"] = rejected
         if len(kept) < self.fewest(this):
             return None, record
-        uploads = self._uploads(state, this, upload, records, order)
+        order, headers = order[kept], headers[kept]
+        uploads = self._uploads(state, this, upload, records, order, headers)
         if summed:
             uploads, told = self._with_sums(uploads, summed.floats(sums, self.exchange.exponent), state, this)
             record |= told
         return uploads, record | {
             "examples": int(uploads.num_examples.sum()),
             "steps": int(uploads.num_steps.sum()),
-            "loss": float(uploads.weights @ headers["loss"][order]),
+            "loss": float(uploads.weights @ headers["loss"]),
         }
 
     def _request(
@@ -118,15 +120,21 @@ class Collector:
         )
 
     def _uploads(
-        self, state: RunState, this: Round, upload: Upload, records: np.ndarray, order: np.ndarray
+        self,
+        state: RunState,
+        this: Round,
+        upload: Upload,
+        records: np.ndarray,
+        order: np.ndarray,
+        headers: np.ndarray,
     ) -> RoundUploads:
         """Those in use, without their sums.
 
         Args:
             records: of all devices.
             order: row of each upload that is in use, in sampled order.
+            headers: of these.
         """
-        headers = messages.upload_headers(records)[order]
         start, encoding = state.server.params, self.encoding
         return RoundUploads(
             device_ids=headers["device"],

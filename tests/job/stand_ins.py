@@ -150,7 +150,7 @@ class StandIn:
         if first:
             own["FEDHPC_FIRST_JOB"] = first
         return subprocess.Popen(
-            ["bash", file],
+            ["env", "--default-signal=INT", "bash", file],
             cwd=self.folder,
             env={**self.variables, **own, **variables},
             stdout=subprocess.PIPE,
