@@ -27,21 +27,22 @@ class TimedServer(Server):
         super().__init__(*arguments)
         self.began, self.cpu, self.busy, self.homes, self.records = [], [], [], [], []
         self.saving.save = lambda state, **named: state
-        measured = self.placement.measured
+        devices, placement = self.devices, self.devices.placement
+        measured, collect = placement.measured, devices.collect
 
         def noting_measured(device, seconds, steps):
-            self.busy[-1][self.placement.homes[device]] += seconds
+            self.busy[-1][placement.homes[device]] += seconds
             measured(device, seconds, steps)
 
-        self.placement.measured = noting_measured
+        def noting_collect(state, this):
+            self.began.append(time.perf_counter())
+            self.cpu.append(time.process_time())
+            self.busy.append([0.0] * self.num_workers)
+            uploads, record = collect(state, this)
+            self.homes.append([placement.homes[device] for device in range(self.config.federation.num_devices)])
+            return uploads, record
 
-    def train(self, state, t):
-        self.began.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-        self.busy.append([0.0] * self.num_workers)
-        uploads, record = super().train(state, t)
-        self.homes.append([self.placement.homes[device] for device in range(self.config.federation.num_devices)])
-        return uploads, record
+        placement.measured, devices.collect = noting_measured, noting_collect
 
     def update(self, state, uploads, record):
         state = super().update(state, uploads, record)
