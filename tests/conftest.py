@@ -1,4 +1,5 @@
 import ctypes
+import logging
 import signal
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 
 from fedhpc.commands import cli
+from fedhpc.job.log import log
 from fedhpc.job.stopping import STOP_SIGNALS
 
 torch.set_num_threads(1)  # the tests' models are too small to share
@@ -32,6 +34,17 @@ def run_config(world, tmp_path):
         return tiny.write_config(world, tmp_path, run, **changes)
 
     return write
+
+
+@pytest.fixture
+def reports():
+    """The log's lines from now on."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    before, log.handlers[:] = log.handlers[:], [handler]
+    yield lines
+    log.handlers[:] = before
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Hundreds of ways to damage a real checkpoint: each is noticed, or does no harm; never is there another state."""
 
-import logging
 import os
 import re
 import shutil
@@ -23,7 +22,6 @@ from fedhpc.commands import cli
 from fedhpc.config.file import load_config
 from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError
 from fedhpc.exchange import LocalExchange
-from fedhpc.job.log import log
 from fedhpc.server import job as jobs
 
 SEED = 20231206
@@ -130,17 +128,6 @@ def configs(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def original(configs):
     return Original(configs[0])
-
-
-@pytest.fixture
-def reports():
-    """The log's lines from now on."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    before, log.handlers[:] = log.handlers[:], [handler]
-    yield lines
-    log.handlers[:] = before
 
 
 # Each of these gets the folder of a copy, whose files are those of the original under a second name.

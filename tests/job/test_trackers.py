@@ -1,6 +1,5 @@
 """Trackers: beside the run, whatever they do; and in those that fedhpc brings one curve, whatever stops the run."""
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from fedhpc.config import Config
 from fedhpc.errors import ConfigError
 from fedhpc.job import tracker as trackers
 from fedhpc.job import tracking
-from fedhpc.job.log import log
 from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Tracker, Trackers, any_at_work, make_trackers
 from fedhpc.job.tracking import hyper_parameters, numbers
@@ -65,17 +63,6 @@ def probes():
     before = dict(TRACKERS._parts)
     yield TRACKERS.register
     TRACKERS._parts = before
-
-
-@pytest.fixture
-def said():
-    """The log's lines from now on."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    before, log.handlers[:] = log.handlers[:], [handler]
-    yield lines
-    log.handlers[:] = before
 
 
 def test_the_numbers_of_a_round():
@@ -169,7 +156,7 @@ def test_what_would_undo_privacy_is_not_tracked(probes, tmp_path):
         assert ("seed" in hyper_parameters(run)) is not run.privacy.is_on
 
 
-def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monkeypatch, said, tmp_path):
+def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monkeypatch, reports, tmp_path):
     monkeypatch.setattr(trackers, "END_S", 0.2)
     monkeypatch.setattr(trackers, "MOST_WAITING", 2)
     release = threading.Event()
@@ -189,7 +176,7 @@ def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monke
     try:
         assert time.monotonic() - start < 2
         assert any_at_work()
-        assert said == ["tracker hanging is 2 rounds behind; rounds that find no place are left out"]
+        assert reports == ["tracker hanging is 2 rounds behind; rounds that find no place are left out"]
     finally:
         release.set()
     until = time.monotonic() + 10
@@ -198,7 +185,7 @@ def test_a_tracker_that_hangs_delays_nothing_and_costs_one_warning(probes, monke
     assert not any_at_work()  # though its last call found no place either
 
 
-def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, said, tmp_path):
+def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, reports, tmp_path):
     seen = []
 
     @probes("failing")
@@ -218,8 +205,8 @@ def test_a_tracker_that_fails_ends_alone_with_one_warning(probes, said, tmp_path
         every.record(line(t))
     every.end("finished")
     assert seen == [0, 1, 2]
-    (line_said,) = said
-    assert line_said.startswith("tracker failing has failed and sees no more rounds: OSError: the server is gone (")
+    (said,) = reports
+    assert said.startswith("tracker failing has failed and sees no more rounds: OSError: the server is gone (")
 
 
 @pytest.mark.parametrize("kind", SHIPPED)

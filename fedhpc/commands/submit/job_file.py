@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from fedhpc.commands.submit.request import Request
 from fedhpc.errors import ConfigError
 from fedhpc.job.environment import SCHEDULERS
@@ -53,6 +51,8 @@ def job_name(file: Path) -> str:
 def _job_file(
     key: str, request: Request, source: Path, path: Path, script: str, arguments: str, *, by_hand: str
 ) -> str:
+    import jinja2  # noqa: PLC0415 - the command line is read without it, on every rank
+
     for name in (str(source), str(path)):
         if not name.isprintable():
             raise ConfigError(f"{name!r}: a job file names it in a comment, which a line break would end; rename it")
