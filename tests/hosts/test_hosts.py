@@ -51,7 +51,7 @@ class HostCluster(Cluster):
 @pytest.fixture(scope="module")
 def cluster(hosts):
     if program := missing_program():
-        pytest.skip(f"SLURM: no {program} (tests/slurm/install.sh)")
+        pytest.skip(f"SLURM: no {program} (tests/install.sh)")
     cluster = HostCluster(hosts)
     try:
         cluster.start()

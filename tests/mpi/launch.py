@@ -11,9 +11,9 @@ MPIRUN = str(BESIDE_PYTHON) if BESIDE_PYTHON.exists() else shutil.which("mpirun"
 WITH_ULFM = ("--with-ft", "ulfm")
 
 
-def command(num_ranks, *arguments, options=()):
+def command(num_ranks, *arguments, options=(), launcher=MPIRUN):
     """Of ``python *arguments`` on so many ranks."""
-    return [MPIRUN, *options, "-np", str(num_ranks), sys.executable, *map(str, arguments)]
+    return [launcher, *options, "-np", str(num_ranks), sys.executable, *map(str, arguments)]
 
 
 def environment():

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from launch import command, environment
+from launch import MPIRUN, command, environment
 
 from fedhpc.job.environment import start_ticks
 
@@ -22,22 +22,23 @@ class Job:
 
     Args:
         hosts: emulated ones (`hosts.Hosts`) that the ranks are spread over, mpirun being on the first; else this one.
+        launcher: of another MPI, with the environment `variables` that it needs.
     """
 
-    def __init__(self, num_ranks, *arguments, output, options=(), hosts=None):
+    def __init__(self, num_ranks, *arguments, output, options=(), hosts=None, launcher=MPIRUN, variables=()):
         self.num_ranks, self.output, self.started = num_ranks, output, time.monotonic()
         self._elsewhere = hosts.entered if hosts else {}
         if hosts:
             start = hosts.command("node1", *hosts.spread(num_ranks, *options, sys.executable, *arguments))
         else:
-            start = command(num_ranks, *arguments, options=options)
+            start = command(num_ranks, *arguments, options=options, launcher=launcher)
         with output.open("ab") as file:
             self.launcher = subprocess.Popen(
                 start,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment() | dict(variables),
                 start_new_session=True,
             )
         self._seen = {self.launcher.pid: start_ticks(self.launcher.pid)}

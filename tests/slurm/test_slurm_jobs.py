@@ -47,7 +47,7 @@ DEMO_S = 300
 """More than a run of the demo takes on two busy cores."""
 
 pytestmark = [
-    pytest.mark.skipif(missing_program() is not None, reason=f"SLURM: no {missing_program()} (tests/slurm/install.sh)"),
+    pytest.mark.skipif(missing_program() is not None, reason=f"SLURM: no {missing_program()} (tests/install.sh)"),
     pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this Python"),
 ]
 

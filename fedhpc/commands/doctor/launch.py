@@ -9,6 +9,7 @@ from typing import Any
 
 from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding, by_host, by_value, rank_words
 from fedhpc.commands.doctor.groups import processor_limit
+from fedhpc.errors import UserError
 from fedhpc.exchange import is_launched, library_version
 from fedhpc.job.container import container
 
@@ -43,8 +44,8 @@ def library() -> str:
     """What the MPI library says that it is, in a line; or why it cannot be loaded, behind `cannot`."""
     try:
         text = library_version()
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"cannot be loaded: {str(error).splitlines()[0]}"
+    except UserError as error:
+        return f"cannot be loaded: {error.__cause__}".replace("\n", ", ")
     line = text.strip("\0 \n").splitlines()[0]
     return " ".join(line.partition(", package")[0].split())
 

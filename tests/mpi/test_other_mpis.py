@@ -1,0 +1,130 @@
+"""Ranks of other MPIs than this environment's, those of PyPI and of the distribution: stopped, killed, gone on with.
+
+FEDHPC_TEST_ALL=1 tries what more the table of docs/mpi.md says of them, and has `fedhpc doctor` examine each.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from launch import command, environment
+from strike import Job
+
+from fedhpc.commands import cli
+from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
+
+ALL = "FEDHPC_TEST_ALL" in os.environ
+ROUNDS, LONG_S = 16, 120
+ROOT, PREFIX = Path(__file__).parents[2], Path(sys.prefix)
+DEBIANS_MPICH = "libmpich.so.12"
+"""Its name for what is libmpi.so.12 elsewhere, under which alone mpi4py finds it."""
+MPIS = {
+    # as in the table -> launcher, library, whether the launcher hands SIGTERM on to the ranks
+    "Open MPI 5.0": (PREFIX / "bin/mpiexec", PREFIX / "lib/libmpi.so.40", False),
+    "MPICH 5.0": (PREFIX / "mpi/mpich/bin/mpiexec", PREFIX / "mpi/mpich/lib/libmpi.so.12", True),
+    "Intel MPI 2021.19": (PREFIX / "mpi/intel/bin/mpiexec", PREFIX / "mpi/intel/lib/libmpi.so.12", True),
+    "Open MPI 4.1": (shutil.which("mpirun.openmpi"), "/usr/lib/*/libmpi.so.40", False),
+    "MPICH 4.0": (shutil.which("mpiexec.mpich"), f"/usr/lib/*/{DEBIANS_MPICH}", True),
+}
+
+
+@pytest.fixture(scope="module", params=MPIS if ALL else [name for name in MPIS if name != "Open MPI 5.0"])
+def mpi(request, tmp_path_factory):
+    """Its name, what `make MPI=system` makes of its launcher, and the environment that it needs."""
+    launcher, library, _ = MPIS[request.param]
+    library = next(Path("/").glob(str(library)[1:]), None)
+    if launcher is None or library is None:
+        pytest.skip(f"no {request.param} (make test)")
+    folder = tmp_path_factory.mktemp("mpi")
+    mpirun, link = folder / "mpirun", folder / "libmpi.so.12"
+    mpirun.write_text((ROOT / "jobs/mpirun.sh").read_text().replace("@MPIEXEC@", str(launcher)))
+    mpirun.chmod(0o755)
+    if library.name == DEBIANS_MPICH:
+        link.symlink_to(library)
+        return request.param, str(mpirun), {"MPI4PY_LIBMPI": str(link), "LD_LIBRARY_PATH": str(folder)}
+    return request.param, str(mpirun), {"MPI4PY_LIBMPI": str(library)}
+
+
+@pytest.fixture(scope="module")
+def configuration(world, tmp_path_factory):
+    """Of a run that nothing disturbs, in one process, and its final prompts."""
+    changes = {"federation__rounds": ROUNDS, "trace": False, "device__reset_moments": False}
+    config = tiny.write_config(world, tmp_path_factory.mktemp("alone"), "run", **changes)
+    assert cli.main(["run", str(config)]) == 0
+    return config, tiny.final_prompts(config)
+
+
+def strike(job, config, number, round_index, *, rank=None):
+    """Send a signal to a rank, or to the launcher, when a round is done; the status with which the launcher ends."""
+    path = tiny.run_dir(config) / "metrics.jsonl"
+    process = job.launcher.pid if rank is None else job.find(rank)
+    assert job.until(lambda: path.exists() and path.read_bytes().count(b"\n") > round_index, LONG_S), job.text()
+    job.look()
+    assert job.strike(process, number), job.text()
+    status = job.wait(LONG_S)
+    assert status is not None, job.text()
+    assert not job.left()
+    return status
+
+
+def test_a_run_that_is_stopped_and_killed_goes_on_to_the_same_bits(mpi, configuration, tmp_path):
+    name, launcher, variables = mpi
+    undisturbed, prompts = configuration
+    config = tiny.write_config(undisturbed, tmp_path, "run")
+
+    def start(num_ranks):
+        output = tmp_path / "output.txt"
+        words = "-m", "fedhpc", "run", config
+        return Job(num_ranks, *words, output=output, launcher=launcher, variables=variables)
+
+    with start(3) as job:
+        assert strike(job, config, signal.SIGUSR1, 2) == EXIT_STOPPED, job.text()
+        assert "stopped on request (SIGUSR1" in job.text()
+    if ALL:
+        with start(3) as job:
+            status = strike(job, config, signal.SIGTERM, 5)
+            assert status == EXIT_STOPPED if MPIS[name][2] else status not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
+    with start(3) as job:
+        assert strike(job, config, signal.SIGKILL, 8, rank=2) not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
+    with start(4) as job:
+        assert job.wait(LONG_S) == 0, job.text()
+        assert "4 ranks" in job.text()
+    assert tiny.final_prompts(config) == prompts
+
+
+def test_a_library_that_cannot_be_loaded(world):
+    own = environment() | {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    run = command(2, "-m", "fedhpc", "run", world)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=LONG_S, env=own, check=False)
+    assert done.returncode == EXIT_USER_ERROR
+    assert "mpi4py loads no MPI library: " in done.stderr
+    assert "/nowhere/libmpi.so: cannot open" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_page_says_what_is_tried():
+    rows = [line.split("|")[1:4] for line in (ROOT / "docs/mpi.md").read_text().splitlines() if line.count("|") == 6]
+    said = {name.strip(): "stops the run" in words for name, _, words in rows[2:]}
+    assert said == {name: handed_on for name, (_, _, handed_on) in MPIS.items()}
+
+
+@pytest.mark.skipif(not ALL, reason="FEDHPC_TEST_ALL is not set")
+def test_doctor_finds_no_problem_with_it(mpi, tmp_path):
+    name, launcher, variables = mpi
+    run = command(2, "-m", "fedhpc", "doctor", tmp_path / "run", "--json", tmp_path / "report.json", launcher=launcher)
+    path = os.pathsep.join([str(Path(launcher).parent), os.environ["PATH"]])
+    own = environment() | variables | {"PATH": path}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=LONG_S, env=own, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    said = {finding["name"]: finding["value"] for finding in report["findings"]}
+    kind, _, version = name.rpartition(" ")
+    assert kind.split()[0] in said["library"]
+    assert version in said["library"]
+    assert said["ranks"].startswith("2 find each other")
