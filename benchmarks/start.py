@@ -32,7 +32,7 @@ def rank_process(folder, arguments):
     set_up = cli.set_up
 
     def set_up_and_note(*given):
-        from fedhpc.device import worker as device
+        from fedhpc.device import training as device
 
         local_updates, begun = device.local_updates, []
 

@@ -1,6 +1,7 @@
 """What bad devices do, and which devices are bad."""
 
 from abc import ABC
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -68,3 +69,17 @@ def bad_devices(config: Config) -> list[int]:
     devices = training_devices(config)
     count = share_of(config.attack.share, len(devices))  # type: ignore[attr-defined]
     return sorted(generator(config.seed, purpose="bad devices").permutation(devices)[:count].tolist())
+
+
+def attacked_labels(config: Config, labels: np.ndarray, examples: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """The classes [n] of all training examples, those of bad devices with what these make of them.
+
+    Args:
+        examples: of each device.
+    """
+    if bad := bad_devices(config):
+        attack, labels = make_attack(config), np.array(labels)
+        for device in bad:
+            own = examples[device]
+            labels[own] = attack.labels(labels[own], num_classes)
+    return labels

@@ -142,7 +142,7 @@ def test_a_device_trains_its_easiest_batches_first(run_config, fedhpc, monkeypat
         plans[round_index] |= {each.device: [batch.tolist() for batch in each.plan] for each in assignments}
         return local_updates(*arguments, round_index=round_index, assignments=assignments, **named)
 
-    monkeypatch.setattr("fedhpc.device.worker.local_updates", noting)
+    monkeypatch.setattr("fedhpc.device.training.local_updates", noting)
     assert fedhpc("run", config)[0] == 0
     job = load_job(load_config(config))
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, CPU)
@@ -171,7 +171,7 @@ def test_few_steps_are_easy_to_hard_and_not_always_the_easiest(run_config, fedhp
                 seen.append([tuple(batch) for batch in each.plan])
         return local_updates(*arguments, assignments=assignments, **named)
 
-    monkeypatch.setattr("fedhpc.device.worker.local_updates", noting)
+    monkeypatch.setattr("fedhpc.device.training.local_updates", noting)
     config = run_config(tuning={"kind": "lora"}, curriculum=curriculum, federation=federation, device=device)
     assert fedhpc("run", config)[0] == 0
     assert [len(plan) for plan in seen] == [4] * 8

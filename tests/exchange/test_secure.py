@@ -10,7 +10,7 @@ from backbones import make_config
 from cryptography.exceptions import InvalidTag
 from tiny import KEY_WIDTH, NUM_DEVICES, NUM_TOKENS, final_prompts, metrics
 
-from fedhpc.device import worker as device_module
+from fedhpc.device import training, worker
 from fedhpc.exchange.exact_sum import SumSize, Terms
 from fedhpc.exchange.secure import ciphers, shamir
 from fedhpc.exchange.secure.participants import Participants
@@ -187,7 +187,7 @@ def test_runs_end_with_the_bits_of_reduce(both, changes):
 @pytest.fixture
 def spoil(monkeypatch):
     """From now on the uploads of these devices are not numbers."""
-    local_updates = device_module.local_updates
+    local_updates = training.local_updates
 
     def change(*devices):
         def spoiling(*arguments, **named):
@@ -195,7 +195,7 @@ def spoil(monkeypatch):
                 bad = np.float32(np.nan if number in devices else 1)
                 yield number, replace(update, params=update.params * bad)
 
-        monkeypatch.setattr(device_module, "local_updates", spoiling)
+        monkeypatch.setattr(training, "local_updates", spoiling)
 
     return change
 
@@ -237,7 +237,7 @@ def test_all_sampled_devices_send_keys_and_their_bytes_are_counted(both, monkeyp
             super().__init__(devices)
             taking_part.append(sorted(devices))
 
-    monkeypatch.setattr(device_module, "Participants", Noted)
+    monkeypatch.setattr(worker, "Participants", Noted)
     (summed, _), (secure, _) = both(simulation={"drop_out": 0.1}, federation__rounds=1)
     n = 2 * 2 * NUM_TOKENS * KEY_WIDTH
     (ours,), (theirs,) = metrics(secure), metrics(summed)

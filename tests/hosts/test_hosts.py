@@ -1,7 +1,7 @@
 """Ranks on several hosts, by every launcher: placed as asked for, near and far ones mixed, to the bits of one process.
 
 By default two jobs that have every oddity at once. FEDHPC_TEST_ALL=1 tries each cell of the table by itself, some
-minutes; MPICH and Intel MPI only if FEDHPC_MPICH or FEDHPC_INTEL_MPI is the path of its libmpi.so.
+minutes.
 """
 
 import os
@@ -68,8 +68,8 @@ def checkout(tmp_path_factory):
     (folder / "jobs").symlink_to(ROOT / "jobs")
     mpirun = (ROOT / "jobs/mpirun.sh").read_text().replace("@MPIEXEC@", str(BESIDE_PYTHON / "mpiexec"))
     scripts = {"mpirun": mpirun, "fedhpc": command(folder)}
-    for name, variable in OTHER_MPI.items():
-        if library := os.environ.get(variable):
+    for name, library in OTHER_MPI.items():
+        if library.exists():
             scripts[name] = command(folder, f"MPI4PY_LIBMPI={library}")
     for name, script in scripts.items():
         (folder / ".venv/bin" / name).write_text(script)
@@ -97,7 +97,7 @@ def alone(config):
 
 # The table: launchers by situations.
 
-OTHER_MPI = {"mpich": "FEDHPC_MPICH", "intel": "FEDHPC_INTEL_MPI"}
+OTHER_MPI = {name: Path(sys.prefix) / "mpi" / name / "lib/libmpi.so.12" for name in ("mpich", "intel")}
 LAUNCHERS = {
     # name: plug-in of srun, FEDHPC; None without SLURM
     "mpirun": None,
@@ -171,7 +171,7 @@ def start_by_slurm(cluster, checkout, launcher, case, config):
     """By jobs/demo.slurm; the same."""
     plugin, fedhpc = LAUNCHERS[launcher]
     if not (checkout / fedhpc).exists():
-        pytest.skip(f"{OTHER_MPI[Path(fedhpc).name]} is not set")
+        pytest.skip(f"no {OTHER_MPI[Path(fedhpc).name]} (make test)")
     if plugin and plugin not in cluster.run("srun", "--mpi=list").stdout.split():
         pytest.skip(f"this SLURM has no plug-in {plugin}")
     options = [f"--chdir={checkout}", f"--output={checkout}/%j.out", "--mem-per-cpu=1G", *case.get("options", [])]

@@ -10,7 +10,7 @@ from fedhpc.job.quick_start import quick_start
 with quick_start():
     assert not gc.isenabled()
     from fedhpc.server import job
-    from fedhpc.device import worker as device
+    from fedhpc.device import worker
     from fedhpc.server import server
     import torch, transformers
 assert gc.isenabled()

@@ -1,6 +1,7 @@
 """Ditto's own models, in whole runs: against a device's steps by hand, and where the pull decides alone."""
 
 import itertools
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -9,7 +10,10 @@ from tiny import metrics, run_dir, write_config, write_world
 
 from fedhpc.commands import cli
 from fedhpc.commands.trained import load_trained
+from fedhpc.device import training
 from fedhpc.exchange import LocalExchange
+
+ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,7 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("ditto"), num_layers=2, num_train=60, num_validation=24)
 
 
-def run(world, folder, name, *, rounds=2, status=0, **changes):
+def run(world, folder, name, *, rounds=ROUNDS, status=0, **changes):
     """So many rounds of all of four devices, by SGD; the configuration."""
     federation = {"num_devices": 4, "sample_rate": 1.0, "rounds": rounds, "partition": "iid"}
     device = {"epochs": 1, "batch_size": 8, "learning_rate": 0.1, "optimizer": "sgd"}
@@ -103,6 +107,30 @@ def test_devices_side_by_side_after_a_stop(tmp_path, monkeypatch):
     assert [cli.main(["run", str(stopped)]) for _ in range(2)] == [75, 0]
     trained = metrics(whole)[0]["devices"]
     assert all(np.array_equal(own(whole, device), own(stopped, device)) for device in trained)
+
+
+def test_a_rejected_upload_after_a_stop(world, tmp_path, monkeypatch):
+    """What its device has trained beside it is dropped for good: not taken for the next round's after another stop."""
+    local_updates, calls = training.local_updates, itertools.count(1)
+    stop_at = []
+
+    def spoiling(*arguments, round_index, beat, **named):
+        if (round_index, next(calls)) >= (stop_at or [(ROUNDS, 0)])[0]:
+            del stop_at[0]
+            beat.__self__.stop.ask("the test")
+        for device, update in local_updates(*arguments, round_index=round_index, beat=beat, **named):
+            is_bad = device == 0 and round_index == 0
+            yield device, replace(update, params=update.params * np.float32(np.nan)) if is_bad else update
+
+    monkeypatch.setattr(training, "local_updates", spoiling)
+    server = {"method": "ditto", "max_rejected": 0.5}
+    whole = run(world, tmp_path, "whole", server=server)
+    calls = itertools.count(1)
+    stop_at += [(0, 2), (1, 0)]  # while device 0 trains what it uploads; when the next round begins
+    for status in (75, 75, 0):
+        stopped = run(world, tmp_path, "stopped", server=server, status=status)
+    assert metrics(stopped)[0]["rejected"]
+    assert np.array_equal(own(whole, 0), own(stopped, 0))
 
 
 def test_personalised_accuracy_is_with_the_own_models(world, tmp_path):

@@ -17,7 +17,7 @@ set_up = cli.set_up
 
 
 def set_up_and_count(*arguments):
-    from fedhpc.device import worker as devices
+    from fedhpc.device import training as devices
 
     local_updates = devices.local_updates
     notes = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -9,7 +9,7 @@ import yaml
 
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
-from fedhpc.device import worker as device
+from fedhpc.device import training as device
 from fedhpc.errors import CheckpointError
 
 FAULT = sys.argv.pop(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import run_each
 
-from fedhpc.device import worker
+from fedhpc.device import training
 from fedhpc.exchange import MpiExchange
 from fedhpc.exchange.messages import Op
 from fedhpc.model import backbone as models
@@ -23,7 +23,7 @@ FACTOR = np.uint32(0x9E3779B1)
 that the search makes of the server's memory, the hidden words included, is the mark."""
 PART_BYTES = 1 << 24
 
-local_updates = worker.local_updates
+local_updates = training.local_updates
 
 
 def marked_updates(*arguments, **named):
@@ -66,7 +66,7 @@ def looking_request(exchange, command, *arguments, **named):
 if __name__ == "__main__":
     run_each.load_once = models.load_frozen  # a copy lies otherwise in memory, and products may be rounded otherwise
     found, request = {}, MpiExchange.request
-    worker.local_updates, MpiExchange.request = marked_updates, looking_request
+    training.local_updates, MpiExchange.request = marked_updates, looking_request
     step, configs = (int(sys.argv[2]), sys.argv[3:]) if sys.argv[1] == "--stop" else (0, sys.argv[1:])
     for config in configs:
         assert run_each.run(config, step) == (Op.SUSPEND if step else Op.FINISH)

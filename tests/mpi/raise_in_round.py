@@ -4,7 +4,7 @@ import os
 import sys
 
 from fedhpc.commands import cli
-from fedhpc.device import worker as device
+from fedhpc.device import training as device
 
 local_updates = device.local_updates
 

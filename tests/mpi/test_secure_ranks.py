@@ -10,7 +10,7 @@ from tiny import final_prompts, metrics, run_dir
 
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
-from fedhpc.device import worker
+from fedhpc.device import training
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 
@@ -32,7 +32,7 @@ def test_the_server_sees_no_upload_and_ends_with_the_bits_of_reduce(run_config, 
     marks = re.search(r"^marks: (\d+) (\d+) \d+$", looked.stdout, re.MULTILINE)
     assert int(marks[1]) == 0
     assert int(marks[2]) > 0
-    monkeypatch.setattr(worker, "local_updates", marked_updates)
+    monkeypatch.setattr(training, "local_updates", marked_updates)
     assert cli.main(["run", str(configs["alone"])]) == 0
     for name in ("reduced", "secure", "stopped"):
         assert final_prompts(configs[name]) == final_prompts(configs["alone"])

@@ -8,7 +8,7 @@ import pytest
 from backbones import make_config
 from tiny import final_prompts, metrics, run_dir
 
-from fedhpc.device import worker as device
+from fedhpc.device import training as device
 from fedhpc.errors import EXIT_USER_ERROR
 from fedhpc.exchange.messages import upload_headers, upload_record
 from fedhpc.methods.updates import Fault, fault_of
