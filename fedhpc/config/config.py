@@ -132,9 +132,10 @@ class Config(Section):
     @classmethod
     def _trackers_are_known(cls, trackers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for place, entry in enumerate(trackers):
-            if entry.get("kind") not in TRACKERS:
-                known = ", ".join(TRACKERS)
-                raise ValueError(f"trackers: entry {place}: kind {entry.get('kind')!r} is no tracker; valid: {known}")
+            kind = entry.get("kind")
+            if kind not in TRACKERS:
+                found = f"no key kind in {entry}" if kind is None else f"{kind!r} is no tracker"
+                raise ValueError(f"trackers: entry {place}: {found}; kind is one of {', '.join(TRACKERS)}")
             try:
                 TRACKERS[entry["kind"]].Config.model_validate(entry)
             except ValidationError as error:

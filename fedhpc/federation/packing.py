@@ -11,18 +11,16 @@ import numpy as np
 import torch
 
 from fedhpc.federation.sampling import PROBES
+from fedhpc.job.control_groups import OWN, control_groups
 
 CLOSE = 0.97
 """A larger pack has to be faster than this share of a smaller one's time: below are chance and padding."""
-CGROUPS = {
-    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    "memory": (
-        *(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        *("memory.usage_in_bytes", "total_inactive_file"),
-    ),
+MEMORY_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By the controllers in /proc/PID/cgroup, of version 2 and 1: where groups are, their limit, their use, and what of it
-are cached files, which give way."""
+"""By controllers, of control groups of version 2 and 1: their limit, their use, and what of it are cached files, which
+give way."""
 
 
 def largest_pack(devices_per_round: int, num_workers: int) -> int:
@@ -72,21 +70,18 @@ def available_bytes() -> int:
     """Memory that this host, and every control group of this process that has a limit, have left."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     on_host = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([on_host, *left_in_groups(os.fsdecode(Path("/proc/self/cgroup").read_bytes()))])
+    return min([on_host, *left_in_groups(os.fsdecode(OWN.read_bytes()))])
 
 
 def left_in_groups(listing: str) -> Iterator[int]:
     """Bytes that the control groups of a /proc/PID/cgroup may still take; a job's limit is on a parent of a task's."""
-    for line in listing.splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers in CGROUPS:
-            root, limit, used, cached = CGROUPS[controllers]
-            group = root / name.lstrip("/")
-            for folder in (group, *group.parents):
-                with suppress(OSError, ValueError, KeyError):  # no such file, or "max"
-                    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                    yield left + int(fields[cached])
+    for controllers, folder in control_groups(listing):
+        if controllers in MEMORY_FILES:
+            limit, used, cached = MEMORY_FILES[controllers]
+            with suppress(OSError, ValueError, KeyError):  # no such file, or "max"
+                fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                yield left + int(fields[cached])
 
 
 def _peak_bytes() -> int:

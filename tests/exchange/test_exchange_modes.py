@@ -16,6 +16,7 @@ from fedhpc.exchange.encoding import make_encoding
 from fedhpc.exchange.exact_sum import ZERO_EXPONENT, SumSize, Terms
 from fedhpc.federation import packing
 from fedhpc.federation.packing import choose_pack, largest_pack, probe
+from fedhpc.job import control_groups
 from fedhpc.methods import Population, make_method
 
 SIZE, DEVICES = 1000, 9
@@ -207,10 +208,10 @@ def test_no_more_devices_side_by_side_than_memory_holds(monkeypatch):
 )
 def test_memory_is_bounded_by_the_jobs_control_group(monkeypatch, tmp_path, version, listing):
     """SLURM limits job and step; the task's own group, the innermost, has no limit. Cached files give way."""
-    _, limit, used, cached = packing.CGROUPS[version]
-    monkeypatch.setattr(packing, "CGROUPS", {version: (tmp_path, limit, used, cached)})
+    limit, used, cached = packing.MEMORY_FILES[version]
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
     for folder, most, now in (("job_7", "1000", 300), ("job_7/step_0", "900", 250), ("job_7/step_0/task_0", "max", 9)):
-        group = tmp_path / "slurm" / folder
+        group = tmp_path / version / "slurm" / folder
         group.mkdir(parents=True)
         (group / limit).write_text(f"{most}\n")
         (group / used).write_text(f"{now}\n")

@@ -1,10 +1,11 @@
 """Limits of the control groups around this process: processor time and memory, of version 1 and 2."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 
-ROOT = Path("/sys/fs/cgroup")
-OWN = Path("/proc/self/cgroup")
+from fedhpc.job.control_groups import OWN, control_groups
+
 NO_LIMIT = 1 << 60
 """Version 1 writes a huge number where there is none."""
 
@@ -26,17 +27,9 @@ def memory_limit() -> int | None:
 def _read(name: str) -> Iterator[str]:
     """What a file of this name has in the process's groups and in those around them."""
     try:
-        lines = OWN.read_text().splitlines()
+        listing = os.fsdecode(OWN.read_bytes())
     except OSError:
         return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        top = ROOT / controllers.removeprefix("name=") if controllers else ROOT
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(top):
-                break
-            try:
-                yield (folder / name).read_text().strip()
-            except OSError:  # of another controller, or hidden in a container
-                continue
+    for _, folder in control_groups(listing):
+        with suppress(OSError):  # of another controller, or hidden in a container
+            yield (folder / name).read_text().strip()
