@@ -28,7 +28,7 @@ from fedhpc.checkpoint.device_state import DeviceState
 from fedhpc.checkpoint.files import CONTROL, verify
 from fedhpc.checkpoint.state_file import RunState, control_file
 from fedhpc.checkpoint.store import Checkpoints
-from fedhpc.device import worker as device_module
+from fedhpc.device import training
 from fedhpc.device.local_update import DeviceUpdate
 from fedhpc.device.worker import Worker, serve
 from fedhpc.exchange import LocalExchange, MpiExchange
@@ -248,7 +248,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs, emptied at the end")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    device_module.local_updates = stand_in_updates
+    training.local_updates = stand_in_updates
     federation.sample_devices = server_module.sample_devices = one_device_for_each_rank
     start_log(0, 1, "benchmark")
     exchange = MpiExchange(StopRequest())

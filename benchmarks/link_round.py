@@ -13,7 +13,7 @@ from pathlib import Path
 from round import WARM, StandIn, engine_rounds, raw_rounds
 
 from fedhpc.config import SimulationConfig
-from fedhpc.device import worker as device_module
+from fedhpc.device import training
 from fedhpc.exchange import MpiExchange
 from fedhpc.exchange.simulation import round_seconds
 from fedhpc.job.log import start_log
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     start_log(0, 1, "benchmark")
-    device_module.local_updates = stand_in = StandIn()
+    training.local_updates = stand_in = StandIn()
     exchange = MpiExchange(StopRequest())
     comm = exchange._mpi.COMM_WORLD
     clock = SimulationConfig(down_mbit=arguments.mbit, up_mbit=arguments.mbit)

@@ -108,9 +108,9 @@ def equal_rounds(exchange, folder):
     """What each round of each exchange mode took."""
     from stand_in import make_job, run_job
 
-    from fedhpc.device import worker as device_module
+    from fedhpc.device import training
 
-    device_module.local_updates = sleeping_updates([STEP_S] * DEVICES)
+    training.local_updates = sleeping_updates([STEP_S] * DEVICES)
     found = {}
     for mode in MODES:
         job = make_job(
@@ -147,10 +147,10 @@ def unequal_rounds(exchange, folder, work=True):
     """Local seconds of each round, what they could be, and the digest of the final parameters."""
     from stand_in import make_job, run_job
 
-    from fedhpc.device import worker as device_module
+    from fedhpc.device import training
 
     steps, step_s = unequal_devices()
-    device_module.local_updates = sleeping_updates(step_s * work)
+    training.local_updates = sleeping_updates(step_s * work)
     job = make_job(
         folder / "run", ratio=RATIO, rounds=MAKESPAN_ROUNDS, num_devices=UNEQUAL, sampled=SAMPLED,
         examples=(BATCH * steps).tolist(), device={"epochs": 1, "batch_size": BATCH},

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from stand_in import EXAMPLES, make_job, run_job
 
-from fedhpc.device import worker as device_module
+from fedhpc.device import training
 from fedhpc.device.local_update import DeviceUpdate
 from fedhpc.exchange import MpiExchange
 from fedhpc.job.log import start_log
@@ -127,7 +127,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     start_log(0, 1, "benchmark")
-    device_module.local_updates = stand_in = StandIn()
+    training.local_updates = stand_in = StandIn()
     exchange = MpiExchange(StopRequest())
     comm = exchange._mpi.COMM_WORLD
     folder = Path(comm.bcast(tempfile.mkdtemp() if exchange.rank == 0 else None))

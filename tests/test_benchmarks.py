@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedhpc.device import worker as device
+from fedhpc.device import training as device
 from fedhpc.device.processor import limit_threads
 from fedhpc.device.worker import Worker
 from fedhpc.exchange import LocalExchange

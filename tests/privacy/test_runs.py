@@ -13,7 +13,7 @@ from tiny import final_prompts, metrics, run_dir
 from fedhpc.commands.report.runs import read_run
 from fedhpc.config import Config, least_values
 from fedhpc.config.file import load_config
-from fedhpc.device import worker as device
+from fedhpc.device import training as device
 from fedhpc.errors import ConfigError
 from fedhpc.privacy.accounting import Sampling, costs
 from fedhpc.server.job import job_notices, load_job
