@@ -66,18 +66,16 @@ class Worker:
         self.config = config
         split = data.split("train")
         labels = attacked_labels(config, split.labels, partition.train, len(data.description.class_names))
-        self.train = replace(split, labels=labels)
-        self.partition = partition
-        self.backbone = backbone
+        split = replace(split, labels=labels)
         self.tuning = tuning
         self.exchange = exchange
-        self.measurements = Measurements(config, self.train, partition, backbone, tuning, exchange.beat)
+        self.measurements = Measurements(config, split, partition, backbone, tuning, exchange.beat)
         parts = (config, data, partition, backbone, tuning, exchange)
         self.evaluation = Evaluation(*parts)
         self.answering = Answering(*parts) if config.evaluate.generate else None
         self.checkpoints = Checkpoints(config.run_dir)
         self.writing = Background(exchange.fail)
-        self.counts = upload_counts(config, partition, self.train.num_terms)
+        self.counts = upload_counts(config, partition, split.num_terms)
         self.method = make_method(config.server, population(config, self.counts))
         self.encoding = make_encoding(config, self.method)
         self.keeps = (
@@ -91,7 +89,7 @@ class Worker:
         self.states = DeviceStates()
         self.training = Training(
             config=config,
-            split=self.train,
+            split=split,
             partition=partition,
             backbone=backbone,
             tuning=tuning,
