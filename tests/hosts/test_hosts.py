@@ -97,14 +97,14 @@ def alone(config):
 
 # The table: launchers by situations.
 
-OTHER_MPI = {name: Path(sys.prefix) / "mpi" / name / "lib/libmpi.so.12" for name in ("mpich", "intel")}
+OTHER_MPI = {name: Path(sys.prefix) / "mpi" / name / "lib/libmpi.so.12" for name in ("mpich", "impi-rt")}
 LAUNCHERS = {
     # name: plug-in of srun, FEDHPC; None without SLURM
     "mpirun": None,
     "mpirun in SLURM": ("", ".venv/bin/fedhpc"),
     "srun with Open MPI": ("pmix", ".venv/bin/fedhpc"),
     "srun with MPICH": ("pmi2", ".venv/bin/mpich"),
-    "srun with Intel MPI": ("pmi2", ".venv/bin/intel"),
+    "srun with Intel MPI": ("pmi2", ".venv/bin/impi-rt"),
 }
 SITUATIONS = {
     "even": {"slots": (1, 1, 1)},

@@ -28,7 +28,7 @@ MPIS = {
     # as in the table -> launcher, library, whether the launcher hands SIGTERM on to the ranks
     "Open MPI 5.0": (PREFIX / "bin/mpiexec", PREFIX / "lib/libmpi.so.40", False),
     "MPICH 5.0": (PREFIX / "mpi/mpich/bin/mpiexec", PREFIX / "mpi/mpich/lib/libmpi.so.12", True),
-    "Intel MPI 2021.19": (PREFIX / "mpi/intel/bin/mpiexec", PREFIX / "mpi/intel/lib/libmpi.so.12", True),
+    "Intel MPI 2021.19": (PREFIX / "mpi/impi-rt/bin/mpiexec", PREFIX / "mpi/impi-rt/lib/libmpi.so.12", True),
     "Open MPI 4.1": (shutil.which("mpirun.openmpi"), "/usr/lib/*/libmpi.so.40", False),
     "MPICH 4.0": (shutil.which("mpiexec.mpich"), f"/usr/lib/*/{DEBIANS_MPICH}", True),
 }
