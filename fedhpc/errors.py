@@ -24,6 +24,10 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, er
 """Errors of a file system that cannot do what it is asked."""
 
 
+class NoMpiError(Exception):
+    """A host's MPI library cannot be loaded: its message, and status 1, since another node may have it."""
+
+
 class UserError(ValueError):
     """Something the user gave is at fault; the message names it, what was found and what is valid."""
 

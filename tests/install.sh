@@ -1,21 +1,29 @@
 #!/bin/sh
-# Install SLURM's daemons, and the distribution's MPIs, for the tests: on Debian and Ubuntu, as root, if they are
-# missing. Starts nothing.
+# Install SLURM's daemons, and the distribution's MPIs, for the tests: on Debian and Ubuntu, as root, what is missing. MPIs
+# only where there is none, whose mpiexec they would take the place of. Starts nothing.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 POLICY=/usr/sbin/policy-rc.d
 
 give_up() {
-    echo "no tests of SLURM, or of another MPI: $1"
+    echo "not all tests: $1"
     exit 0
 }
 
-for program in munged slurmctld slurmd sbatch mpirun.openmpi mpiexec.mpich; do
-    command -v $program >/dev/null || missing="${missing:-} $program"
+install() {
+    echo "installing $* for the tests"
+    DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends "$@" >"$log" 2>&1 ||
+        give_up "apt-get failed, see $log"
+}
+
+slurm='' mpis=''
+for program in munged slurmctld slurmd sbatch; do
+    command -v $program >/dev/null || slurm="$slurm $program"
 done
-[ -n "${missing:-}" ] || exit 0
-[ "$(id -u)" = 0 ] || give_up "missing$missing, and only root can install them"
-command -v apt-get >/dev/null || give_up "missing$missing, and there is no apt-get to install them"
+command -v mpiexec >/dev/null || mpis=' mpirun.openmpi mpiexec.mpich'
+[ -n "$slurm$mpis" ] || exit 0
+[ "$(id -u)" = 0 ] || give_up "missing$slurm$mpis, and only root can install them"
+command -v apt-get >/dev/null || give_up "missing$slurm$mpis, and there is no apt-get to install them"
 
 if [ ! -e $POLICY ]; then # apt starts what it installs, unless this says no
     trap 'rm -f $POLICY' EXIT
@@ -23,11 +31,7 @@ if [ ! -e $POLICY ]; then # apt starts what it installs, unless this says no
     chmod 755 $POLICY
 fi
 log=$(mktemp)
-echo "installing SLURM, Open MPI and MPICH for the tests"
-if { timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y \
-    --no-install-recommends munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins \
-    openmpi-bin mpich; } >"$log" 2>&1; then
-    rm -f "$log"
-else
-    give_up "apt-get failed, see $log"
-fi
+timeout 120 apt-get update >"$log" 2>&1 || give_up "apt-get failed, see $log"
+[ -z "$slurm" ] || install munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins
+[ -z "$mpis" ] || install openmpi-bin mpich
+rm -f "$log"

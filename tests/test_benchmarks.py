@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedhpc.device import training as device
+from fedhpc.device import training
 from fedhpc.device.processor import limit_threads
 from fedhpc.device.worker import Worker
 from fedhpc.exchange import LocalExchange
@@ -23,7 +23,7 @@ def test_rounds_without_work_go_through(tmp_path, monkeypatch):
     import round as benchmark
     from stand_in import make_job, run_job
 
-    monkeypatch.setattr(device, "local_updates", benchmark.StandIn())
+    monkeypatch.setattr(training, "local_updates", benchmark.StandIn())
     job, exchange = make_job(tmp_path / "run", rounds=2, num_devices=2, sampled=1), LocalExchange(StopRequest())
     exchange.handler = Worker(job.config, job.data, job.partition, None, job.tuning, exchange).handle
     server = run_job(job, exchange)

@@ -56,9 +56,10 @@ def test_server_and_devices_do_not_know_each_other():
             assert not {other for other in imported(module) if folder_of(other) == "device"}
 
 
-def test_only_the_exchange_imports_mpi():
-    users = {folder_of(module) for module, path in MODULES.items() if "mpi4py import" in path.read_text()}
-    assert users == {"exchange"}
+def test_one_place_imports_mpi():
+    users = {module for module, path in MODULES.items() if "import mpi4py" in path.read_text()}
+    assert users == {module for module, path in MODULES.items() if "mpi4py import" in path.read_text()}
+    assert users == {"fedhpc.exchange.loading"}
 
 
 def test_methods_need_no_model_file_or_mpi():

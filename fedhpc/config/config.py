@@ -134,7 +134,7 @@ class Config(Section):
         for place, entry in enumerate(trackers):
             kind = entry.get("kind")
             if kind not in TRACKERS:
-                found = f"no key kind in {entry}" if kind is None else f"{kind!r} is no tracker"
+                found = f"{kind!r} is no tracker" if "kind" in entry else f"no key kind in {entry}"
                 raise ValueError(f"trackers: entry {place}: {found}; kind is one of {', '.join(TRACKERS)}")
             try:
                 TRACKERS[entry["kind"]].Config.model_validate(entry)

@@ -84,7 +84,7 @@ class Training:
                 if isinstance(update, UnfinishedUpdate):
                     unfinished[device] = update
                 else:
-                    self._upload(device, update, context, records[device])
+                    self._upload(device, update, context, upload, records[device])
                     finished[device] = records[device]
         finally:
             sizes = {device: len(self.partition.train[device]) for device in waiting}
@@ -155,7 +155,9 @@ class Training:
         rng = generator(self.config.seed, purpose="curriculum steps", round_index=round_index, device=device)
         return some_of(plan, local_steps(self.config, len(examples), round_index), rng)
 
-    def _upload(self, device: int, update: DeviceUpdate, context: RoundContext, record: np.ndarray) -> None:
+    def _upload(
+        self, device: int, update: DeviceUpdate, context: RoundContext, upload: Upload, record: np.ndarray
+    ) -> None:
         """Fill in the upload record of an update, whose state is kept if all of it is sound."""
         before, start = self.states[device], context.params
         personal = before.kept.get(NEXT_PERSONAL)
@@ -178,7 +180,6 @@ class Training:
                 assert isinstance(self.method, SummedMethod)  # the configuration refuses the others
                 with_flag = self.config.privacy.quantile is not None
                 payload = term(payload, self.method.origin(start), context.clip, with_flag=with_flag)
-            upload = Upload.of(start.size, self.encoding, self.method)
             for part, vector in zip((upload.payloads, upload.gradients), [payload, *gradient], strict=False):
                 (place,) = part(record[None])
                 if not np.may_share_memory(place, vector):

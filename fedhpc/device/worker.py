@@ -145,7 +145,7 @@ class Worker:
         (packs, workers), context = command.packs(), self._context(command, self.method.sends)
         self._take_over(self.homes.move(packs, workers), context)
         mine = [pack for pack, worker in zip(packs, workers, strict=True) if worker == self.index]
-        record, count = self._upload_of(context.params.size).record, sum(map(len, mine))
+        record, count = Upload.of(context.params.size, self.encoding, self.method).record, sum(map(len, mine))
         is_masked = self.encoding.masked_among > 0
         records = (self.exchange.buffer if is_masked else self.exchange.rows)(record, count)
         rows = dict(zip((device for pack in mine for device in pack), records, strict=True))
@@ -186,9 +186,6 @@ class Worker:
         """Step 3; the secrets are of no more use then."""
         done, self.participants = self.participants, Participants([])
         return done.answers(command.payload, command.placed["device"].tolist())
-
-    def _upload_of(self, size: int) -> Upload:
-        return Upload.of(size, self.encoding, self.method)
 
     def _take_over(self, moves: list[tuple[int, int, int]], context: RoundContext) -> None:
         """Pass on the states of devices that train elsewhere from now on, and take those that come."""
@@ -305,6 +302,6 @@ class Worker:
             position, mine, self.tuning, command.layers, self.states.unseen.local
         )
         self.states.replace(states)
-        words = self._upload_of(self.tuning.exchanged(command.layers).size).record.shape
+        words = Upload.of(self.tuning.exchanged(command.layers).size, self.encoding, self.method).record.shape
         self.progress.check(words, with_moments=self.config.device.optimizer == "adamw")
         return NO_RECORDS

@@ -28,6 +28,7 @@ def connect(stop: StopRequest, environment: JobEnvironment, timeout_s: float) ->
 
     Raises:
         UserError: the processes that were started together do not find each other, or cannot.
+        NoMpiError: this host has no MPI library that can be loaded.
     """
     launched_as_rank = is_launched()
     if launched_as_rank:
@@ -47,6 +48,7 @@ def start_survey(environment: JobEnvironment) -> Survey:
 
     Raises:
         UserError: the processes that were started together do not find each other, or cannot.
+        NoMpiError: this host has no MPI library that can be loaded.
     """
     if not is_launched():
         survey = Survey()
@@ -54,10 +56,7 @@ def start_survey(environment: JobEnvironment) -> Survey:
         raise UserError(problem)
     else:
         prepare_mpi()
-        mpi = load_mpi()
-        if not mpi.Is_initialized():
-            mpi.Init_thread()
-        survey = Survey(mpi)
+        survey = Survey(load_mpi())
     if problem := launch_problem(environment, survey.size):
         raise UserError(problem)
     return survey
@@ -91,7 +90,7 @@ def library_version() -> str:
     """What the MPI library that mpi4py loads says that it is; MPI is not started by this.
 
     Raises:
-        UserError: mpi4py or the library cannot be loaded.
+        NoMpiError: mpi4py or the library cannot be loaded.
     """
     return str(load_mpi(start=False).Get_library_version())
 
@@ -122,7 +121,7 @@ def _loads_intel_mpi(timeout_s: float) -> bool:
     if library_version().startswith(INTEL):
         return True
     with time_limit(timeout_s):
-        load_mpi().Init_thread()
+        load_mpi()
     return False
 
 

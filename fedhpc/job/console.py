@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from fedhpc.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, users_fault
+from fedhpc.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, NoMpiError, UserError, users_fault
 
 ESCAPED = "fedhpc.escaped"
 """What to do with characters that an encoding does not have: write them as JSON does, so that JSON stays JSON."""
@@ -90,7 +90,7 @@ def show(text: str, *, exactly: bool = False) -> None:
 
 
 def run_command(command: Callable[[], int], prefix: str = "") -> int:
-    """Run a command; its exit status, or a message and 2 for what is at fault with what the user gave."""
+    """Run a command; its exit status, or a message, and 2 for what is at fault with what the user gave."""
     with lasting_output():
         try:
             return command()
@@ -103,6 +103,9 @@ def run_command(command: Callable[[], int], prefix: str = "") -> int:
                 raise
             print(f"{prefix}error: {fault}", file=sys.stderr)
             return EXIT_USER_ERROR
+        except NoMpiError as error:
+            print(f"{prefix}error: {error}", file=sys.stderr)
+            return EXIT_FAILURE
 
 
 def _lasting(stream: TextIO | None, title: str) -> TextIO:

@@ -8,7 +8,7 @@ OWN = Path("/proc/self/cgroup")
 
 
 def control_groups(listing: str) -> Iterator[tuple[str, Path]]:
-    """The controllers, none in version 2, and the folder of each group, and of those around it: limits add up.
+    """The controllers, none in version 2, and the folder of each group, and of those around it, whose limits hold, too.
 
     Args:
         listing: a /proc/PID/cgroup.

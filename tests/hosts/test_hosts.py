@@ -1,7 +1,7 @@
 """Ranks on several hosts, by every launcher: placed as asked for, near and far ones mixed, to the bits of one process.
 
-By default two jobs that have every oddity at once. FEDHPC_TEST_ALL=1 tries each cell of the table by itself, some
-minutes.
+By default two jobs that have every oddity at once, and what is refused. FEDHPC_TEST_ALL=1 tries each cell of the table
+by itself, some minutes.
 """
 
 import os

@@ -17,9 +17,9 @@ set_up = cli.set_up
 
 
 def set_up_and_count(*arguments):
-    from fedhpc.device import training as devices
+    from fedhpc.device import training
 
-    local_updates = devices.local_updates
+    local_updates = training.local_updates
     notes = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def counted_updates(*arguments, round_index, beat, **named):
@@ -30,7 +30,7 @@ def set_up_and_count(*arguments):
 
         return local_updates(*arguments, round_index=round_index, beat=counted_beat, **named)
 
-    devices.local_updates = counted_updates
+    training.local_updates = counted_updates
     return set_up(*arguments)
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from fedhpc.checkpoint.store import Checkpoints
 from fedhpc.commands import cli
-from fedhpc.device import training as device
+from fedhpc.device import training
 from fedhpc.errors import CheckpointError
 
 FAULT = sys.argv.pop(1)
@@ -36,5 +36,5 @@ if IS_RANK_2 and FAULT == "another configuration":
 elif IS_RANK_2 and FAULT == "restore":
     Checkpoints.load_devices = unreadable
 elif IS_RANK_2:
-    device.local_updates = update_in_a_vanished_folder
+    training.local_updates = update_in_a_vanished_folder
 sys.exit(cli.main())

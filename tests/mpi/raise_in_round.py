@@ -4,9 +4,9 @@ import os
 import sys
 
 from fedhpc.commands import cli
-from fedhpc.device import training as device
+from fedhpc.device import training
 
-local_updates = device.local_updates
+local_updates = training.local_updates
 
 
 def failing_local_updates(*arguments, round_index, **named):
@@ -15,5 +15,5 @@ def failing_local_updates(*arguments, round_index, **named):
     return local_updates(*arguments, round_index=round_index, **named)
 
 
-device.local_updates = failing_local_updates
+training.local_updates = failing_local_updates
 sys.exit(cli.main())

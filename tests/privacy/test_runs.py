@@ -13,7 +13,7 @@ from tiny import final_prompts, metrics, run_dir
 from fedhpc.commands.report.runs import read_run
 from fedhpc.config import Config, least_values
 from fedhpc.config.file import load_config
-from fedhpc.device import training as device
+from fedhpc.device import training
 from fedhpc.errors import ConfigError
 from fedhpc.privacy.accounting import Sampling, costs
 from fedhpc.server.job import job_notices, load_job
@@ -34,14 +34,14 @@ ONE = 3
 @pytest.fixture
 def change_one(monkeypatch):
     """From now on, what the device ONE finds in a round is changed by a function of its update and P^t."""
-    local_updates = device.local_updates
+    local_updates = training.local_updates
 
     def change(changed):
         def changing(*arguments, start, **named):
             for number, update in local_updates(*arguments, start=start, **named):
                 yield number, changed(update, start) if number == ONE else update
 
-        monkeypatch.setattr(device, "local_updates", changing)
+        monkeypatch.setattr(training, "local_updates", changing)
 
     return change
 

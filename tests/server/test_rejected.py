@@ -8,7 +8,7 @@ import pytest
 from backbones import make_config
 from tiny import final_prompts, metrics, run_dir
 
-from fedhpc.device import training as device
+from fedhpc.device import training
 from fedhpc.errors import EXIT_USER_ERROR
 from fedhpc.exchange.messages import upload_headers, upload_record
 from fedhpc.methods.updates import Fault, fault_of
@@ -20,14 +20,14 @@ BAD = 3
 @pytest.fixture
 def spoil(monkeypatch):
     """From now on, and from a round on, the local updates of these devices are changed by a function."""
-    local_updates = device.local_updates
+    local_updates = training.local_updates
 
     def change(spoiled, *devices, since=0):
         def spoiling(*arguments, round_index, **named):
             for number, update in local_updates(*arguments, round_index=round_index, **named):
                 yield number, spoiled(update) if number in devices and round_index >= since else update
 
-        monkeypatch.setattr(device, "local_updates", spoiling)
+        monkeypatch.setattr(training, "local_updates", spoiling)
 
     return change
 

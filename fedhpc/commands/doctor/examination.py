@@ -11,7 +11,7 @@ from typing import Any
 from fedhpc.commands.doctor import fabric, gpus, launch, memory, storage, surroundings, versions
 from fedhpc.commands.doctor.finding import PROBLEM, WARNING, Finding, by_host, first_of_hosts, rank_words
 from fedhpc.commands.doctor.limits import Tell, attempt
-from fedhpc.errors import UserError
+from fedhpc.errors import NoMpiError, UserError
 from fedhpc.exchange import Survey, start_survey
 from fedhpc.job.schedulers.base import JobEnvironment
 
@@ -69,8 +69,10 @@ def examine(environment: JobEnvironment, target: Target, speaks: bool, tell: Tel
     tell.doing("the start of MPI", START_S if speaks else START_S - EARLIER_S)
     try:
         survey = start_survey(environment)
-    except UserError as error:
+    except (UserError, NoMpiError) as error:
         if not speaks:
+            if isinstance(error, NoMpiError):
+                raise
             tell.end()
             return
         tell.found([Finding(launch.SUBJECT, "ranks", str(error), PROBLEM, "each process would train alone, or none")])

