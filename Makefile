@@ -54,7 +54,7 @@ demo: $(VENV)/base-$(MPI)
 	    '  fedhpc plan jobs/demo.yaml --ranks 17' \
 	    '  mpirun -np 5 fedhpc run jobs/demo.yaml --set run_dir=runs/mine --set selection.ratio=0.25'
 
-# A file's tests share ranks, or a SLURM cluster; the files that take longest come first in the alphabet.
+# A file's tests share ranks, or a SLURM cluster.
 test: $(VENV)/tests-$(MPI) lint
 	@tests/install.sh
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

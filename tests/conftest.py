@@ -14,6 +14,11 @@ from fedhpc.job.stopping import STOP_SIGNALS
 torch.set_num_threads(1)  # the tests' models are too small to share
 
 
+def pytest_collection_modifyitems(items):
+    """SLURM's tests, the longest file, begin first: no worker is left with them alone at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Backbone, prepared data and configuration; not to be changed."""
