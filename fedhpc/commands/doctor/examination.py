@@ -70,9 +70,9 @@ def examine(environment: JobEnvironment, target: Target, speaks: bool, tell: Tel
     try:
         survey = start_survey(environment)
     except (UserError, NoMpiError) as error:
+        if not speaks and isinstance(error, NoMpiError):  # rank 0 may not know
+            raise
         if not speaks:
-            if isinstance(error, NoMpiError):
-                raise
             tell.end()
             return
         tell.found([Finding(launch.SUBJECT, "ranks", str(error), PROBLEM, "each process would train alone, or none")])

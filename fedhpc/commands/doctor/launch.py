@@ -67,8 +67,10 @@ def launcher_on_path() -> tuple[str, str] | None:
 
 def kind_of(text: str) -> tuple[str, str] | None:
     """The name of an MPI and the number of its version, from what its library or launcher says; None if unknown."""
+    if text.startswith(CANNOT):  # for a path that may name another MPI
+        return None
     for name, pattern in KINDS.items():
-        if not text.startswith(CANNOT) and (match := pattern.search(text)):
+        if match := pattern.search(text):
             return name, next(filter(None, match.groups()))
     return None
 
