@@ -6,7 +6,8 @@ A RoBERTa-shaped backbone (6 layers x 384, random weights), 20 prompt tokens, ba
 a hand-written forward and backward pass of the same backbone with the same prompts, without clipping and optimizer;
 `peft` is PEFT's prefix tuning in a plain PyTorch loop; `published` is a plain re-creation of the released code's loop:
 attention written out, scores of the whole vocabulary at the answer slot, an optimizer per device that steps tensor by
-tensor, a deep copy of the model for every device. All take turns in one process; figures are medians over the turns.
+tensor, a deep copy of the model for every device; `prepacked` is ours with `model.prepack_weights`. All take turns in
+one process; figures are medians over the turns.
 The second table is of eight devices that train one by one and side by side.
 """
 
@@ -36,13 +37,15 @@ from fedhpc.tuning import make_tuning
 
 NUM_TOKENS, BATCH, STEPS, PACK = 20, 8, 4, 8
 WORDS = [[100], [200], [300], [400], [500], [600]]
+OTHERS = {"prepacked": {"prepack": True}, "bfloat16": {"dtype": "bfloat16"}}
+OTHERS["prepacked bfloat16"] = OTHERS["prepacked"] | OTHERS["bfloat16"]
 SHAPES = {"6 x 384": (6, 384), "4 x 128": (4, 128)}
 
 
 class Contest:
     """Everything that the contenders share for one shape of the backbone and one length of the texts."""
 
-    def __init__(self, folder, *, length, dtype="float32", num_layers=6, hidden_size=384):
+    def __init__(self, folder, *, length, dtype="float32", prepack=False, num_layers=6, hidden_size=384):
         self.shape = RobertaConfig(
             num_hidden_layers=num_layers,
             hidden_size=hidden_size,
@@ -61,7 +64,7 @@ class Contest:
         self.config = Config.model_validate(
             {
                 "run_dir": "unused",
-                "model": {"name": str(folder), "dtype": dtype},
+                "model": {"name": str(folder), "dtype": dtype, "prepack_weights": prepack},
                 "data": {"path": "unused"},
                 "device": {"epochs": 1, "batch_size": BATCH},
                 "tuning": {"num_tokens": NUM_TOKENS},
@@ -274,13 +277,14 @@ def main():
             contest = Contest(Path(folder) / "model", length=length)
             contenders = {"ours": ours(contest), "floor": floor(contest)}
             contenders |= {"peft": peft(contest), "published": published(contest)}
-            contenders["ours, bfloat16"] = ours(Contest(Path(folder) / "model", length=length, dtype="bfloat16"))
+            for name, how in OTHERS.items():
+                contenders[f"ours, {name}"] = ours(Contest(Path(folder) / "model", length=length, **how))
             found = compare(contenders, arguments.turns)
             figures.append({"length": length, "ms": found})
             print(f"length {length}: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.items()))
             for name in ("floor", "peft", "published"):
-                print(f"  {name} / ours {found[name] / found['ours']:.3f}")
-            print(f"  published / ours, bfloat16 {found['published'] / found['ours, bfloat16']:.3f}")
+                mine = ", ".join(f"{who} {found[name] / ms:.3f}" for who, ms in found.items() if who.startswith("ours"))
+                print(f"  {name} / {mine}")
         for shape, (num_layers, hidden_size) in SHAPES.items():
             name = Path(folder) / shape.replace(" ", "")
             contest = Contest(name, length=16, num_layers=num_layers, hidden_size=hidden_size)

@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py PREPARED... [--cases NAME...] [--json FILE]
 
-PREPARED: folders that `fedhpc prepare` wrote, of any model. Every case is a run with two ranks, a server and a
-device rank, and some are one process: a round of four devices and an evaluation. A peak is the largest resident set
-(VmHWM), of which a mapped model's pages are a part. `full` trains all weights: leave it out for a large model.
+PREPARED: folders that `fedhpc prepare` wrote, of any model; the first of each model is taken. Every case is a run with
+two ranks, a server and a device rank, and some are one process: ten steps of four devices and an evaluation. A peak is
+the largest resident set (VmHWM), of which a mapped model's pages are a part. `full` trains all weights: leave it out
+for a large model.
 """
 
 import argparse
@@ -32,6 +33,7 @@ CASES = {
     "evaluation of 128": {"device.batch_size": 2, "evaluate.batch_size": 128},
     "recomputation": {"model.gradient_checkpointing": True, "device.batch_size": 32},
     "lora": {**BFLOAT16, "tuning.kind": "lora"},
+    "prepacked": {"model.prepack_weights": True},
     "prompt_tuning": {**BFLOAT16, "tuning.kind": "prompt_tuning"},
     "full": {
         "tuning.kind": "full",
@@ -53,8 +55,8 @@ ALSO_ALONE = ("float32", "bfloat16")
 USUAL = {
     "federation": {"num_devices": 4, "sample_rate": 1.0, "rounds": 1},
     "tuning": {"num_tokens": 5},
-    "device": {"epochs": 1, "batch_size": 8},
-    "evaluate": {"every": 1},
+    "device": {"epochs": 1, "max_steps": 10, "batch_size": 8},
+    "evaluate": {"every": 1, "examples": 100},
 }
 
 
@@ -126,8 +128,11 @@ def main():
     sys.path.insert(0, str(ROOT / "tests/mpi"))
     figures = []
     print(f"{'model':<12} {'case':<18} {'rank':<16} {'plan MB':>8} {'peak MB':>8} {'ratio':>6}")
+    sets = {}
     for prepared in map(Path.absolute, arguments.prepared):
         description = PreparedData.open(prepared, verify=False).description
+        sets.setdefault(description.model, (prepared, description))
+    for prepared, description in sets.values():
         for case in arguments.cases:
             if case == "vocabulary" and description.head == "linear":
                 continue

@@ -10,6 +10,8 @@ logits that the language model puts out; and as a sequence classifier, which com
 turns in one process. Figures are texts a second, medians over the turns, and how many tokens were computed for each
 token of the texts.
 
+`prepacked` is with `model.prepack_weights`.
+
 Then an evaluation of 400 texts, 10 on each of 40 devices: personalised, every device's by prompts of its own, and
 global, all by the same, in batches of 32. It takes turns with the same on padded batches, one device at a time, and
 with one of 80 texts.
@@ -73,12 +75,12 @@ def texts_of(file, model, rng):
     return Split.of([(each, len(each) - 1) for each in ids], rng.integers(0, 2, len(ids)), pad_id=0)
 
 
-def ours(model, description, split, tuning_config, dtype):
+def ours(model, description, split, tuning_config, dtype, *, prepack):
     """Functions that train all devices one by one, and side by side."""
     config = Config.model_validate(
         {
             "run_dir": "unused",
-            "model": {"name": model, "dtype": dtype},
+            "model": {"name": model, "dtype": dtype, "prepack_weights": prepack},
             "data": {"path": "unused"},
             "device": {"epochs": 1, "batch_size": BATCH},
             "tuning": tuning_config,
@@ -109,7 +111,8 @@ def ours(model, description, split, tuning_config, dtype):
             ):
                 pass
 
-    return {f"fedhpc, {pack} at a time": (lambda pack=pack: train(pack), backbone.base) for pack in (1, DEVICES)}
+    name = f"{'prepacked' if prepack else 'fedhpc'}, "
+    return {f"{name}{pack} at a time": (lambda pack=pack: train(pack), backbone.base) for pack in (1, DEVICES)}
 
 
 def peft(model, split, peft_config, dtype, words, *, classifier):
@@ -146,34 +149,48 @@ def peft(model, split, peft_config, dtype, words, *, classifier):
 
 def evaluations(model, data, dtype):
     """Functions that evaluate a share of EVALUATED texts, personalised and global, as they are and padded."""
-    config = ModelConfig(name=model, dtype=dtype)
     tuning_config = section_of(TUNINGS, kind="prompt", num_tokens=NUM_TOKENS)
-    backbone = Backbone(config, tuning_config, data.description, torch.device("cpu"))
+    plain, prepacked = (
+        Backbone(
+            ModelConfig(name=model, dtype=dtype, prepack_weights=prepack),
+            tuning_config,
+            data.description,
+            torch.device("cpu"),
+        )
+        for prepack in (False, True)
+    )
     tuning = make_tuning(tuning_config, read_shape(model), num_classes=len(data.description.class_names))
     split, rng = data.split("train"), np.random.default_rng(2)
     examples = rng.choice(len(split), EVALUATED, replace=False)
     of_device = np.split(examples, EVALUATING)
     own = [tuning.initial(seed) for seed in range(EVALUATING)]
 
-    def predict(batches):
+    def predict(backbone, batches):
         found = np.full(len(split), -1)
         tensors = ([(as_parameters(own[i], backbone.torch_device), part) for i, part in batch] for batch in batches)
         for chosen, scores in class_scores(backbone, tuning, split, tensors):
             found[chosen] = scores.argmax(1)
         return found[examples]
 
-    def evaluate(share, *, side_by_side=True):
+    def evaluate(backbone, share, *, side_by_side=True):
         size = int(share * EVALUATED / EVALUATING)
         shares = {device: chosen[:size] for device, chosen in enumerate(of_device)}
         everything = evaluation_batches(split, np.concatenate(list(shares.values())), EVALUATION_BATCH)
         personal = device_batches(split, shares, EVALUATION_BATCH, side_by_side=side_by_side)
-        return np.concatenate([predict(personal), predict([[(0, chosen)] for chosen in everything])])
+        everyone = [[(0, chosen)] for chosen in everything]
+        return np.concatenate([predict(backbone, personal), predict(backbone, everyone)])
 
     def padded():
-        with backbone._padded():
-            return evaluate(1.0, side_by_side=False)
+        with plain._padded():
+            return evaluate(plain, 1.0, side_by_side=False)
 
-    return {"in rows": lambda: evaluate(1.0), "a fifth of the texts": lambda: evaluate(0.2), "padded": padded}
+    return {
+        "in rows": lambda: evaluate(plain, 1.0),
+        "prepacked": lambda: evaluate(prepacked, 1.0),
+        "a fifth of the texts": lambda: evaluate(plain, 0.2),
+        "a fifth, prepacked": lambda: evaluate(prepacked, 0.2),
+        "padded": padded,
+    }
 
 
 def computed(work, base):
@@ -186,12 +203,35 @@ def computed(work, base):
     return sum(counts)
 
 
+def summary(rates, work):
+    """Everyone's texts a second, and how many times as many as those of PEFT's loops."""
+    own = {who: rate for who, rate in rates.items() if "PEFT" not in who}
+    parts = [", ".join(f"{who} {rate:.2f}/s ({work[who]:.2f} tokens)" for who, rate in rates.items())]
+    for peft in [who for who in rates if who not in own]:
+        parts.append(f"times {peft} " + ", ".join(f"{rate / rates[peft]:.2f}" for rate in own.values()))
+    return "; ".join(parts)
+
+
+def evaluated(model, data, dtype):
+    """The figures of an evaluation, each way to do it against padded batches; they are printed, too."""
+    ways, seconds, classes = evaluations(model, data, dtype), {}, {}
+    for _ in range(2):
+        for how, work in ways.items():
+            began = time.perf_counter()
+            classes[how] = work()
+            seconds.setdefault(how, []).append(time.perf_counter() - began)
+    shares = {how: min(found) / min(seconds["padded"]) for how, found in seconds.items()}
+    same = {how: float(np.mean(classes[how] == classes["padded"])) for how in ("in rows", "prepacked")}
+    print(f"evaluation of {data.path.name}, {dtype}, share of padded time: {shares}; same classes {same}", flush=True)
+    return {"texts": data.path.name, "dtype": dtype, "evaluation": shares, "same classes": same}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("prepared", type=Path, nargs="+")
     parser.add_argument("--texts", type=Path)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -210,7 +250,9 @@ def main():
     for name, (description, split) in sets.items():
         for dtype in arguments.dtypes:
             for kind, (tuning_config, peft_config) in KINDS.items():
-                contenders = ours(arguments.model, description, split, tuning_config, dtype)
+                contenders = {}
+                for prepack in (False, True):
+                    contenders |= ours(arguments.model, description, split, tuning_config, dtype, prepack=prepack)
                 words = [ids[0] for ids in description.word_ids]
                 for classifier in (False, True):
                     contenders |= peft(arguments.model, split, peft_config, dtype, words, classifier=classifier)
@@ -224,28 +266,8 @@ def main():
                 rates = {who: len(split) / statistics.median(found) for who, found in times.items()}
                 figures.append({"texts": name, "dtype": dtype, "tuning": kind, "texts/s": rates, "tokens/token": work})
                 lengths = f"tokens: median {np.median(split.lengths):.0f}, at most {split.lengths.max()}"
-                print(
-                    f"{name} ({lengths}), {dtype}, {kind}: "
-                    + ", ".join(f"{who} {rate:.2f}/s ({work[who]:.2f} tokens)" for who, rate in rates.items())
-                    + "".join(
-                        f"; times {who} " + ", ".join(f"{each / rate:.2f}" for each in list(rates.values())[:2])
-                        for who, rate in rates.items()
-                        if "PEFT" in who
-                    ),
-                    flush=True,
-                )
-    for data in folders:
-        for dtype in arguments.dtypes:
-            ways, seconds = evaluations(arguments.model, data, dtype), {}
-            for _ in range(2):
-                for how, work in ways.items():
-                    began = time.perf_counter()
-                    work()
-                    seconds.setdefault(how, []).append(time.perf_counter() - began)
-            shares = {how: min(found) / min(seconds["padded"]) for how, found in seconds.items()}
-            same = float(np.mean(ways["in rows"]() == ways["padded"]()))
-            figures.append({"texts": data.path.name, "dtype": dtype, "evaluation": shares, "same classes": same})
-            print(f"evaluation of {data.path.name}, {dtype}, share of padded time: {shares}; same classes {same:.1%}")
+                print(f"{name} ({lengths}), {dtype}, {kind}: {summary(rates, work)}", flush=True)
+    figures += [evaluated(arguments.model, data, dtype) for data in folders for dtype in arguments.dtypes]
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -34,8 +34,8 @@ STRUCTURE_BYTES = 50e6
 """What any rank loads for a tuning that names modules of a backbone: its code, and its outline for a while."""
 COMPILER_BYTES = 60e6
 """PyTorch's compiler, which its recomputation of activations loads."""
-SMALL_FLOAT_BYTES = 60e6
-"""Kernels for 16 bits, which oneDNN compiles for every shape of a batch."""
+COMPILED_BYTES = 60e6
+"""Kernels for 16 bits and for prepacked weights, which oneDNN compiles for every shape of a batch."""
 ROOM = {"float32": 1.3, "bfloat16": 1.4, "float16": 1.4}
 """Memory that the allocator takes for tensors of many sizes, by what they hold. In 16 bits kernels lie among them."""
 ROOM_RECOMPUTED = 2.4
@@ -137,13 +137,15 @@ def _device(job: Job, ranks: int, pack: int, work: Rehearsal) -> Parts:
         phases["Hessian"] = room * work.hessian() + lanczos
     first, *others = sorted(phases, key=lambda name: -phases[name])
     then = ", ".join(f"{name} {human_bytes(phases[name])}" for name in others if phases[name] > 0)
-    code = DEVICE_BYTES + (config.model.dtype != "float32") * SMALL_FLOAT_BYTES
+    is_compiled = config.model.dtype != "float32" or config.model.prepack_weights
+    code = DEVICE_BYTES + is_compiled * COMPILED_BYTES
     code += config.model.gradient_checkpointing * COMPILER_BYTES
     return {
         "program": PROGRAM_BYTES,
         "model's code, kernels and their buffers": code,
         STRUCTURE: STRUCTURE_BYTES * job.tuning.reads_structure,
         f"backbone, {config.model.quantization or config.model.dtype}": work.weights,
+        "backbone, prepacked": work.prepacked,
         "what was received, uploads": n * (1 + len(method.sends)) + here * record,
         ADDED: added_bytes(job) * (2 + DTYPE_BYTES[config.model.dtype] / 4) + factors_bytes(job),
         "masked sums": 2 * n * encoding.num_sums * (encoding.masked_among > 0),

@@ -32,6 +32,7 @@ from fedhpc.model.decoding import Decoding
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.numbers import NOT_TAKEN
 from fedhpc.model.overlay import Overlay
+from fedhpc.model.prepacking import prepacked_bytes
 from fedhpc.model.pretrained import auto_class, run_config
 from fedhpc.model.quantization import saved_bytes
 from fedhpc.selection import make_strategy
@@ -120,6 +121,8 @@ class Rehearsal:
         """Bytes of the weights that stay."""
         if (kind := job.config.model.quantization) is not None:
             self.weights -= saved_bytes(self._backbone, kind)
+        self.prepacked = prepacked_bytes(self._backbone.base) if job.config.model.prepack_weights else 0
+        """Bytes of the same weights as they are prepacked."""
 
     def training(self, pack: int, waiting: int) -> int:
         """A step of so many devices, when others wait for their place in the pack, prompts and moments ready."""

@@ -18,6 +18,7 @@ from fedhpc.model.forward import Forward
 from fedhpc.model.last_layer import LastLayer
 from fedhpc.model.numbers import NOT_TAKEN, at_least_float32, no_surprise
 from fedhpc.model.overlay import Overlay
+from fedhpc.model.prepacking import prepack
 from fedhpc.model.pretrained import LINEAR_HEAD, load_frozen, shape_of
 from fedhpc.registry import TUNINGS
 
@@ -118,6 +119,8 @@ class Backbone(Forward):
             known = self._same(self.hidden(batch), hidden)
         if not known:
             raise ModelError(f"{who} numbers its positions as fedhpc does not know, and cannot be used")
+        if config.prepack_weights:
+            self._prepack(batch)
         self._choose_rows(config, tuning, longest)
         if self._head is None:
             return
@@ -140,6 +143,15 @@ class Backbone(Forward):
                 )
         if config.attention == "sdpa" and not self.generates:
             self._narrow_last_layer(self._probe_overlays(config, tuning))
+
+    def _prepack(self, batch: Batch) -> None:
+        """Have the layers compute with prepacked weights, and see that they do, on a batch."""
+        key, advice = "model.prepack_weights: true", "leave the key out"
+        if self.torch_device.type != "cpu":
+            raise ModelError(f"{key} is for CPUs, and this rank computes on {self.torch_device}; {advice}")
+        with no_surprise(f"{key}: PyTorch cannot do so with {self.base.dtype} on this CPU", f"; {advice}"):
+            prepack(self.base)
+            self.hidden(batch)
 
     def _branches_are_right(self) -> bool:
         """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""

@@ -130,6 +130,8 @@ class Tuning(Part, ABC):
                 f"model.quantization: {config.model.quantization} holds the frozen weights in few bits; tuning.kind: "
                 f"{kind}, which changes them, needs null"
             )
+        if cls.changes_weights and config.model.prepack_weights:
+            raise ConfigError(f"tuning.kind: {kind} changes the weights; it needs model.prepack_weights: false")
         if cls.changes_weights and config.model.device_map == "auto":
             raise ConfigError(f"tuning.kind: {kind} needs model.device_map: single")
 

@@ -52,7 +52,7 @@ SETTINGS = {
     "dropout": {"tuning__dropout": 0.2},
     "rare checkpoints": {"checkpoint__every": 100, "evaluate__every": 2},
     "packs": {"device__pack": 4, "server__variant": "paper"},
-    "auto": {"selection__ratio": "auto", "selection__warmup_rounds": 2},
+    "auto": {"selection__ratio": "auto", "selection__warmup_rounds": 2, "model__prepack_weights": True},
     "sums": {
         "exchange__mode": "reduce",
         "trace": False,
