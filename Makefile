@@ -76,12 +76,12 @@ bench: $(VENV)/bench-$(MPI)
 	mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/local_step.py --json $(BENCH)/local_step.json
 	$(if $(PREPARED),$(BIN)/python benchmarks/decoder.py $(PREPARED) --json $(BENCH)/decoder.json)
-	$(if $(PREPARED),$(BIN)/python benchmarks/plan.py $(PREPARED) --json $(BENCH)/plan.json)
 	$(if $(MODEL),$(BIN)/python benchmarks/real_decoder.py $(MODEL) $(PREPARED) --json $(BENCH)/real_decoder.json)
 	$(BIN)/python benchmarks/start.py --json $(BENCH)/start.json
 	$(BIN)/mpirun -np 17 $(BIN)/python benchmarks/round.py --json $(BENCH)/round.json
 	$(BIN)/python benchmarks/ranks.py --json $(BENCH)/ranks.json
 	$(BIN)/mpirun -np 11 $(BIN)/python benchmarks/checkpoint.py --out $(BENCH)/checkpoint --json $(BENCH)/checkpoint.json
+	$(if $(PREPARED),$(BIN)/python benchmarks/plan.py $(PREPARED) --json $(BENCH)/plan.json)
 
 bench-gpu: $(VENV)/bench-$(MPI)
 	mkdir -p $(BENCH)

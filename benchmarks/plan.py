@@ -3,7 +3,7 @@
     python benchmarks/plan.py PREPARED... [--cases NAME...] [--json FILE]
 
 PREPARED: folders that `fedhpc prepare` wrote, of any model; the first of each model is taken. Every case is a run with
-two ranks, a server and a device rank, and some are one process: ten steps of four devices and an evaluation. A peak is
+two ranks, a server and a device rank, and some are one process: a round of four devices and an evaluation. A peak is
 the largest resident set (VmHWM), of which a mapped model's pages are a part. `full` trains all weights: leave it out
 for a large model.
 """
@@ -55,8 +55,8 @@ ALSO_ALONE = ("float32", "bfloat16")
 USUAL = {
     "federation": {"num_devices": 4, "sample_rate": 1.0, "rounds": 1},
     "tuning": {"num_tokens": 5},
-    "device": {"epochs": 1, "max_steps": 10, "batch_size": 8},
-    "evaluate": {"every": 1, "examples": 100},
+    "device": {"epochs": 1, "batch_size": 8},
+    "evaluate": {"every": 1},
 }
 
 
