@@ -26,7 +26,7 @@ from fedhpc.evaluate.questions import answer_tokens, make_decoding, question_spl
 from fedhpc.job.environment import job_environment
 from fedhpc.model.backbone import Backbone
 from fedhpc.model.limits import check_answers
-from fedhpc.server.job import checked_tokenizer
+from fedhpc.server.job import Job, checked_tokenizer
 from fedhpc.tuning.base import Params, as_parameters
 
 STAND_IN = "a"
@@ -156,6 +156,16 @@ def _settings(evaluate: EvaluateConfig, options: Mapping[str, Any]) -> EvaluateC
         raise ConfigError(f"predict: {'; '.join(wrong)}") from None
 
 
+def backbone_of(job: Job) -> Backbone:
+    """A run's, on the processor that is here; for a few texts, without prepacked weights."""
+    model, tuning = job.config.model.model_copy(update={"prepack_weights": False}), job.tuning
+    processor = choose_torch_device(0, job_environment())
+    backbone = Backbone(model, job.config.tuning, job.data.description, processor)
+    if tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
+        tuning.check_on(backbone)
+    return backbone
+
+
 class Answerer:
     """Answers with what a run has tuned.
 
@@ -180,13 +190,7 @@ class Answerer:
     @cached_property
     def backbone(self) -> Backbone:
         """The run's, loaded when all that is asked has been checked."""
-        job = self.job
-        backbone = Backbone(
-            job.config.model, job.config.tuning, job.data.description, choose_torch_device(0, job_environment())
-        )
-        if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
-            job.tuning.check_on(backbone)
-        return backbone
+        return backbone_of(self.job)
 
     def prompts(self, asked: Sequence[Asked]) -> Split:
         """What is asked as tokens.

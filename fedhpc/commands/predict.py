@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.commands.answering import Answerer, Asked, Asker, answer_records, answer_text
+from fedhpc.commands.answering import Answerer, Asked, Asker, answer_records, answer_text, backbone_of
 from fedhpc.commands.trained import Trained, load_trained
 from fedhpc.data.prepared import Description, Split
 from fedhpc.data.readers import TABLES, Record, Records, read_lines, read_table
 from fedhpc.data.tasks import TASKS, Task, template_fields
 from fedhpc.data.texts import Row, Texts, encode, text_fields
-from fedhpc.device.processor import choose_torch_device
 from fedhpc.errors import ConfigError, DataError
 from fedhpc.evaluate.predictions import class_scores, evaluation_batches
-from fedhpc.job.environment import job_environment
-from fedhpc.model.backbone import Backbone
 from fedhpc.tuning.base import as_parameters
 
 USUAL_COLUMNS = ("text", "sentence")
@@ -140,9 +137,7 @@ def class_probabilities(
     examples = encode(rows, place, trained.text_encoder(), job.shape.vocabulary_size)
     encoded = [(example.ids, example.slot) for example in examples]
     split = Split.of(encoded, [0] * len(rows), pad_id=description.pad_id)
-    backbone = Backbone(job.config.model, job.config.tuning, description, choose_torch_device(0, job_environment()))
-    if job.tuning.packable:  # the others put weights in place of the model's own, which no model overlooks
-        job.tuning.check_on(backbone)
+    backbone = backbone_of(job)
     batches = evaluation_batches(split, np.arange(len(rows)), job.config.evaluate.batch_size)
     found = np.empty((len(rows), len(description.class_names)), np.float32)
     params = as_parameters(trained.tensors, backbone.torch_device)

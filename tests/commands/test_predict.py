@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from safetensors.numpy import load_file
 from test_export import make_trained
@@ -39,7 +40,8 @@ def start(world, folder, **sections):
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     """A run in which at most 8 of 12 devices were trained; not to be changed."""
-    return start(world, tmp_path_factory.mktemp("finished"), federation={"rounds": 2, "sample_rate": 0.4})
+    changes = {"federation": {"rounds": 2, "sample_rate": 0.4}, "model": {"prepack_weights": True}}
+    return start(world, tmp_path_factory.mktemp("finished"), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,14 @@ def predict(fedhpc):
         return [json.loads(line) for line in out.splitlines()]
 
     return command
+
+
+def test_a_processor_that_cannot_prepack_weights_predicts(finished, predict, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    assert predict(finished, "--text", "the place was dull")[0]["label"]
 
 
 def test_a_damaged_file_of_a_device_leaves_what_does_not_need_it(finished, fedhpc, tmp_path):
