@@ -2,14 +2,12 @@
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from fedhpc.attack.attack import bad_devices
 from fedhpc.checkpoint.state_file import RunState
@@ -23,7 +21,7 @@ from fedhpc.exchange.messages import Command, Op
 from fedhpc.exchange.rounds import WITHIN_LOCAL, Round, plan_round
 from fedhpc.exchange.simulation import Load, round_seconds
 from fedhpc.federation.packing import choose_pack, largest_pack
-from fedhpc.federation.sampling import population, sample_devices, training_devices, upload_counts
+from fedhpc.federation.sampling import population, upload_counts
 from fedhpc.files import write_whole
 from fedhpc.job.lock import RunLock
 from fedhpc.job.log import log
@@ -32,13 +30,11 @@ from fedhpc.job.run_files import RunFiles
 from fedhpc.job.tracker import Ending, Trackers
 from fedhpc.methods import make_method
 from fedhpc.methods.updates import RoundUploads, distance
-from fedhpc.selection import make_strategy
-from fedhpc.selection.ratio import describe_ratio, describe_spread, global_ratio
-from fedhpc.selection.strategy import global_scores
 from fedhpc.server.collecting import Collector
 from fedhpc.server.generations import Generations
 from fedhpc.server.job import Job
 from fedhpc.server.saving import CheckpointWriter
+from fedhpc.server.selecting import LayerSelector
 from fedhpc.server.soundness import check_finite, warn_of_growth
 
 
@@ -64,7 +60,7 @@ class Server:
         self.encoding = make_encoding(job.config, self.method)
         self.devices = Collector(job, exchange, self.method, self.encoding, self.saving)
         self.privacy = job.privacy
-        self.strategy = make_strategy(job.config.selection)
+        self.selector = LayerSelector(job, exchange)
         self.trackers = Trackers(job.config)
         self.state: RunState | None = None
         """The run between two steps of the main loop; what a stop saves."""
@@ -213,15 +209,12 @@ class Server:
 
     def initial_state(self) -> RunState:
         """Before round 0: layers scored and selected, prompts drawn, every worker told."""
-        selection = self.config.selection
-        scores = self.score_layers() if self.strategy.scored else None
-        ratio = 1.0 if selection.ratio == "auto" else selection.ratio
-        layers = tuple(range(self.num_layers)) if selection.is_automatic else self._choose(ratio, scores)
+        layers, scores = self.selector.at_the_start()
         params, local = self.tuning.split(self.tuning.initial(self.config.seed), layers)
         state = RunState(
             server=self.method.init(params),
             layers=layers,
-            selected=not selection.is_automatic,
+            selected=not self.config.selection.is_automatic,
             ratio=len(layers) / self.num_layers,
             scores=scores,
             unseen_local=local,
@@ -245,14 +238,6 @@ class Server:
         )
         self._command(command)
         return state
-
-    def score_layers(self) -> np.ndarray:
-        """Global layer scores [L] from one batch of every device that can train; see `fedhpc.selection.strategies`."""
-        counts = self._shares(training_devices(self.config))
-        record = messages.score_record(self.num_layers)
-        records = self.exchange.request(Command(op=Op.SCORE), record, counts)
-        records = records[np.argsort(records["device"])]
-        return global_scores(records["scores"], records["num_examples"])
 
     def choose_pack(self, state: RunState) -> int:
         """N of `device.pack`; for `auto`, measured by all workers at once, as they will work."""
@@ -335,19 +320,8 @@ class Server:
 
     def narrow(self, state: RunState) -> RunState:
         """End of the warm-up: the lossless ratio decides how many layers stay in the exchange."""
-        last = state.server.round - 1
-        devices = sample_devices(self.config, last)
-        command = Command(op=Op.RATIO, round=last, layers=state.layers, payload=state.server.params)
-        counts = self._shares(devices)
-        records = self.exchange.request(command, messages.ratio_record(), counts)
-        records = records[np.argsort(records["device"])]
-        by = self.config.selection.auto_by
-        ratio = global_ratio(records["ratio"], records["num_examples"], by)
-        layers = self._choose(max(ratio, 1 / self.num_layers), state.scores)
+        layers, ratio = self.selector.after_warm_up(state)
         tensors = self.tuning.merge(state.server.params, state.unseen_local, state.layers)
-        log.info("lossless ratio by %s, %s", by, "; ".join(map(partial(describe_ratio, by), records)))
-        words = describe_spread(by, records["ratio"])
-        log.info("lossless ratio %.3f (%s): exchanging layers %s", ratio, words, list(layers))
         kept = self.tuning.kept_elements(layers)
         self.saving.control.restrict(kept)
         state = replace(
@@ -376,14 +350,6 @@ class Server:
         seconds["evaluate"] = time.perf_counter() - start
         return scores
 
-    def _choose(self, ratio: float, scores: np.ndarray | None) -> tuple[int, ...]:
-        num_layers = self.num_layers
-        if scores is not None:
-            alike = self.strategy.undecided_layers(ratio=ratio, num_layers=num_layers, scores=scores)
-            if alike:
-                log.warning("%s", self.strategy.describe_tie(alike, scores))
-        return self.strategy.choose(ratio=ratio, num_layers=num_layers, seed=self.config.seed, scores=scores)
-
     def _log_start(self, state: RunState, *, resumed: bool) -> None:
         done, rounds = state.server.round, self.config.federation.rounds
         if self.privacy:
@@ -403,14 +369,6 @@ class Server:
         )
         if bad := bad_devices(self.config):
             log.info("attack.kind: %s: devices %s are bad", self.config.attack.kind, bad)
-
-    def _shares(self, devices: Iterable[int]) -> list[int]:
-        """How many of the devices are in each worker's share of work that needs no state."""
-        return self._count([device % self.num_workers for device in devices])
-
-    def _count(self, workers: ArrayLike, weights: ArrayLike | None = None) -> list[int]:
-        counts = np.bincount(workers, weights, minlength=self.num_workers)
-        return [int(count) for count in counts]
 
     def _announce_layers(self, state: RunState) -> None:
         self.method.layout = self.tuning.exchanged(state.layers)

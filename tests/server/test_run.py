@@ -703,6 +703,13 @@ class TestBadInput:
         refused("nowhere.yaml", config=tmp_path / "nowhere.yaml")
 
 
+def test_a_list_of_layers_is_exchanged_whatever_the_ratio(fedhpc, run_config):
+    layers = {"strategy": "explicit", "layers": [1], "ratio": "auto"}
+    config = run_config(selection=layers, federation__rounds=1)
+    assert fedhpc("run", config)[0] == 0
+    assert "exchanging layers [1]," in (run_dir(config) / "log.txt").read_text()
+
+
 def test_packs_that_leave_ranks_without_work_are_noticed(run_config, monkeypatch):
     said = []
     monkeypatch.setattr(job.log, "warning", lambda text, *values: said.append(text % values))
@@ -714,7 +721,7 @@ def test_packs_that_leave_ranks_without_work_are_noticed(run_config, monkeypatch
 
 
 def test_kernels_of_a_few_shapes_are_kept_unless_the_user_says_how_many(fedhpc, run_config, monkeypatch):
-    """oneDNN's own 1024 would take hundreds of MB in bfloat16."""
+    """oneDNN's own 1024 would take hundreds of MB in bfloat16 or with prepacked weights."""
     for given, kept in ((None, "32"), ("7", "7")):
         monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
         if given:
