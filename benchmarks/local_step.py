@@ -278,7 +278,7 @@ def main():
             contenders = {"ours": ours(contest), "floor": floor(contest)}
             contenders |= {"peft": peft(contest), "published": published(contest)}
             for name, how in OTHERS.items():
-                contenders[f"ours, {name}"] = ours(Contest(Path(folder) / "model", length=length, **how))
+                contenders[f"ours ({name})"] = ours(Contest(Path(folder) / "model", length=length, **how))
             found = compare(contenders, arguments.turns)
             figures.append({"length": length, "ms": found})
             print(f"length {length}: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.items()))

@@ -2,10 +2,10 @@
 
     python benchmarks/plan.py PREPARED... [--cases NAME...] [--json FILE]
 
-PREPARED: folders that `fedhpc prepare` wrote, of any model; the first of each model is taken. Every case is a run with
-two ranks, a server and a device rank, and some are one process: a round of four devices and an evaluation. A peak is
-the largest resident set (VmHWM), of which a mapped model's pages are a part. `full` trains all weights: leave it out
-for a large model.
+PREPARED: folders that `fedhpc prepare` wrote, of any model; of each model and head the first is taken. Every case is a
+run with two ranks, a server and a device rank, and some are one process: a round of four devices and an evaluation. A
+peak is the largest resident set (VmHWM), of which a mapped model's pages are a part. `full` trains all weights: leave
+it out for a large model.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main():
     sets = {}
     for prepared in map(Path.absolute, arguments.prepared):
         description = PreparedData.open(prepared, verify=False).description
-        sets.setdefault(description.model, (prepared, description))
+        sets.setdefault((description.model, description.head), (prepared, description))
     for prepared, description in sets.values():
         for case in arguments.cases:
             if case == "vocabulary" and description.head == "linear":

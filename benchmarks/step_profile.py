@@ -8,6 +8,7 @@ itself makes small operations longer: in products of matrices, in attention, and
 
 import argparse
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from real_decoder import KINDS, ours, peft, some_texts
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
+from fedhpc.commands.role import KERNELS_KEPT
 from fedhpc.data.prepared import PreparedData
 
 PARTS = {"products": ("mm", "linear_pointwise"), "attention": ("scaled_dot_product",)}
-"""Ends of the names of operations, or what is in them."""
+"""What is in the names of their operations; the first part that fits counts."""
 
 
 def shares(train, count):
     """Milliseconds a text of each part of some training, after one that warms up."""
-    train()
+    train(0)
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        train()
+        train(1)
     parts = Counter()
     for operation in found.key_averages():
         part = next((part for part, names in PARTS.items() if any(name in operation.key for name in names)), "all else")
@@ -42,6 +44,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     data = PreparedData.open(arguments.prepared, verify=False)

@@ -135,7 +135,7 @@ def test_one_line_says_key_finding_and_what_is_valid(write, override, words):
         (["tuning.kind=bitfit", "model.quantization=nf4"], "bitfit, which changes them, needs null"),
         (["tuning.kind=bitfit", "model.prepack_weights=true"], "bitfit changes the weights; it needs model.prepack"),
         (["model.quantization=nf4", "model.prepack_weights=true"], "together with model.quantization: nf4"),
-        (["model.device_map=auto", "model.prepack_weights=true"], "together with model.device_map: auto"),
+        (["model.device_map=auto", "model.prepack_weights=true"], "is for CPUs; it needs model.device_map: single"),
         (["tuning.kind=full", "model.device_map=auto"], "full needs model.device_map: single"),
         (
             ["selection.ratio=auto", "model.dtype=bfloat16", "model.attention=flash_attention_2"],

@@ -20,8 +20,8 @@ KERNELS_KEPT = 32
 
 def make_worker(job: Job, exchange: Exchange, environment: JobEnvironment) -> Worker:
     """Load the backbone and set up one rank's devices."""
-    # oneDNN keeps a compiled kernel of about 0.7 MB for every shape that it met in bfloat16, 1024 of them by default;
-    # a step takes some ten.
+    # In 16 bits and with prepacked weights, oneDNN keeps a compiled kernel of about 0.7 MB for every shape that it met,
+    # 1024 of them by default; a step takes some ten.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     torch_device = choose_torch_device(exchange.local_rank, environment)
     backbone = Backbone(job.config.model, job.config.tuning, job.data.description, torch_device)

@@ -32,12 +32,6 @@ def check_combinations(config: Any) -> None:
         raise ValueError(f"tuning.loss: vocabulary needs tuning.head: verbalizer; {reason}")
     if config.device.pack != 1 and config.model.backbone_dropout:
         raise ValueError("model.backbone_dropout: true draws one mask for a whole batch; it needs device.pack: 1")
-    if config.model.prepack_weights and (config.model.quantization or config.model.device_map == "auto"):
-        other = "quantization" if config.model.quantization else "device_map"
-        raise ValueError(
-            f"model.prepack_weights: true does not go together with model.{other}: "
-            f"{getattr(config.model, other)}, which lays weights out itself; leave one of the two out"
-        )
     if config.device.warmup >= config.federation.rounds:
         raise ValueError(
             f"device.warmup: {config.device.warmup} must be fewer than federation.rounds: {config.federation.rounds}"

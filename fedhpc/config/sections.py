@@ -83,9 +83,20 @@ class ModelConfig(Section):
     """The frozen weights of the backbone's linear modules in four bits (QLoRA) or eight (LLM.int8), by the extra
     `quantization`; what is tuned stays as it is."""
     prepack_weights: bool = False
-    """Put the weights of the layers' linear modules in the order of this CPU's matrix instructions, once at the start:
-    steps and evaluations take less time, and every rank holds these weights twice for itself, beside the file that the
-    ranks of a host share. Other bits than without; CPUs only."""
+    """Put the weights of the layers' linear modules in the order of the CPU's matrix instructions, once at the start:
+    steps and evaluations take less time, and every rank holds these weights twice more, as they are and transposed for
+    gradients. Other bits than without. CPUs only, in 16 bits those with instructions for them."""
+
+    @model_validator(mode="after")
+    def _weights_lie_one_way(self) -> "ModelConfig":
+        if self.prepack_weights and self.quantization:
+            raise ValueError(
+                f"model.prepack_weights: true does not go together with model.quantization: {self.quantization}, which "
+                "puts the weights in an order of its own; leave one of the two out"
+            )
+        if self.prepack_weights and self.device_map == "auto":
+            raise ValueError("model.prepack_weights: true is for CPUs; it needs model.device_map: single")
+        return self
 
 
 class DataConfig(Section):

@@ -25,6 +25,7 @@ from fedhpc.registry import TUNINGS
 PROBE_TOKENS = 8
 ROUNDING = 3e-5
 """Relative difference of two float32 results of the same sums in another order, after tens of layers."""
+PREPACKED = "model.prepack_weights: true"
 OTHER_WORDS = f"choose words of one token each in a task file, or {LINEAR_HEAD}"
 
 
@@ -42,6 +43,8 @@ class Backbone(Forward):
     """
 
     def __init__(self, config: ModelConfig, tuning: TuningConfig, data: Description, torch_device: torch.device):
+        if config.prepack_weights and torch_device.type != "cpu":
+            raise ModelError(f"{PREPACKED} is for CPUs, and this rank computes on {torch_device}; leave the key out")
         self.generates = data.head == "language_model"
         """Whether texts are generated, not classified."""
         self._has_dropout, self._recomputes = config.backbone_dropout, config.gradient_checkpointing
@@ -121,6 +124,7 @@ class Backbone(Forward):
             raise ModelError(f"{who} numbers its positions as fedhpc does not know, and cannot be used")
         if config.prepack_weights:
             self._prepack(batch)
+            hidden = self.base(**plain).last_hidden_state.to(self.torch_device)
         self._choose_rows(config, tuning, longest)
         if self._head is None:
             return
@@ -145,13 +149,13 @@ class Backbone(Forward):
             self._narrow_last_layer(self._probe_overlays(config, tuning))
 
     def _prepack(self, batch: Batch) -> None:
-        """Have the layers compute with prepacked weights, and see that they do, on a batch."""
-        key, advice = "model.prepack_weights: true", "leave the key out"
-        if self.torch_device.type != "cpu":
-            raise ModelError(f"{key} is for CPUs, and this rank computes on {self.torch_device}; {advice}")
-        with no_surprise(f"{key}: PyTorch cannot do so with {self.base.dtype} on this CPU", f"; {advice}"):
-            prepack(self.base)
+        """Have the layers compute with prepacked weights, and see with a batch that they can."""
+        about, advice = PREPACKED, "leave the key out"
+        with no_surprise(f"{about}: PyTorch cannot do so with {self.base.dtype} on this CPU", f"; {advice}"):
+            count = prepack(self.base)
             self.hidden(batch)
+        if not count:
+            raise ModelError(f"{about}: a {self.base.config.model_type} model has no plain linear modules; {advice}")
 
     def _branches_are_right(self) -> bool:
         """Whether answers of several tokens, behind a text and a shorter one, score as the model does each alone."""

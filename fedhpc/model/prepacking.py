@@ -1,9 +1,8 @@
 """Frozen weights of linear modules in the order in which a CPU's matrix instructions read them: oneDNN's blocks.
 
-Without that, every product puts them in order anew. https://uxlfoundation.github.io/oneDNN/dev_guide_matmul.html
+Without that, every product puts them in order anew. https://uxlfoundation.github.io/oneDNN/dev_guide_inner_product.html
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,26 +12,32 @@ from transformers.pytorch_utils import Conv1D
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + bias, of W [out, in] and W^T prepacked; the gradient's gradient is one, too."""
+    """x W^T + bias of x [n, in], with W [out, in] and W^T prepacked, which are constants.
+
+    Its gradient is the same function with the two weights exchanged, and so can be differentiated again.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.both = transposed, weight
-        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        ctx.exchanged = transposed, weight
+        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Linear.apply(gradient.contiguous(), *ctx.both, None), None, None, None
+        return _Linear.apply(gradient.contiguous(), *ctx.exchanged, None), None, None, None
 
 
-def prepack(model: nn.Module) -> None:
-    """Have the linear modules of a model's layers compute with prepacked weights.
+def prepack(model: nn.Module) -> int:
+    """Have the linear modules of a model's layers compute with prepacked weights; how many modules those are.
 
     Raises:
         RuntimeError, AttributeError: PyTorch cannot do so here.
     """
-    for module in _linears(model):
+    found = _linears(model)
+    for module in found:
         _prepack(module)
+    return len(found)
 
 
 def prepacked_bytes(model: nn.Module) -> int:
@@ -45,11 +50,16 @@ def _prepack(module: Any) -> None:
     if isinstance(module, Conv1D):
         weight = weight.T
     both = [torch.ops.mkldnn._reorder_linear_weight(each.contiguous(), None) for each in (weight, weight.T)]
-    module.forward = lambda inputs: _Linear.apply(inputs, *both, bias)
+
+    def forward(inputs: Tensor) -> Tensor:
+        outputs: Tensor = _Linear.apply(inputs.flatten(0, -2), *both, bias)
+        return outputs.unflatten(0, inputs.shape[:-1])
+
+    module.forward = forward
 
 
-def _linears(model: nn.Module) -> Iterator[Any]:
+def _linears(model: nn.Module) -> list[Any]:
     """The linear modules that compute as their class does; others may look at their weights."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            yield from (module for module in layer.modules() if type(module) in (nn.Linear, Conv1D))
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parts = dict.fromkeys(part for layer in layers for part in layer.modules())
+    return [part for part in parts if type(part) in (nn.Linear, Conv1D)]

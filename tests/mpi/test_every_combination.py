@@ -73,7 +73,7 @@ def write_config(folder, where, backbone, kind, method):
     }
     if TUNINGS[kind].has_layers and method in ("fedavgm", "ditto"):
         values["selection"]["local_layers"] = "frozen"
-    values["model"]["prepack_weights"] = backbone == "text" and not TUNINGS[kind].changes_weights
+    values["model"]["prepack_weights"] = (backbone, method) == ("text", "drift_corrected") and kind != "full"
     values["device"] |= {"optimizer": "sgd" if method == "mime" else "adamw"}
     if method == "fibecfed":
         values |= {"server": {"method": "fedavg"}, "selection": {"strategy": "sensitivity", "ratio": 0.5}}
