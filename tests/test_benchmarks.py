@@ -1,6 +1,8 @@
 """The benchmarks' stand-ins are still what the engine expects."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,12 @@ def test_a_visit_that_is_too_short_says_what_it_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu_visit.py", "--small", "--json", str(file), "--minutes", "0"])
     benchmark.main()
     assert json.loads(file.read_text())["skipped"] == ["RoBERTa large", "LLaMA 7B"]
+
+
+def test_ranks_that_leave_pytorch_out_have_all_of_a_rank():
+    rank = "import sys, ranks; sys.meta_path.insert(0, ranks.LeaveOut()); import fedhpc.commands.role"
+    done = subprocess.run([sys.executable, "-c", rank], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_checkpoint_of_a_server_that_has_seen_many_devices_is_measured(tmp_path):
