@@ -27,7 +27,7 @@ from fedhpc.server.job import load_job
 def nothing_rehearsed(monkeypatch):
     """The work on tensors counts as none, where a plan's other numbers are looked at: it is most of a plan's time."""
     works = dict.fromkeys(("training", "evaluation", "answers", "scoring", "curriculum"), lambda *_: 0)
-    work = SimpleNamespace(weights=0, loading=0, **works)
+    work = SimpleNamespace(weights=0, prepacked=0, loading=0, **works)
     monkeypatch.setattr(plan_memory, "rehearsal", lambda job: nullcontext(work))
 
 

@@ -179,7 +179,7 @@ class World:
         trained, backbone = self.trained(capfd, case)
         trained.job.data.description = replace(trained.job.data.description, max_length=max_length)
         monkeypatch.setattr(predict, "load_trained", lambda *_: trained)
-        monkeypatch.setattr(predict, "Backbone", lambda *_: backbone)
+        monkeypatch.setattr(predict, "backbone_of", lambda _: backbone)
         return call(capfd, cli.main, "predict", "run", "--all-classes", *arguments)
 
 

@@ -6,7 +6,7 @@ import tiny
 
 from fedhpc.config.file import load_config
 from fedhpc.federation.sampling import held_out_devices
-from fedhpc.server import server
+from fedhpc.server import selecting
 from fedhpc.server.job import load_job
 
 
@@ -19,8 +19,8 @@ def of_devices(record, sizes, devices):
 def test_held_out_devices_are_evaluated_apart_with_what_the_server_has(
     fedhpc, run_config, prepared_texts, kind, monkeypatch
 ):
-    scored, global_scores = [], server.global_scores
-    monkeypatch.setattr(server, "global_scores", lambda scores, n: scored.append(len(n)) or global_scores(scores, n))
+    scored, global_scores = [], selecting.global_scores
+    monkeypatch.setattr(selecting, "global_scores", lambda scores, n: scored.append(len(n)) or global_scores(scores, n))
     texts = {
         "data__path": str(prepared_texts),
         "tuning__head": "language_model",
