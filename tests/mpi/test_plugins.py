@@ -83,6 +83,7 @@ def test_another_source_is_refused(world, on_three_ranks):
         file.write_text(text)
     assert done.returncode == 2
     assert "source of acme_federated" in done.stderr
+    assert run(on_three_ranks).returncode == 0
 
 
 def test_an_installed_package_is_found(world, on_three_ranks, tmp_path):
